@@ -1,0 +1,1 @@
+"""Variational best-of-N alignment in JAX and Flax."""

@@ -1,0 +1,1 @@
+"""The mathematics of best-of-N: pure functions of arrays."""

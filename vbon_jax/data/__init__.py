@@ -1,0 +1,1 @@
+"""Text, prompts and reference samples."""

@@ -1,0 +1,1 @@
+"""Measuring a policy against the reference and against best-of-N."""

@@ -1,0 +1,1 @@
+"""Policy-optimisation losses: pure functions of arrays."""

@@ -1,0 +1,1 @@
+"""Supervised fitting, PPO, and their checkpoints."""
