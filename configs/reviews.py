@@ -1,0 +1,117 @@
+"""The embedded task: short movie reviews steered towards positive sentiment.
+
+    vbon run --config=configs/reviews.py
+
+A grammar writes labelled reviews; a small GPT-2 learns them (the reference), a small classifier
+learns their labels (the reward, its logit for POSITIVE), and prompts are the first 2 to 8 tokens of
+held-out reviews, as in the paper's sentiment experiment.
+
+    vbon run --config=configs/reviews.py:text --config.data.path=TRAIN.jsonl \
+        --config.data.test_path=TEST.jsonl
+
+is the same on your own labelled text ({"text", "label"} lines), with models sized for real sentences.
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant not in ("", "text"):
+        raise ValueError(f"configs/reviews.py has no variant {variant!r}: use none, or :text")
+    config = ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "stages": ("sft", "reward", "sample", "train", "export", "evaluate"),
+            "data": {
+                "corpus": "reviews",
+                "path": "",
+                "test_path": "",
+                "train": 6_000,
+                "test": 1_000,
+            },
+            "prompts": {
+                "path": "",
+                "test_path": "",
+                "train": 1_000,
+                "test": 128,
+                "min_tokens": 2,
+                "max_tokens": 8,
+            },
+            "tokenizer": {"path": "", "kind": "bpe", "vocab_size": 1_024},
+            "reference": {
+                "path": "",
+                "model": {"layers": 3, "width": 128, "heads": 4, "positions": 64},
+                "fit": {
+                    "epochs": 6,
+                    "batch_size": 64,
+                    "learning_rate": 2e-3,
+                    "weight_decay": 0.01,
+                    "max_tokens": 48,
+                },
+            },
+            "reward": {
+                "path": "",
+                "function": "",
+                "label": "POSITIVE",
+                "score": "logit",
+                "model": {"layers": 2, "width": 64, "heads": 4, "positions": 64},
+                "fit": {
+                    "epochs": 3,
+                    "batch_size": 64,
+                    "learning_rate": 1e-3,
+                    "weight_decay": 0.01,
+                    "max_tokens": 48,
+                },
+            },
+            "sampling": {
+                "temperature": 1.0,
+                "max_new_tokens": 32,
+                "stop_at_eos": True,
+                "batch_size": 512,
+            },
+            "samples": {"m": 64, "path": ""},
+            "method": {
+                "name": "vbon",
+                "objective": "exact",
+                "n": 8.0,
+                "beta": 1 / 7,
+                "estimator": "harmonic",
+            },
+            "train": {
+                "iterations": 200,
+                "batch_size": 256,
+                "minibatch_size": 64,
+                "ppo_epochs": 4,
+                "learning_rate": 5e-4,
+                "adam_eps": 1e-5,
+                "weight_decay": 0.0,
+                "max_grad_norm": 1.0,
+                "clip_policy": 0.2,
+                "clip_value": 0.2,
+                "value_coef": 0.2,
+                "gamma": 1.0,
+                "lam": 0.95,
+                "whiten": True,
+                "checkpoint_every": 50,
+                "keep": 2,
+            },
+            "evaluate": {"temperatures": (1.0,), "m": 100, "samples_per_prompt": 4},
+            "generate": {
+                "model": "policy",
+                "count": 1,
+                "temperature": 1.0,
+                "top_k": 0,
+                "top_p": 1.0,
+            },
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+        }
+    )
+    if variant == "text":
+        config.tokenizer.vocab_size = 4_096
+        config.reference.model = {"layers": 4, "width": 192, "heads": 6, "positions": 128}
+        config.reference.fit.update(epochs=8, learning_rate=1e-3, weight_decay=0.1, max_tokens=80)
+        config.reward.model = {"layers": 2, "width": 128, "heads": 4, "positions": 128}
+        config.reward.fit.update(epochs=4, learning_rate=5e-4, weight_decay=0.1, max_tokens=80)
+        config.sampling.max_new_tokens = 40
+        config.train.iterations = 300
+    return config

@@ -1,0 +1,203 @@
+"""What the stages read: texts, tokenizer, prompts, models and the reward, from settings and disk."""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from vbon_jax import sharding
+from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import tabular, text
+from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.text import Example
+from vbon_jax.errors import InputError
+from vbon_jax.models import hf
+from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.rewards.classifier import ClassifierReward
+from vbon_jax.rewards.function import FunctionReward
+from vbon_jax.sampling.engine import Sampling
+from vbon_jax.settings import Settings
+from vbon_jax.workdir import Workdir
+
+HELD_OUT = 10  # without a test file, every tenth text is held out
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a stage is given."""
+
+    settings: Settings
+    workdir: Workdir
+    mesh: Mesh
+
+    def key(self, stage: str) -> jax.Array:
+        """The random key of a stage: a function of the seed and the stage's name."""
+        return jax.random.fold_in(
+            jax.random.key(self.settings.seed), zlib.crc32(stage.encode()) & 0x7FFFFFFF
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A language model on the mesh: params {"decoder": ...}."""
+
+    config: DecoderConfig
+    params: Any
+
+
+def texts(run: Run) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) labelled texts: the user's file or the embedded corpus."""
+    data, seed = run.settings.data, run.settings.seed
+    if data.path and data.test_path:
+        return text.read_jsonl(data.path), text.read_jsonl(data.test_path)
+    if data.path:
+        examples = text.read_jsonl(data.path)
+        held_out = examples[::HELD_OUT]
+        return [e for i, e in enumerate(examples) if i % HELD_OUT], held_out
+    if data.corpus == "tabular":
+        return tabular.corpus(seed, data.train), tabular.corpus(seed + 1, data.test)
+    from vbon_jax.data import reviews  # imports tensorflow_datasets, which takes seconds
+
+    return reviews.load(run.workdir.data, seed, data.train, data.test)
+
+
+def make_tokenizer(run: Run, train: Sequence[Example]) -> PreTrainedTokenizerFast:
+    """The run's tokenizer: the one named, the reference model's own, or one learned here."""
+    s = run.settings
+    if s.tokenizer.path or s.reference.path:
+        return tokenizers.load(s.tokenizer.path or s.reference.path)
+    return tokenizers.build([e.text for e in train], s.tokenizer.kind, s.tokenizer.vocab_size)
+
+
+def load_tokenizer(run: Run) -> PreTrainedTokenizerFast:
+    """The tokenizer stage ``sft`` put into the workdir."""
+    run.workdir.require("sft", "the tokenizer")
+    return tokenizers.load(run.workdir.tokenizer)
+
+
+def eos_id(run: Run, tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id that ends a response; None where responses have a fixed length.
+
+    Raises InputError where one is needed and the tokenizer has none.
+    """
+    return tokenizers.eos_id(tokenizer) if run.settings.sampling.stop_at_eos else None
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that fills empty slots: never looked at, since masks say what is real."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def encode_texts(
+    run: Run, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], max_tokens: int
+) -> list[tuple[int, ...]]:
+    """Token ids of each text, EOS at the end unless the text was cut at ``max_tokens``.
+
+    The one rule for what a text is to the reference; a classifier reads the same without the EOS.
+    """
+    end = eos_id(run, tokenizer)
+    tail = () if end is None else (end,)
+    return [(*tokenizers.encode(tokenizer, e.text), *tail)[:max_tokens] for e in examples]
+
+
+def sampling(
+    run: Run, tokenizer: PreTrainedTokenizerFast, temperature: float | None = None
+) -> Sampling:
+    """How responses are drawn; ``temperature`` defaults to the one of training."""
+    s = run.settings.sampling
+    return Sampling(
+        temperature=s.temperature if temperature is None else temperature,
+        max_new_tokens=s.max_new_tokens,
+        eos_id=eos_id(run, tokenizer),
+        pad_id=pad_id(tokenizer),
+    )
+
+
+def make_prompts(
+    run: Run,
+    tokenizer: PreTrainedTokenizerFast,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    positions: int,
+) -> dict[str, list[Prompt]]:
+    """{"train", "test"}: the prompts of the run, checked against the context length."""
+    p, s = run.settings.prompts, run.settings
+    tabular_world = s.data.corpus == "tabular" and not s.data.path
+
+    def of(split: str, path: str, examples: Sequence[Example], count: int, seed: int):
+        if path:
+            return prompt_files.read_texts(path, tokenizer)
+        if tabular_world:  # its few prompts are all there are: held out means drawn anew
+            letters = tabular.ALPHABET[: p.train]
+            return prompt_files.from_texts(
+                [letters[i % len(letters)] for i in range(count)], tokenizer
+            )
+        return prompt_files.prefix_prompts(
+            [e.text for e in examples], tokenizer, count, p.min_tokens, p.max_tokens, seed
+        )
+
+    prompts = {
+        "train": of("train", p.path, train, p.train, s.seed),
+        "test": of("test", p.test_path, test, p.test, s.seed + 1),
+    }
+    for split in prompts.values():
+        prompt_files.fits_context(split, s.sampling.max_new_tokens, positions)
+    return prompts
+
+
+def load_prompts(run: Run, split: str) -> list[Prompt]:
+    """The prompts stage ``sample`` put into the workdir."""
+    run.workdir.require("sample", "the prompts and reference samples")
+    return prompt_files.read_jsonl(run.workdir.prompts(split))
+
+
+def load_decoder(run: Run, path: str | Path) -> Decoder:
+    """A Hugging Face directory as a decoder on the mesh."""
+    config, params = hf.load_decoder(path)
+    return Decoder(config, sharding.place({"decoder": params}, run.mesh))
+
+
+def load_reference(run: Run) -> Decoder:
+    """The reference: the user's directory, or what stage ``sft`` trained."""
+    run.workdir.require("sft", "the reference model")
+    return load_decoder(run, run.settings.reference.path or run.workdir.reference)
+
+
+def load_policy(run: Run) -> Decoder:
+    """The policy stage ``export`` wrote."""
+    run.workdir.require("export", "the policy")
+    return load_decoder(run, run.workdir.policy)
+
+
+def load_reward(run: Run, tokenizer: PreTrainedTokenizerFast) -> ClassifierReward | FunctionReward:
+    """The reward: a callable, the user's classifier, or what stage ``reward`` trained."""
+    r = run.settings.reward
+    end = eos_id(run, tokenizer)
+    if r.function:
+        return FunctionReward(
+            r.function, lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=False), end
+        )
+    run.workdir.require("reward", "the reward model")
+    path = Path(r.path or run.workdir.reward)
+    config, params, labels = hf.load_classifier(path)
+    if config.vocab_size < len(tokenizer):
+        raise InputError(
+            f"reward model {path} has {config.vocab_size} embeddings, the tokenizer "
+            f"{len(tokenizer)} tokens: the reward must read the policy's tokens"
+        )
+    if (path / "tokenizer.json").exists():
+        if tokenizers.load(path).get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"reward model {path} has another vocabulary than the policy's tokenizer: "
+                "give one trained with the same tokenizer"
+            )
+    return ClassifierReward(sharding.place(params, run.mesh), config, labels, r.label, r.score, end)

@@ -1,0 +1,95 @@
+"""A user's Python callable as the reward: batches of prompts and responses in, floats out."""
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from vbon_jax.errors import InputError
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+def load(name: str) -> RewardFunction:
+    """The callable named "module:function".
+
+    Raises InputError when the name has another form, or the module or function is not there.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise InputError(f"reward.function={name!r}: write it as module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(
+            f"reward.function={name!r}: cannot import {module_name!r} ({error}); "
+            "put its folder on PYTHONPATH"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise InputError(f"reward.function={name!r}: {module_name} has no callable {attribute!r}")
+    return function
+
+
+def call(
+    name: str, function: RewardFunction, prompts: list[str], responses: list[str]
+) -> np.ndarray:
+    """function(prompts, responses) as float32 [B].
+
+    Raises InputError, with the example named, when the function raises, returns another number of
+    values than it was given, something that is not a number, or NaN.
+    """
+    try:
+        values = list(function(prompts, responses))
+    except Exception as error:
+        raise InputError(
+            f"reward.function={name!r} raised {type(error).__name__}: {error} on a batch of "
+            f"{len(prompts)}, the first of it prompt={prompts[0]!r} response={responses[0]!r}"
+        ) from error
+    if len(values) != len(responses):
+        raise InputError(
+            f"reward.function={name!r} returned {len(values)} values for {len(responses)} responses"
+        )
+    rewards = np.empty(len(values), np.float32)
+    for i, value in enumerate(values):
+        try:
+            rewards[i] = value
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"reward.function={name!r} returned {value!r}, not a number, for "
+                f"prompt={prompts[i]!r} response={responses[i]!r}"
+            ) from error
+        if np.isnan(rewards[i]):
+            raise InputError(
+                f"reward.function={name!r} returned NaN for "
+                f"prompt={prompts[i]!r} response={responses[i]!r}"
+            )
+    return rewards
+
+
+class FunctionReward:
+    """A callable reward behind the same call as ``ClassifierReward``: ids are decoded to text."""
+
+    def __init__(
+        self, name: str, decode: Callable[[list[list[int]]], list[str]], eos_id: int | None
+    ):
+        """``decode`` turns lists of ids into texts; ``name`` is "module:function" (see ``load``)."""
+        self._name, self._function = name, load(name)
+        self._decode, self._eos_id = decode, eos_id
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        prompt_BxP: jax.Array,
+        prompt_mask_BxP: jax.Array,
+        response_BxT: jax.Array,
+        response_mask_BxT: jax.Array,
+    ) -> np.ndarray:
+        """Float32 rewards [B]; the response's text leaves EOS out."""
+        del prompt_BxP, prompt_mask_BxP
+        tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
+        if self._eos_id is not None:
+            mask = mask & (tokens != self._eos_id)
+        responses = self._decode([row[keep].tolist() for row, keep in zip(tokens, mask)])
+        return call(self._name, self._function, list(prompts), responses)

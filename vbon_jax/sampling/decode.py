@@ -1,0 +1,141 @@
+"""The jitted rollout: prefill, then a decode loop that ends when every row has emitted EOS."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vbon_jax import sharding
+from vbon_jax.models import cache as kv_cache
+from vbon_jax.models import decoder
+from vbon_jax.sampling import logits as lg
+
+
+class Rollout(NamedTuple):
+    """Responses of a batch.
+
+    tokens_BxT: int32 sampled ids; the slots after a row's EOS hold ``pad_id``.
+    mask_BxT: bool, True on the response's tokens, its first EOS included.
+    log_probs_BxT: float32 nats of each sampled token under the tempered, unfiltered distribution;
+      0 outside the mask.
+    finished_B: bool, True where EOS came before the length limit.
+    """
+
+    tokens_BxT: jax.Array
+    mask_BxT: jax.Array
+    log_probs_BxT: jax.Array
+    finished_B: jax.Array
+
+
+def identity_keys(
+    key: jax.Array, step: jax.Array | int, prompt_id_B: jax.Array, sample_B: jax.Array
+) -> jax.Array:
+    """One key a response, a function of (key, step, prompt id, sample index) and of nothing else."""
+    base = jax.random.fold_in(key, step)
+    return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(base, p), s))(
+        prompt_id_B, sample_B
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "max_new_tokens", "eos_id", "pad_id", "top_k", "top_p"),
+)
+def rollout(
+    params: Any,
+    prompt_BxP: jax.Array,
+    prompt_mask_BxP: jax.Array,
+    keys_B: jax.Array,
+    temperature: jax.Array | float,
+    *,
+    config: decoder.DecoderConfig,
+    max_new_tokens: int,
+    eos_id: int | None,
+    pad_id: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Rollout:
+    """Samples one response a row: prefill and decode loop in one program.
+
+    Args:
+      params: decoder parameters.
+      prompt_BxP: int32 ids, padded on the left.
+      prompt_mask_BxP: bool, True on prompt tokens.
+      keys_B: one key a row (``identity_keys``): a row's response does not depend on the others.
+      temperature: > 0, divides the logits.
+      config: the decoder's shape.
+      max_new_tokens: T, the length limit in tokens.
+      eos_id: ends a response; None for responses of exactly T tokens.
+      pad_id: fills the slots after EOS.
+      top_k, top_p: filters, for generation only: they change the distribution sampled from, while
+        ``log_probs_BxT`` stays that of the unfiltered one.
+
+    Returns:
+      Rollout with T = max_new_tokens slots a row.
+    """
+    batch, prompt_len = prompt_BxP.shape
+    uniform_TxB = jax.vmap(
+        lambda t: jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys_B)
+    )(jnp.arange(max_new_tokens))
+
+    def pick(hidden_BxD: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tempered = lg.temper(decoder.logits(params, config, hidden_BxD), temperature)
+        filtered = lg.filter_top_p(lg.filter_top_k(tempered, top_k), top_p)
+        token = lg.sample(uniform_TxB[t], filtered)
+        return token, lg.log_prob(tempered, token)
+
+    cache = kv_cache.init(config, batch, prompt_len + max_new_tokens)
+    cache = sharding.constrain(cache, "cache")
+    hidden, cache = decoder.prefill(params, config, prompt_BxP, prompt_mask_BxP, cache)
+    first, first_log_prob = pick(hidden[:, -1], jnp.int32(0))
+    prompt_lengths = jnp.sum(prompt_mask_BxP, axis=-1, dtype=jnp.int32)
+
+    def is_eos(token_B: jax.Array) -> jax.Array:
+        return jnp.zeros_like(token_B, bool) if eos_id is None else token_B == eos_id
+
+    tokens = jnp.full((max_new_tokens, batch), pad_id, jnp.int32).at[0].set(first)
+    log_probs = jnp.zeros((max_new_tokens, batch), jnp.float32).at[0].set(first_log_prob)
+    mask = jnp.zeros((max_new_tokens, batch), bool).at[0].set(True)
+
+    def cond(carry):
+        t, _, done, *_ = carry
+        return (t < max_new_tokens) & ~jnp.all(done)
+
+    def body(carry):
+        t, token, done, cache, tokens, log_probs, mask = carry
+        hidden, cache = decoder.step(params, config, token, prompt_lengths + t - 1, cache)
+        token, log_prob = pick(hidden, t)
+        tokens = tokens.at[t].set(jnp.where(done, pad_id, token))
+        log_probs = log_probs.at[t].set(jnp.where(done, 0.0, log_prob))
+        mask = mask.at[t].set(~done)
+        return t + 1, token, done | is_eos(token), cache, tokens, log_probs, mask
+
+    carry = (jnp.int32(1), first, is_eos(first), cache, tokens, log_probs, mask)
+    _, _, done, _, tokens, log_probs, mask = jax.lax.while_loop(cond, body, carry)
+    return sharding.constrain(Rollout(tokens.T, mask.T, log_probs.T, done), "batch")
+
+
+def response_logits(
+    params: Any,
+    config: decoder.DecoderConfig,
+    tokens_BxS: jax.Array,
+    mask_BxS: jax.Array,
+    response_len: int,
+    temperature: jax.Array | float,
+) -> tuple[jax.Array, jax.Array]:
+    """Teacher-forced, tempered logits of the last ``response_len`` tokens, and their hidden states.
+
+    Args:
+      tokens_BxS: prompt and response in one row (left-padded prompt, then the response slots).
+      mask_BxS: bool, True on real tokens of both.
+      response_len: T, the number of response slots at the end.
+      temperature: > 0.
+
+    Returns:
+      (logits_BxTxV float32, hidden_BxTxD): at response slot t both are those of the state *before*
+      token t, which is the position that predicts it.
+    """
+    hidden = decoder.hidden(params, config, tokens_BxS, mask_BxS)
+    hidden = hidden[:, -response_len - 1 : -1]
+    return lg.temper(decoder.logits(params, config, hidden), temperature), hidden

@@ -1,0 +1,573 @@
+"""The stages of a run: each reads files of the ones before and writes its own into the workdir."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from vbon_jax import inputs, responses, sharding
+from vbon_jax.data import reference as reference_files
+from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import tabular
+from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.data.prompts import Prompt
+from vbon_jax.errors import InputError
+from vbon_jax.evaluation import compare, measure
+from vbon_jax.inputs import Decoder, Run
+from vbon_jax.models import decoder, heads, hf
+from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.sampling import engine
+from vbon_jax.settings import Fit, Model, as_dict
+from vbon_jax.training import loop, ppo, state, supervised
+from vbon_jax.training.checkpoint import Checkpointer
+from vbon_jax.training.metrics import MetricsWriter
+
+LABELS = ("NEGATIVE", "POSITIVE")  # of label 0 and label 1
+
+
+def log(text: str) -> None:
+    """A line to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        positions=model.positions,
+        layers=model.layers,
+        width=model.width,
+        heads=model.heads,
+        mlp_width=4 * model.width,
+    )
+
+
+def _fit(
+    run: Run,
+    stage: str,
+    params: Any,
+    loss: supervised.Loss,
+    fit: Fit,
+    tokens: dict[str, list[tuple[int, ...]]],
+    labels: dict[str, list[int]],
+    pad_id: int,
+) -> tuple[Any, float]:
+    """Fits on tokens["train"]; returns (parameters on the host, mean nats on tokens["test"])."""
+    plan = supervised.FitPlan(fit.epochs, fit.batch_size, fit.learning_rate, fit.weight_decay)
+    checkpointer = Checkpointer(run.workdir.checkpoints(stage), keep=1)
+    try:
+        params = supervised.fit(
+            stage, params, loss, tokens["train"], labels["train"], plan, pad_id, run.mesh,
+            run.key(stage), run.settings.seed, checkpointer,
+        )  # fmt: skip
+    finally:
+        checkpointer.close()
+    held_out = supervised.mean_loss(
+        params, loss, tokens["test"], labels["test"], fit.batch_size, pad_id, run.mesh
+    )
+    return jax.device_get(params), held_out
+
+
+def sft(run: Run) -> None:
+    """Tokenizer and reference model: learned from the texts, or the user's own, checked."""
+    s, workdir = run.settings, run.workdir
+    own = bool(s.reference.path)
+    train, test = ([], []) if own else inputs.texts(run)
+    tokenizer = inputs.make_tokenizer(run, train)
+    end = inputs.eos_id(run, tokenizer)  # refuses a tokenizer without EOS before any work
+    if own:
+        config = hf.load_decoder(s.reference.path)[0]
+        if config.vocab_size < len(tokenizer):
+            raise InputError(
+                f"reference.path={s.reference.path!r} has {config.vocab_size} embeddings, its "
+                f"tokenizer {len(tokenizer)} tokens: the directory does not fit together"
+            )
+        tokenizers.save(tokenizer, workdir.tokenizer)
+        return
+    fit = s.reference.fit
+    _check_positions("reference", fit.max_tokens, s.reference.model.positions)
+    config = _decoder_config(s.reference.model, len(tokenizer))
+    params = sharding.place({"decoder": decoder.init(config, run.key("sft"))}, run.mesh)
+    tokens = {
+        split: inputs.encode_texts(run, tokenizer, examples, fit.max_tokens)
+        for split, examples in (("train", train), ("test", test))
+    }
+    zeros = {split: [0] * len(rows) for split, rows in tokens.items()}
+    params, held_out = _fit(
+        run, "sft", params, partial(supervised.language_model_loss, config=config), fit, tokens,
+        zeros, inputs.pad_id(tokenizer),
+    )  # fmt: skip
+    tokenizers.save(tokenizer, workdir.tokenizer)
+    _save_policy(workdir.reference, config, params["decoder"], tokenizer, end)
+    workdir.write_json(
+        workdir.reference / "fit.json", {"held_out_nats_per_token": held_out, "texts": len(train)}
+    )
+    log(
+        f"sft: {len(train)} texts, {len(tokenizer)} tokens in the vocabulary; held out "
+        f"{held_out:.3f} nats a token (perplexity {np.exp(held_out):.1f})"
+    )
+
+
+def _save_policy(
+    path: Any,
+    config: DecoderConfig,
+    params: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    end: int | None,
+) -> None:
+    hf.save_decoder(
+        path, config, params,
+        bos_id=tokenizer.bos_token_id, eos_id=end, pad_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    tokenizers.save(tokenizer, path)
+
+
+def _check_positions(name: str, max_tokens: int, positions: int) -> None:
+    if max_tokens > positions:
+        raise InputError(
+            f"{name}.fit.max_tokens={max_tokens} is more than {name}.model.positions={positions}"
+        )
+
+
+def reward(run: Run) -> None:
+    """The reward model: trained on the labels, or the user's own, checked."""
+    s, workdir = run.settings, run.workdir
+    tokenizer = inputs.load_tokenizer(run)
+    if s.reward.function:
+        inputs.load_reward(run, tokenizer)
+        return
+    if s.reward.path:
+        hf.load_classifier(s.reward.path)
+        return
+    fit = s.reward.fit
+    _check_positions("reward", fit.max_tokens, s.reward.model.positions)
+    end = inputs.eos_id(run, tokenizer)
+    splits = dict(zip(("train", "test"), inputs.texts(run), strict=True))
+    # One text more than the classifier reads: EOS is part of no reward.
+    tokens = {
+        split: [
+            tuple(t for t in row if t != end)
+            for row in inputs.encode_texts(run, tokenizer, examples, fit.max_tokens)
+        ]
+        for split, examples in splits.items()
+    }
+    labels = {split: [e.label for e in examples] for split, examples in splits.items()}
+    config = _decoder_config(s.reward.model, len(tokenizer))
+    body_key, head_key = jax.random.split(run.key("reward"))
+    params = sharding.place(
+        {"decoder": decoder.init(config, body_key),
+         "score": heads.init_score(config, len(LABELS), head_key)},
+        run.mesh,
+    )  # fmt: skip
+    params, held_out = _fit(
+        run, "reward", params, partial(supervised.classifier_loss, config=config), fit, tokens,
+        labels, inputs.pad_id(tokenizer),
+    )  # fmt: skip
+    hf.save_classifier(workdir.reward, config, params, LABELS, pad_id=inputs.pad_id(tokenizer))
+    tokenizers.save(tokenizer, workdir.reward)
+    accuracy = _accuracy(run, params, config, tokens["test"], labels["test"], tokenizer)
+    workdir.write_json(
+        workdir.reward / "fit.json", {"held_out_nats": held_out, "held_out_accuracy": accuracy}
+    )
+    log(f"reward: held out {held_out:.3f} nats a text, accuracy {accuracy:.3f}")
+
+
+def _accuracy(
+    run: Run, params: Any, config: DecoderConfig, tokens: Any, labels: Any,
+    tokenizer: PreTrainedTokenizerFast,
+) -> float:  # fmt: skip
+    from vbon_jax.rewards import classifier
+
+    right = 0.0
+    placed = sharding.place(params, run.mesh)
+    for batch in supervised.epoch_batches(
+        tokens, labels, run.settings.reward.fit.batch_size, inputs.pad_id(tokenizer), None
+    ):
+        on_device = sharding.place(batch, run.mesh, "batch")
+        odds = np.asarray(
+            classifier.score(
+                placed, on_device.tokens_BxT, on_device.mask_BxT,
+                config=config, kind="log_odds", label=1,
+            )
+        )  # fmt: skip
+        real = batch.mask_BxT.any(axis=1)
+        right += float(np.sum((odds > 0)[real] == batch.label_B[real]))
+    return right / len(tokens)
+
+
+def sample(run: Run) -> None:
+    """Prompts, and m scored reference responses to each training prompt."""
+    s, workdir = run.settings, run.workdir
+    tokenizer = inputs.load_tokenizer(run)
+    reference = inputs.load_reference(run)
+    own_prompts = s.prompts.path and s.prompts.test_path
+    train, test = ([], []) if own_prompts else inputs.texts(run)
+    prompts = inputs.make_prompts(run, tokenizer, train, test, reference.config.positions)
+    if s.samples.path:
+        prompts["train"] = _adopt_samples(run, tokenizer, reference.config.positions)
+    for split, chosen in prompts.items():
+        workdir.prompts(split).parent.mkdir(parents=True, exist_ok=True)
+        prompt_files.write_jsonl(workdir.prompts(split), chosen)
+    if s.samples.path:
+        return
+    responses.write_samples(
+        workdir.samples("train"),
+        "sample",
+        reference,
+        inputs.sampling(run, tokenizer),
+        run.mesh,
+        run.key("sample"),
+        prompts["train"],
+        s.samples.m,
+        s.sampling.batch_size,
+        inputs.load_reward(run, tokenizer),
+        tokenizer,
+    )
+
+
+def _adopt_samples(run: Run, tokenizer: PreTrainedTokenizerFast, positions: int) -> list[Prompt]:
+    """Copies a samples file made elsewhere into the workdir; its prompts are the training prompts."""
+    found = reference_files.read(run.settings.samples.path)
+    reference_files.sorted_rewards(found, run.settings.samples.m)  # refuses too few a prompt
+    prompts = prompt_files.from_texts([f.prompt for f in found], tokenizer)
+    prompt_files.fits_context(prompts, run.settings.sampling.max_new_tokens, positions)
+    target = run.workdir.samples("train")
+    target.unlink(missing_ok=True)
+    with reference_files.SampleWriter(target) as writer:
+        for prompt, samples in zip(prompts, found, strict=True):
+            writer.append(
+                reference_files.PromptSamples(
+                    samples.prompt, samples.responses, samples.rewards, prompt.id, prompt.tokens
+                )
+            )
+    log(f"sample: {len(prompts)} prompts from {run.settings.samples.path}")
+    return prompts
+
+
+def _sorted_rewards(path: Any, prompts: Sequence[Prompt], m: int) -> np.ndarray:
+    """float32 [P, m] in the order of ``prompts``, told apart by id."""
+    by_id = {samples.prompt_id: samples for samples in reference_files.read(path)}
+    missing = [p.id for p in prompts if p.id not in by_id]
+    if missing:
+        raise InputError(f"{path} has no samples of prompt {missing[0]}: remove it and sample anew")
+    return reference_files.sorted_rewards([by_id[p.id] for p in prompts], m)
+
+
+def _train_state(
+    run: Run, reference: Decoder
+) -> tuple[state.TrainState, optax.GradientTransformation, optax.Schedule]:
+    """The policy before its first step: the reference's weights and a value head of zeros."""
+    t = run.settings.train
+    updates = t.iterations * t.ppo_epochs * (t.batch_size // t.minibatch_size)
+    schedule = optax.linear_schedule(t.learning_rate, 0.0, updates)
+    optimizer = state.adamw(schedule, t.adam_eps, t.weight_decay, t.max_grad_norm)
+    key = run.key("train")
+    params = {
+        "decoder": jax.tree.map(np.array, jax.device_get(reference.params["decoder"])),
+        "value": heads.init_value(reference.config, key),
+    }
+    fresh = state.create(sharding.place(params, run.mesh), optimizer, key)
+    return sharding.place(fresh, run.mesh), optimizer, schedule
+
+
+def train(run: Run) -> None:
+    """PPO on the chosen objective, from the newest checkpoint if there is one."""
+    s, workdir = run.settings, run.workdir
+    tokenizer = inputs.load_tokenizer(run)
+    prompts = inputs.load_prompts(run, "train")
+    table = _sorted_rewards(workdir.samples("train"), prompts, s.samples.m)
+    reference = inputs.load_reference(run)
+    score = inputs.load_reward(run, tokenizer)
+    sampling = inputs.sampling(run, tokenizer)
+    t = s.train
+    plan = ppo.PPOPlan(
+        objective=s.method.objective,
+        estimator=s.method.estimator,
+        epochs=t.ppo_epochs,
+        minibatch_size=t.minibatch_size,
+        clip_policy=t.clip_policy,
+        clip_value=t.clip_value,
+        value_coef=t.value_coef,
+        gamma=t.gamma,
+        lam=t.lam,
+        whiten=t.whiten,
+        temperature=s.sampling.temperature,
+    )
+    fresh, optimizer, schedule = _train_state(run, reference)
+    checkpointer = Checkpointer(workdir.checkpoints("train"), t.keep)
+    try:
+        restored = checkpointer.restore(fresh)
+        if restored is not None:
+            fresh = restored[0]
+            log(f"train: going on after iteration {int(fresh.step)} of {t.iterations}")
+        writer = MetricsWriter(workdir.root, int(fresh.step))
+        try:
+            loop.train(
+                fresh,
+                reference.params,
+                reference.config,
+                prompts,
+                table,
+                score,
+                lambda ids: responses.response_text(tokenizer, ids, sampling.eos_id),
+                sampling,
+                plan,
+                loop.LoopPlan(
+                    t.iterations, t.batch_size, t.checkpoint_every, s.seed, s.method.n,
+                    s.method.beta,
+                ),
+                optimizer,
+                schedule,
+                run.mesh,
+                run.key("rollout"),
+                checkpointer,
+                writer,
+                {"config": as_dict(s)},
+            )  # fmt: skip
+        finally:
+            writer.close()
+    finally:
+        checkpointer.close()
+
+
+def export(run: Run) -> None:
+    """``policy/``: the newest checkpoint as a Hugging Face directory that transformers loads."""
+    run.workdir.require("train", "a trained policy")
+    tokenizer = inputs.load_tokenizer(run)
+    reference = inputs.load_reference(run)
+    like, _, _ = _train_state(run, reference)
+    checkpointer = Checkpointer(run.workdir.checkpoints("train"), run.settings.train.keep)
+    try:
+        restored = checkpointer.restore(like)
+    finally:
+        checkpointer.close()
+    if restored is None:
+        raise InputError(f"no checkpoint in {checkpointer.directory}: run `vbon train` first")
+    params = jax.device_get(restored[0].params["decoder"])
+    _save_policy(
+        run.workdir.policy, reference.config, params, tokenizer, inputs.eos_id(run, tokenizer)
+    )
+
+
+def evaluate(run: Run) -> None:
+    """``evaluation.json``, its samples and figures: reference, best-of-n and policy held-out."""
+    from vbon_jax.evaluation import figures, table
+
+    s, workdir = run.settings, run.workdir
+    tokenizer = inputs.load_tokenizer(run)
+    prompts = inputs.load_prompts(run, "test")
+    reference, policy = inputs.load_reference(run), inputs.load_policy(run)
+    score = inputs.load_reward(run, tokenizer)
+    rows: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
+    for temperature in s.evaluate.temperatures:
+        new = _evaluate_at(run, temperature, tokenizer, prompts, reference, policy, score)
+        for row, measured in new:
+            rows.append(row)
+            lines += [
+                {
+                    "policy": row["policy"],
+                    "temperature": temperature,
+                    "prompt_id": r.request.prompt_id,
+                    "prompt": prompts[r.request.prompt_id].text,
+                    "response": r.text,
+                    "reward": r.reward,
+                }
+                for group in measured.responses
+                for r in group
+            ]
+    result: dict[str, Any] = {"rows": rows}
+    if s.data.corpus == "tabular" and not s.data.path:
+        result["exact"] = _exact(run, tokenizer, reference, policy)
+    path = workdir.root / "evaluation_samples.jsonl"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    temporary.replace(path)
+    workdir.write_json(workdir.evaluation, result)
+    console = Console()
+    console.print(table.results_table(rows))
+    if "exact" in result:
+        console.print(table.exact_table(result["exact"]))
+    for figure in figures.all_figures(workdir.root):
+        log(f"evaluate: {figure}")
+
+
+def _evaluate_at(
+    run: Run,
+    temperature: float,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    reference: Decoder,
+    policy: Decoder,
+    score: responses.Reward,
+) -> list[tuple[dict[str, Any], measure.Measured]]:
+    """The rows of one temperature, each with the responses behind it."""
+    s = run.settings
+    e, n, batch_size = s.evaluate, s.method.n, s.sampling.batch_size
+    sampling = inputs.sampling(run, tokenizer, temperature)
+    number = round(temperature * 1e6)
+
+    def key(name: str) -> jax.Array:
+        return jax.random.fold_in(run.key(name), number)
+
+    path = run.workdir.samples(f"test_t{temperature:g}")
+    responses.write_samples(
+        path, f"opponents at T={temperature:g}", reference, sampling, run.mesh, key("opponents"),
+        prompts, e.m, batch_size, score, tokenizer,
+    )  # fmt: skip
+    yardstick = measure.Yardstick(
+        _sorted_rewards(path, prompts, e.m), n, s.method.estimator, temperature
+    )
+
+    def draw(model: Decoder, name: str, count: int, also: Any = None) -> list[list[Any]]:
+        requests = responses.requests_for(prompts, count)
+        drawn: list[responses.Response] = []
+        with responses.reporting(f"{name} at T={temperature:g}", len(requests)) as report:
+            for group in responses.scored(
+                model, sampling, run.mesh, key(name), prompts, requests, batch_size, score,
+                tokenizer, also,
+            ):  # fmt: skip
+                drawn += group
+                report.update(len(drawn))
+        return measure.grouped(drawn, count)
+
+    def kls(batch: engine.Batch) -> dict[str, jax.Array]:
+        return measure.sequence_kls(
+            policy.params["decoder"], reference.params["decoder"], batch.prompts, batch.rollout,
+            np.float32(temperature), config=policy.config, ref_config=reference.config,
+        )  # fmt: skip
+
+    def speed(model: Decoder, calls: int, scoring: bool) -> tuple[float, float]:
+        texts = {p.id: p.text for p in prompts}
+        requests = [
+            responses.Request(p.id, i // len(prompts), p.tokens)
+            for i, p in ((i, prompts[i % len(prompts)]) for i in range(batch_size))
+        ]
+        return measure.throughput(
+            lambda: next(
+                engine.generate(
+                    model.params["decoder"], model.config, sampling, run.mesh, key("speed"),
+                    requests, batch_size,
+                )
+            ),
+            (lambda batch: responses.score_batch(score, batch, texts)) if scoring else None,
+            calls,
+        )  # fmt: skip
+
+    whole = int(n) if float(n).is_integer() else None
+    if whole is None:
+        log(
+            f"evaluate: method.n={n} is not a whole number, so best-of-n cannot be drawn: no bon row"
+        )
+    pool = draw(reference, "reference", e.samples_per_prompt * (whole or 1))
+    measured_reference = measure.of_reference([group[:: whole or 1] for group in pool])
+    rows = [
+        (
+            measure.row(
+                "reference", 1.0, measured_reference, yardstick, speed(reference, 1, False)
+            ),
+            measured_reference,
+        )
+    ]
+    if whole is not None:
+        bon = measure.of_bon(pool, whole)
+        rows.append((measure.row("bon", n, bon, yardstick, speed(reference, whole, True)), bon))
+    drawn = measure.of_policy(draw(policy, "policy", e.samples_per_prompt, kls))
+    rows.append((measure.row(s.method.name, n, drawn, yardstick, speed(policy, 1, False)), drawn))
+    return rows
+
+
+def _exact(
+    run: Run, tokenizer: PreTrainedTokenizerFast, reference: Decoder, policy: Decoder
+) -> dict[str, float]:
+    """The tabular world's enumeration, over its training prompts."""
+    s = run.settings
+    prompts = inputs.load_prompts(run, "train")
+    strings = tabular.strings()
+    return measure.exact(
+        policy.params["decoder"],
+        reference.params["decoder"],
+        [p.tokens for p in prompts],
+        np.array([tokenizers.encode(tokenizer, text) for text in strings], np.int32),
+        np.array([tabular.reward([p.text] * len(strings), strings) for p in prompts]),
+        s.method.n,
+        s.sampling.temperature,
+        config=policy.config,
+        ref_config=reference.config,
+    )
+
+
+def generate(run: Run, texts: Sequence[str]) -> None:
+    """Responses to the given prompts on standard output, one JSON object a line."""
+    s = run.settings
+    g = s.generate
+    tokenizer = inputs.load_tokenizer(run)
+    model = inputs.load_policy(run) if g.model == "policy" else inputs.load_reference(run)
+    prompts = prompt_files.from_texts(list(texts), tokenizer)
+    prompt_files.fits_context(prompts, s.sampling.max_new_tokens, model.config.positions)
+    base = inputs.sampling(run, tokenizer, g.temperature)
+    sampling = engine.Sampling(
+        base.temperature, base.max_new_tokens, base.eos_id, base.pad_id, g.top_k, g.top_p
+    )
+    bon = g.model == "bon"
+    if bon and not float(s.method.n).is_integer():
+        raise InputError(f"method.n={s.method.n}: generate.model=bon needs a whole number")
+    each = g.count * (int(s.method.n) if bon else 1)
+    requests = responses.requests_for(prompts, each)
+    score = inputs.load_reward(run, tokenizer)
+    drawn: list[responses.Response] = []
+    for group in responses.scored(
+        model, sampling, run.mesh, run.key("generate"), prompts, requests,
+        min(s.sampling.batch_size, len(requests)), score, tokenizer,
+    ):  # fmt: skip
+        drawn += group
+    rows = measure.grouped(drawn, each)
+    if bon:
+        rewards = np.array([[r.reward for r in row] for row in rows])
+        chosen = compare.best_of(rewards, int(s.method.n))
+        rows = [[row[i] for i in columns] for row, columns in zip(rows, chosen)]
+    for prompt, row in zip(prompts, rows, strict=True):
+        for r in row:
+            print(
+                json.dumps(
+                    {"prompt": prompt.text, "response": r.text, "reward": r.reward},
+                    ensure_ascii=False,
+                )
+            )
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "sft": sft,
+    "reward": reward,
+    "sample": sample,
+    "train": train,
+    "export": export,
+    "evaluate": evaluate,
+}
+REDONE = ("export", "evaluate")  # asked for by name, these overwrite what is there
+
+
+def perform(run: Run, stage: str, again: bool) -> None:
+    """Runs one stage unless it is complete under the same settings.
+
+    Args:
+      again: the stage was asked for by name: REDONE stages run even if they are complete, or were
+        completed under other settings.
+    """
+    if again and stage in REDONE:
+        run.workdir.forget(stage)
+    if run.workdir.begin(stage, run.settings):
+        log(f"{stage}: complete already in {run.workdir.root}")
+        return
+    began = time.monotonic()
+    with jax.set_mesh(run.mesh):
+        STAGES[stage](run)
+    run.workdir.complete(stage, run.settings)
+    log(f"{stage}: done in {time.monotonic() - began:.1f} s")
