@@ -1,0 +1,241 @@
+"""The best-of-N distribution and the objectives made from it.
+
+Notation: F(y) = P_ref(r(y') < r(y)), strict; g(y) = P_ref(r(y') = r(y)), the mass of the tie group
+of y (pi_ref(y) itself when the reward is injective, or when ties are broken by a fixed total order
+which then also extends `<` in F). `log_f` = log F and `log_mass` = log g, in nats.
+
+    pi_bon(y) / pi_ref(y) = ((F + g)^n - F^n) / g                                          (1)
+
+Proposition 1 and Appendix C of "Variational Best-of-N Alignment" (Amini et al., 2024).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from vbon_jax.bon.checks import check_beta, check_choice, check_n
+
+OBJECTIVES = ("exact", "lower_bound", "jensen_bound", "reward")
+
+# Below this, u^2 is lost beside u in float32, and one term of the series is exact.
+_TINY = 1e-6
+
+
+def log1mexp(x: jax.Array) -> jax.Array:
+    """log(1 - exp(-x)) for x >= 0, elementwise; -inf at x = 0."""
+    near = jnp.log(-jnp.expm1(-x))
+    far = jnp.log1p(-jnp.exp(-x))
+    return jnp.where(x < 0.6931472, near, far)
+
+
+def _log_expm1_over(x: jax.Array) -> jax.Array:
+    """log((exp(x) - 1) / x) for x >= 0, elementwise; 0 at x = 0."""
+    clipped = jnp.clip(x, _TINY, 1.0)
+    middle = jnp.log(jnp.expm1(clipped) / clipped)
+    large = jnp.maximum(x, 1.0)
+    far = large + jnp.log1p(-jnp.exp(-large)) - jnp.log(large)
+    return jnp.where(x < _TINY, x / 2, jnp.where(x > 1.0, far, middle))
+
+
+def _log_softplus_over_exp(u: jax.Array) -> jax.Array:
+    """log(log(1 + u) / u) for 0 <= u <= 1, elementwise; 0 at u = 0."""
+    clipped = jnp.maximum(u, _TINY)
+    return jnp.where(u < _TINY, -u / 2, jnp.log(jnp.log1p(clipped) / clipped))
+
+
+@jax.jit
+def _log_bon_ratio(log_f: jax.Array, log_mass: jax.Array, n: jax.Array) -> jax.Array:
+    log_g = jnp.minimum(log_mass, 0.0)
+    # F <= 1 - g always holds for the true F; an estimate above it is noise.
+    log_f = jnp.minimum(log_f, log1mexp(-log_g))
+    neither = jnp.isneginf(log_f) & jnp.isneginf(log_g)
+    d = jnp.where(neither, 0.0, log_g - log_f)
+
+    # With d = log g - log F, log(F + g) = log F + softplus(d), so that (1) is
+    #   (n - 1) log F + log n + log(softplus(d) / e^d) + log((e^x - 1) / x),  x = n softplus(d).
+    # Nothing here subtracts log g again, so log g = -300 costs no digits.
+    u = jnp.exp(jnp.minimum(d, 0.0))
+    x = n * jnp.log1p(u)
+    small_mass = (n - 1) * log_f + jnp.log(n) + _log_softplus_over_exp(u) + _log_expm1_over(x)
+    # The mirror image for g > F, which stays finite at F = 0:
+    #   (n - 1) log g + n softplus(-d) + log(1 - e^-x),  x = n softplus(d) >= n log 2.
+    up = jnp.maximum(d, 0.0)
+    softplus_down = jnp.log1p(jnp.exp(-up))
+    large_mass = (
+        (n - 1) * log_g + n * softplus_down + jnp.log1p(-jnp.exp(-n * (up + softplus_down)))
+    )
+
+    ratio = jnp.where(d > 0, large_mass, small_mass)
+    ratio = jnp.where(n == 1, 0.0, ratio)
+    return jnp.where(jnp.isnan(log_f) | jnp.isnan(log_g), jnp.nan, ratio)
+
+
+def log_bon_ratio(log_f: ArrayLike, log_mass: ArrayLike, n: ArrayLike) -> jax.Array:
+    """log(pi_bon(y) / pi_ref(y)) by formula (1), elementwise, O(1) in n.
+
+    Finite wherever the true value is: log_f = -inf (F = 0) gives (n - 1) log g; g -> 0, however far
+    below the range of float32 exp, gives log n + (n - 1) log F; n = 1 gives exactly 0.
+
+    Inputs that only rounding or an estimated F can make are brought back to what is possible:
+    log_mass > 0 is read as 0, and F > 1 - g as F = 1 - g. A NaN in log_f or log_mass stays a NaN.
+
+    Args:
+        log_f: log F in nats, <= 0 or -inf, any shape.
+        log_mass: log g in nats, <= 0; broadcasts with log_f.
+        n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts too.
+
+    Returns:
+        float32 array of the broadcast shape, in nats. Not meant to be differentiated.
+
+    Raises:
+        ValueError: a concrete n is below 1, NaN or infinite.
+    """
+    check_n(n)
+    return _log_bon_ratio(
+        jnp.asarray(log_f, jnp.float32),
+        jnp.asarray(log_mass, jnp.float32),
+        jnp.asarray(n, jnp.float32),
+    )
+
+
+def log_bon_prob(log_f: ArrayLike, log_ref: ArrayLike, n: ArrayLike) -> jax.Array:
+    """log pi_bon(y) for an injective reward (Eq. 4 of the paper), where g(y) = pi_ref(y).
+
+    Args:
+        log_f: log F in nats, any shape.
+        log_ref: log pi_ref(y) in nats; broadcasts with log_f.
+        n: as in `log_bon_ratio`.
+
+    Returns:
+        float32 array of the broadcast shape, in nats.
+
+    Raises:
+        ValueError: a concrete n is below 1, NaN or infinite.
+    """
+    return jnp.asarray(log_ref, jnp.float32) + log_bon_ratio(log_f, log_ref, n)
+
+
+def _need(objective: str, name: str, value: ArrayLike | None) -> ArrayLike:
+    if value is None:
+        raise ValueError(f"objective {objective!r} needs {name}, got {name}=None")
+    return value
+
+
+def _times_log_f(weight: jax.Array, log_f: ArrayLike) -> jax.Array:
+    """weight * log_f, with 0 * -inf = 0 (at n = 1 F does not matter) and NaN kept."""
+    log_f = jnp.asarray(log_f, jnp.float32)
+    unweighted = (weight == 0) & ~jnp.isnan(log_f)
+    return jnp.where(unweighted, 0.0, weight * log_f)
+
+
+def sequence_reward(
+    objective: str,
+    *,
+    n: ArrayLike | None = None,
+    log_f: ArrayLike | None = None,
+    log_mass: ArrayLike | None = None,
+    log_ratio: ArrayLike | None = None,
+    reward: ArrayLike | None = None,
+) -> jax.Array:
+    """The reward R(y) of a whole response under an objective of the form
+
+        J = E_policy[R(y)] - kl_coefficient * KL(policy || ref) + entropy_coefficient * H(policy).
+
+    `kl_coefficient` and `entropy_coefficient` of this module give the other two weights. Each
+    objective is divided by one constant c, which moves no optimum and keeps the size of R
+    comparable between objectives and between values of n:
+
+    | objective      | c          | R(y)                       | KL  | H                        |
+    |----------------|------------|----------------------------|-----|--------------------------|
+    | `exact`        | n          | log ratio (1) / n          | 1/n | 0                        |
+    | `lower_bound`  | n          | (n-1) log F / n            | 1/n | 0                        |
+    | `jensen_bound` | n(n+1)/2   | (n-1) log F / (n+1)        | 1   | -(n+2)(n-1) / (n(n+1))   |
+    | `reward`       | 1          | r(y)                       | beta| 0                        |
+
+    Eq. 5, Eq. 8 with Theorem 2, Theorem 3, and Eq. 1 of the paper. For `jensen_bound`,
+    L1 = gamma E[log F] - alpha H - beta KL with gamma = n(n-1)/2, alpha = (n+2)(n-1)/2 = beta - 1
+    and beta = n(n+1)/2; c is that beta, so at n = 1 it agrees with the others.
+
+    Args:
+        objective: one of `OBJECTIVES`.
+        n: the N of best-of-N; all but `reward` need it.
+        log_f: log F in nats; for `lower_bound` and `jensen_bound`, and for `exact` without
+            log_ratio. -inf gives -inf in the two bounds (unless n = 1): floor it or choose an
+            estimator that is finite.
+        log_mass: log g in nats; for `exact` without log_ratio.
+        log_ratio: log(pi_bon / pi_ref) already computed; `exact` prefers it to log_f and log_mass.
+        reward: r(y); for `reward`.
+        Arguments that the objective does not use are ignored.
+
+    Returns:
+        float32 array of the inputs' broadcast shape; a NaN in what is used stays a NaN.
+
+    Raises:
+        ValueError: unknown objective, a missing argument, or a bad concrete n.
+    """
+    check_choice("objective", objective, OBJECTIVES)
+    if objective == "reward":
+        return jnp.asarray(_need(objective, "reward", reward), jnp.float32)
+    check_n(n)
+    n_f32 = jnp.asarray(n, jnp.float32)
+    if objective == "exact":
+        if log_ratio is None:
+            log_ratio = log_bon_ratio(
+                _need(objective, "log_f (or log_ratio)", log_f),
+                _need(objective, "log_mass (or log_ratio)", log_mass),
+                n_f32,
+            )
+        return jnp.asarray(log_ratio, jnp.float32) / n_f32
+    log_f = _need(objective, "log_f", log_f)
+    if objective == "lower_bound":
+        return _times_log_f((n_f32 - 1) / n_f32, log_f)
+    return _times_log_f((n_f32 - 1) / (n_f32 + 1), log_f)
+
+
+def kl_coefficient(
+    objective: str, n: ArrayLike | None = None, beta: ArrayLike | None = None
+) -> jax.Array:
+    """The weight of KL(policy || ref) that goes with `sequence_reward`; see the table there.
+
+    Args:
+        objective: one of `OBJECTIVES`.
+        n: the N of best-of-N, for all but `reward`.
+        beta: the weight itself, for `reward` only; 1 / (n - 1) is comparable to best-of-n.
+
+    Returns:
+        float32 scalar (or n's shape), >= 0.
+
+    Raises:
+        ValueError: unknown objective, or a missing or bad n or beta.
+    """
+    check_choice("objective", objective, OBJECTIVES)
+    if objective == "reward":
+        beta = _need(objective, "beta", beta)
+        check_beta(beta)
+        return jnp.asarray(beta, jnp.float32)
+    check_n(n)
+    n_f32 = jnp.asarray(n, jnp.float32)
+    return jnp.ones_like(n_f32) if objective == "jensen_bound" else 1 / n_f32
+
+
+def entropy_coefficient(objective: str, n: ArrayLike | None = None) -> jax.Array:
+    """The weight of H(policy) that goes with `sequence_reward`: 0 but for `jensen_bound`.
+
+    There it is -alpha/beta = -(n+2)(n-1) / (n(n+1)): the bound punishes entropy (Theorem 3).
+
+    Args:
+        objective: one of `OBJECTIVES`.
+        n: the N of best-of-N, for `jensen_bound`.
+
+    Returns:
+        float32 scalar (or n's shape), in (-1, 0].
+
+    Raises:
+        ValueError: unknown objective, or a missing or bad n.
+    """
+    check_choice("objective", objective, OBJECTIVES)
+    if objective != "jensen_bound":
+        return jnp.zeros((), jnp.float32)
+    check_n(n)
+    n_f32 = jnp.asarray(n, jnp.float32)
+    return -(n_f32 + 2) * (n_f32 - 1) / (n_f32 * (n_f32 + 1))

@@ -1,0 +1,129 @@
+"""Exact quantities of a world whose S strings are all listed.
+
+float64 NumPy on purpose: these are the yardstick that training is measured with, computed once on
+the host, and they share no code with the float32 formulas that they check.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vbon_jax.bon.checks import check_n
+
+# float32 log-probabilities of some thousand strings add up to 1 within this.
+_NORMALISED_WITHIN = 1e-3
+
+
+def _log_probs(name: str, log_p_S: ArrayLike) -> np.ndarray:
+    log_p_S = np.asarray(log_p_S, np.float64)
+    if log_p_S.ndim != 1 or log_p_S.size == 0:
+        raise ValueError(f"{name} must be a vector of log-probabilities, got shape {log_p_S.shape}")
+    total = float(np.exp(log_p_S).sum())
+    if not abs(total - 1) <= _NORMALISED_WITHIN:
+        raise ValueError(f"{name} must hold every string's log-probability, but sums to {total}")
+    return log_p_S
+
+
+def _rewards(rewards_S: ArrayLike, size: int) -> np.ndarray:
+    rewards_S = np.asarray(rewards_S)
+    if rewards_S.shape != (size,):
+        raise ValueError(
+            f"rewards_S must have one reward a string, shape ({size},), got {rewards_S.shape}"
+        )
+    num_nan = int(np.isnan(rewards_S).sum())
+    if num_nan:
+        raise ValueError(f"rewards_S holds {num_nan} NaN among {size} rewards; a NaN has no rank")
+    return rewards_S
+
+
+def log_f_and_mass(log_ref_S: ArrayLike, rewards_S: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Exact log F and log g of every string.
+
+    F(y) = P_ref(r(y') < r(y)); g(y) = P_ref(r(y') = r(y)), the mass of all strings tied with y,
+    which is pi_ref(y) when no two rewards are equal. For ties broken by a fixed total order (App. C
+    of the paper), pass each string's place in that order as its reward.
+
+    Args:
+        log_ref_S: log pi_ref of every string, in nats, normalised.
+        rewards_S: their rewards.
+
+    Returns:
+        (log_f_S, log_mass_S), float64; log_f is -inf for the lowest reward.
+
+    Raises:
+        ValueError: not normalised, shapes that differ, or NaN rewards (they are counted).
+    """
+    log_ref_S = _log_probs("log_ref_S", log_ref_S)
+    _, group_S = np.unique(_rewards(rewards_S, log_ref_S.size), return_inverse=True)
+    log_mass_G = np.full(group_S.max() + 1, -np.inf)
+    np.logaddexp.at(log_mass_G, group_S, log_ref_S)
+    log_upper_G = np.logaddexp.accumulate(log_mass_G)
+    log_f_G = np.concatenate([[-np.inf], log_upper_G[:-1]])
+    return log_f_G[group_S], log_mass_G[group_S]
+
+
+def log_bon(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndarray:
+    """log pi_bon of every string by formula (1), ties broken uniformly at random.
+
+    Args:
+        log_ref_S: log pi_ref of every string, in nats, normalised.
+        rewards_S: their rewards.
+        n: the N of best-of-N, a real number >= 1.
+
+    Returns:
+        float64 vector, in nats, normalised as well as log_ref_S is.
+
+    Raises:
+        ValueError: as `log_f_and_mass`, or n below 1, NaN or infinite.
+    """
+    check_n(n)
+    log_f_S, log_mass_S = log_f_and_mass(log_ref_S, rewards_S)
+    # -inf - -inf belongs to a string that the reference never says: pi_bon = 0 there as well.
+    possible_S = np.isfinite(log_mass_S)
+    log_bon_S = np.full(log_f_S.shape, -np.inf)
+    log_f, log_g = log_f_S[possible_S], log_mass_S[possible_S]
+    x = n * np.logaddexp(0.0, log_g - log_f)
+    log_ratio = n * np.logaddexp(log_f, log_g) + np.log(-np.expm1(-x)) - log_g
+    log_bon_S[possible_S] = np.asarray(log_ref_S, np.float64)[possible_S] + log_ratio
+    return log_bon_S
+
+
+def kl(log_p_S: ArrayLike, log_q_S: ArrayLike) -> float:
+    """KL(p || q) = sum_y p(y) (log p(y) - log q(y)), in nats; inf where p > 0 and q = 0.
+
+    Args:
+        log_p_S: log p of every string, normalised.
+        log_q_S: log q of the same strings, normalised.
+
+    Raises:
+        ValueError: not normalised, or shapes that differ.
+    """
+    log_p_S = _log_probs("log_p_S", log_p_S)
+    log_q_S = _log_probs("log_q_S", log_q_S)
+    if log_p_S.shape != log_q_S.shape:
+        raise ValueError(
+            f"log_p_S and log_q_S must list the same strings, got {log_p_S.size} and {log_q_S.size}"
+        )
+    said_S = log_p_S > -np.inf
+    p_S = np.exp(log_p_S[said_S])
+    return float(np.sum(p_S * (log_p_S[said_S] - log_q_S[said_S])))
+
+
+def win_rate(log_p_S: ArrayLike, log_ref_S: ArrayLike, rewards_S: ArrayLike) -> float:
+    """P(r(y) > r(y')) + P(r(y) = r(y')) / 2 for y from p and y' from the reference.
+
+    Args:
+        log_p_S: log p of every string, normalised.
+        log_ref_S: log pi_ref of the same strings, normalised.
+        rewards_S: their rewards.
+
+    Raises:
+        ValueError: not normalised, shapes that differ, or NaN rewards (they are counted).
+    """
+    log_p_S = _log_probs("log_p_S", log_p_S)
+    log_f_S, log_mass_S = log_f_and_mass(log_ref_S, rewards_S)
+    if log_p_S.shape != log_f_S.shape:
+        raise ValueError(
+            f"log_p_S and log_ref_S must list the same strings, got {log_p_S.size} and "
+            f"{log_f_S.size}"
+        )
+    return float(np.sum(np.exp(log_p_S) * (np.exp(log_f_S) + np.exp(log_mass_S) / 2)))

@@ -1,0 +1,223 @@
+"""Ranks among reference rewards, and the estimators of log F made from them.
+
+A response y with reward r has k = #{reference rewards < r} (`num_below`) and
+e = #{reference rewards = r} (`num_equal`) among the m rewards of reference samples of the same
+prompt. F(y) = P_ref(r(y') < r(y)). Only ranks are used, so a strictly increasing transform of the
+rewards changes nothing, bit for bit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import digamma
+from jax.typing import ArrayLike
+
+from vbon_jax.bon.checks import check_choice, check_m, check_n, is_readable
+from vbon_jax.bon.distribution import log1mexp, log_bon_ratio
+
+LOG_F_ESTIMATORS = ("smoothed", "strict", "harmonic")
+ESTIMATORS = (*LOG_F_ESTIMATORS, "interval")
+
+# From this rank on, three terms of the digamma series are exact in float32.
+_SERIES_FROM = 8
+
+
+@jax.jit
+def _reference_ranks(sorted_PxM: jax.Array, rewards_PxB: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def count(side: str) -> jax.Array:
+        search = functools.partial(jnp.searchsorted, side=side)
+        return jax.vmap(search)(sorted_PxM, rewards_PxB).astype(jnp.int32)
+
+    below_PxB = count("left")
+    return below_PxB, count("right") - below_PxB
+
+
+def _check_rewards(name: str, rewards: ArrayLike) -> None:
+    if not is_readable(rewards):
+        return
+    num_nan = int(np.isnan(np.asarray(rewards)).sum())
+    if num_nan:
+        raise ValueError(
+            f"{name} holds {num_nan} NaN among {np.size(rewards)} rewards; a NaN has no rank, "
+            "so find the responses that the reward cannot score"
+        )
+
+
+def reference_ranks(
+    sorted_rewards_PxM: ArrayLike, rewards_PxB: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Counts, for each reward, the same prompt's reference rewards below it and equal to it.
+
+    Rewards are compared in float32. A prompt with fewer than M references may be padded with +inf
+    at the end, as long as its own m is then passed to the estimators.
+
+    Values are checked only when they can be read: not under tracing (jit, vmap), nor in an array
+    spread over other processes. Check them before entering such code.
+
+    Args:
+        sorted_rewards_PxM: reference rewards of P prompts, each row ascending, M >= 1.
+        rewards_PxB: the rewards to rank, B of each prompt.
+
+    Returns:
+        (num_below_PxB, num_equal_PxB), int32.
+
+    Raises:
+        ValueError: shapes do not fit, M = 0, a NaN reward (they are counted), or a row of
+            references that is not ascending.
+    """
+    shape, other = np.shape(sorted_rewards_PxM), np.shape(rewards_PxB)
+    if len(shape) != 2 or len(other) != 2 or shape[0] != other[0]:
+        raise ValueError(
+            "sorted_rewards_PxM and rewards_PxB must be matrices with one row a prompt, "
+            f"got shapes {shape} and {other}"
+        )
+    if shape[1] == 0:
+        raise ValueError(
+            f"sorted_rewards_PxM has m=0 reference rewards a prompt (shape {shape}); "
+            "draw at least one reference sample"
+        )
+    _check_rewards("sorted_rewards_PxM", sorted_rewards_PxM)
+    _check_rewards("rewards_PxB", rewards_PxB)
+    if is_readable(sorted_rewards_PxM):
+        references = np.asarray(sorted_rewards_PxM)
+        unsorted = (references[:, 1:] < references[:, :-1]).any(axis=1)
+        if unsorted.any():
+            raise ValueError(
+                f"sorted_rewards_PxM must be ascending in each row, but {int(unsorted.sum())} of "
+                f"{shape[0]} rows are not, the first of them row {int(unsorted.argmax())}; "
+                "sort along the last axis"
+            )
+    return _reference_ranks(
+        jnp.asarray(sorted_rewards_PxM, jnp.float32), jnp.asarray(rewards_PxB, jnp.float32)
+    )
+
+
+def _log_fraction(a: jax.Array, b: jax.Array) -> jax.Array:
+    """log(a / b) for counts 0 <= a <= b, to full relative accuracy also for a close to b."""
+    fraction = a.astype(jnp.float32) / b.astype(jnp.float32)
+    lacking = (b - a).astype(jnp.float32) / b.astype(jnp.float32)
+    return jnp.where(fraction < 0.5, jnp.log(fraction), jnp.log1p(-lacking))
+
+
+def _harmonic(k: jax.Array, m: jax.Array) -> jax.Array:
+    """H_k - H_m. Subtracting two digammas would lose what is left when k is close to m."""
+    few = digamma(k.astype(jnp.float32) + 1) - digamma(m.astype(jnp.float32) + 1)
+    # digamma(x + 1) = log y + 1 / (24 y^2) - 7 / (960 y^4) + ..., y = x + 1/2
+
+    def series(x: jax.Array) -> jax.Array:
+        z = 1 / jnp.square(jnp.maximum(x, _SERIES_FROM) + 0.5)
+        return z * (1 / 24 - z * (7 / 960))
+
+    many = _log_fraction(2 * k + 1, 2 * m + 1) + (series(k) - series(m))
+    return jnp.where(k == m, 0.0, jnp.where(k < _SERIES_FROM, few, many))
+
+
+@functools.partial(jax.jit, static_argnames="estimator")
+def _log_f(k: jax.Array, m: jax.Array, estimator: str) -> jax.Array:
+    if estimator == "smoothed":
+        return _log_fraction(k + 1, m + 1)
+    if estimator == "strict":
+        return _log_fraction(k, m)
+    return _harmonic(k, m)
+
+
+def log_f(num_below: ArrayLike, m: ArrayLike, estimator: str) -> jax.Array:
+    """Estimates log F from a rank, elementwise. With k = num_below:
+
+    * `smoothed`: log((k + 1) / (m + 1)), what the paper's code runs; never -inf.
+    * `strict`: log(k / m), Eq. 6 of the paper; -inf at k = 0.
+    * `harmonic`: digamma(k + 1) - digamma(m + 1) = H_k - H_m. Its expectation over the reference
+      samples is -sum_{j=1..m} (1 - F)^j / j, the Taylor series of log F cut after m terms, so its
+      bias is only the rest of that series; finite at k = 0.
+
+    Args:
+        num_below: k, integers in [0, m], any shape.
+        m: the number of reference rewards, >= 1, concrete or traced; broadcasts with num_below.
+        estimator: one of `LOG_F_ESTIMATORS`.
+
+    Returns:
+        float32 array of the broadcast shape, in nats, <= 0.
+
+    Raises:
+        ValueError: unknown estimator, or a concrete m below 1.
+    """
+    check_choice("estimator", estimator, LOG_F_ESTIMATORS)
+    check_m(m)
+    return _log_f(jnp.asarray(num_below, jnp.int32), jnp.asarray(m, jnp.int32), estimator)
+
+
+@jax.jit
+def _log_ratio_interval(k: jax.Array, e: jax.Array, m: jax.Array, n: jax.Array) -> jax.Array:
+    upper = _log_fraction(k + e + 1, m + 1)
+    log_mass = _log_fraction(e + 1, m + 1)
+    # ((k+e+1)/k)^n = exp(x); x = inf at k = 0, where the lower end of the interval is 0.
+    x = n * jnp.log1p((e + 1).astype(jnp.float32) / k.astype(jnp.float32))
+    return jnp.where(n == 1, 0.0, n * upper + log1mexp(x) - log_mass)
+
+
+def log_ratio_interval(
+    num_below: ArrayLike, num_equal: ArrayLike, m: ArrayLike, n: ArrayLike
+) -> jax.Array:
+    """Estimates log(pi_bon / pi_ref) from a rank, elementwise, without log F or log pi_ref:
+
+        log[((k + e + 1) / (m + 1))^n - (k / (m + 1))^n] - log((e + 1) / (m + 1))
+
+    Formula (1) with y counted as one more sample of its own tie group: the density averaged over
+    the bin of its rank. Averaged over which of the m + 1 exchangeable samples is y, its exp is
+    exactly 1, so the implied pi_bon is normalised under the reference. Bounded by
+    min(log n, log(m + 1)) above and by -(n - 1) log(m + 1) below.
+
+    Args:
+        num_below: k, integers in [0, m], any shape.
+        num_equal: e, integers with k + e <= m; broadcasts with num_below.
+        m: the number of reference rewards, >= 1, concrete or traced; broadcasts.
+        n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts.
+
+    Returns:
+        float32 array of the broadcast shape, in nats, always finite.
+
+    Raises:
+        ValueError: a concrete m below 1, or a concrete n below 1, NaN or infinite.
+    """
+    check_m(m)
+    check_n(n)
+    return _log_ratio_interval(
+        jnp.asarray(num_below, jnp.int32),
+        jnp.asarray(num_equal, jnp.int32),
+        jnp.asarray(m, jnp.int32),
+        jnp.asarray(n, jnp.float32),
+    )
+
+
+def log_ratio(
+    estimator: str,
+    num_below: ArrayLike,
+    num_equal: ArrayLike,
+    m: ArrayLike,
+    n: ArrayLike,
+    log_mass: ArrayLike | None = None,
+) -> jax.Array:
+    """The estimated log(pi_bon / pi_ref) for any of `ESTIMATORS`, elementwise.
+
+    `interval` estimates the ratio itself from the rank; the others put their log F and log_mass
+    into formula (1), where log_mass = log pi_ref(y) means that ties are taken as broken by order.
+
+    Args:
+        estimator: one of `ESTIMATORS`.
+        num_below, num_equal, m, n: as in `log_ratio_interval`.
+        log_mass: log g in nats; not used by `interval`, needed by the others.
+
+    Returns:
+        float32 array of the broadcast shape, in nats.
+
+    Raises:
+        ValueError: unknown estimator, a missing log_mass, or a bad concrete m or n.
+    """
+    check_choice("estimator", estimator, ESTIMATORS)
+    if estimator == "interval":
+        return log_ratio_interval(num_below, num_equal, m, n)
+    if log_mass is None:
+        raise ValueError(f"estimator {estimator!r} needs log_mass, got log_mass=None")
+    return log_bon_ratio(log_f(num_below, m, estimator), log_mass, n)

@@ -1,0 +1,182 @@
+"""Prompts: a number, a text and its token ids. Everything downstream goes by the number."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from vbon_jax.data import jsonl
+from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: `tokens` are what the model sees, `text` is their decoding.
+
+    Two prompts may have the same text; their ids differ.
+    """
+
+    id: int
+    text: str
+    tokens: tuple[int, ...]
+
+
+def prefix_prompts(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    count: int,
+    min_tokens: int,
+    max_tokens: int,
+    seed: int,
+) -> list[Prompt]:
+    """Cuts prompts from the beginnings of texts, as the paper does for its sentiment task.
+
+    The texts are taken in random order without replacement, and each prompt has a length drawn
+    uniformly from {min_tokens, ..., max_tokens}. A text is passed over when it has no token left
+    beyond the prompt, or when the cut would split a character.
+
+    Args:
+      texts: the held-out texts.
+      tokenizer: counts and cuts the tokens; no special token is added.
+      count: number of prompts.
+      min_tokens, max_tokens: the range of lengths in tokens, both ends included.
+      seed: decides the texts and the lengths.
+
+    Returns:
+      `count` prompts with ids 0 to count - 1.
+
+    Raises:
+      InputError: count or the range of lengths is not positive, or too few texts are long enough.
+    """
+    if count < 1 or not 1 <= min_tokens <= max_tokens:
+        raise InputError(
+            f"prompts need count >= 1 and 1 <= min_tokens <= max_tokens, not count = {count}, "
+            f"min_tokens = {min_tokens}, max_tokens = {max_tokens}"
+        )
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(texts))
+    lengths = rng.integers(min_tokens, max_tokens, size=count, endpoint=True)
+    prompts: list[Prompt] = []
+    for index in order:
+        if len(prompts) == count:
+            break
+        # The length waits for a text that is long enough, so that lengths stay uniform.
+        length = int(lengths[len(prompts)])
+        tokens = tokenizers.encode(tokenizer, texts[index])
+        text = tokenizer.decode(tokens[:length])
+        splits_character = "\ufffd" in text and "\ufffd" not in texts[index]
+        if len(tokens) > length and not splits_character:
+            prompts.append(Prompt(len(prompts), text, tokens[:length]))
+    if len(prompts) < count:
+        raise InputError(
+            f"asked for {count} prompts of {min_tokens} to {max_tokens} tokens, but only "
+            f"{len(prompts)} could be cut from the {len(texts)} texts (a text must be longer than "
+            "its prompt); ask for fewer or shorter prompts, or give more text"
+        )
+    return prompts
+
+
+def from_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
+    """Takes each text whole as a prompt; ids are 0, 1, ... in order.
+
+    Raises:
+      InputError: a text has no token, or one the tokenizer does not know.
+    """
+    prompts = []
+    for index, text in enumerate(texts):
+        tokens = tokenizers.encode(tokenizer, text)
+        if not tokens:
+            raise InputError(f"prompt {index} ({text!r}) has no token; give it at least one")
+        prompts.append(Prompt(index, text, tokens))
+    return prompts
+
+
+def fits_context(prompts: Sequence[Prompt], max_new_tokens: int, positions: int) -> None:
+    """Checks that each prompt and its response fit the positions of the model.
+
+    Args:
+      prompts: the prompts.
+      max_new_tokens: most tokens of a response.
+      positions: the model's context length in tokens.
+
+    Raises:
+      InputError: names the first prompt that is too long.
+    """
+    for prompt in prompts:
+        if len(prompt.tokens) + max_new_tokens > positions:
+            shown = prompt.text if len(prompt.text) <= 60 else prompt.text[:57] + "..."
+            raise InputError(
+                f"prompt {prompt.id} ({shown!r}) has {len(prompt.tokens)} tokens; with "
+                f"{max_new_tokens} new tokens it needs {len(prompt.tokens) + max_new_tokens} "
+                f"positions and the model has {positions}; shorten it or max_new_tokens"
+            )
+
+
+def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None:
+    """Writes {"id", "prompt", "tokens"} lines; the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        for prompt in prompts:
+            record = {"id": prompt.id, "prompt": prompt.text, "tokens": list(prompt.tokens)}
+            file.write(jsonl.dump_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Prompt]:
+    """Reads what `write_jsonl` wrote.
+
+    Raises:
+      InputError: the file is missing or empty, a line is malformed, or an id occurs twice; names
+        the file and the line.
+    """
+    prompts: list[Prompt] = []
+    seen: set[int] = set()
+    for where, record in jsonl.read(path):
+        text = jsonl.text_field(record, "prompt", where)
+        number = jsonl.field(record, "id", where)
+        if not _is_count(number) or number in seen:
+            raise InputError(f"{where}: 'id' must be a whole number of its own, not {number!r}")
+        tokens = jsonl.field(record, "tokens", where)
+        if not isinstance(tokens, list) or not tokens or not all(map(_is_count, tokens)):
+            raise InputError(f"{where}: 'tokens' must be a list of token ids, not {tokens!r}")
+        seen.add(number)
+        prompts.append(Prompt(number, text, tuple(tokens)))
+    if not prompts:
+        raise InputError(f"{path}: the file is empty; it needs one prompt a line")
+    return prompts
+
+
+def read_texts(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
+    """Reads a user's own prompts from {"prompt": str} lines; other keys are ignored.
+
+    Returns:
+      The prompts in file order with ids 0, 1, ...
+
+    Raises:
+      InputError: the file is missing or empty, or a line is malformed or has no token; names the
+        file and the line.
+    """
+    prompts: list[Prompt] = []
+    for where, record in jsonl.read(path):
+        text = jsonl.text_field(record, "prompt", where)
+        try:
+            tokens = tokenizers.encode(tokenizer, text)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if not tokens:
+            raise InputError(f"{where}: 'prompt' {text!r} has no token; give it at least one")
+        prompts.append(Prompt(len(prompts), text, tokens))
+    if not prompts:
+        raise InputError(f'{path}: the file is empty; give one {{"prompt": ...}} a line')
+    return prompts

@@ -1,0 +1,109 @@
+"""An enumerable world: 6 letters, responses of 4, so that everything about it is an exact number.
+
+A prompt is one letter and a response is 4 letters, hence 1296 responses to each of 6 prompts. The
+corpus is drawn from a fixed second-order Markov process; the reward is a fixed table.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from vbon_jax.data.text import Example
+
+ALPHABET = "abcdef"
+LENGTH = 4
+
+# The world is fixed: these are no settings, and a seed given below only draws from it.
+_TRANSITION_SEED = 20
+_REWARD_SEED = 21
+_FLOOR = 0.1  # share of each transition that is uniform, so that no string is impossible
+
+
+def strings(alphabet: str = ALPHABET, length: int = LENGTH) -> list[str]:
+    """All len(alphabet) ** length strings, the last letter changing fastest."""
+    return ["".join(letters) for letters in itertools.product(alphabet, repeat=length)]
+
+
+@functools.cache
+def _transitions() -> np.ndarray:
+    """P(next letter | letter before last, last letter), float64 [7, 6, 6]; row 6: no letter."""
+    size = len(ALPHABET)
+    drawn = np.random.default_rng(_TRANSITION_SEED).dirichlet(np.ones(size), (size + 1, size))
+    return (1 - _FLOOR) * drawn + _FLOOR / size
+
+
+@functools.cache
+def reward_table() -> np.ndarray:
+    """The reward of each response to each prompt, in the orders of ALPHABET and `strings()`.
+
+    Returns:
+      float32 [6, 1296], standard normal draws, all different within a row, read-only.
+    """
+    shape = (len(ALPHABET), len(ALPHABET) ** LENGTH)
+    table = np.random.default_rng(_REWARD_SEED).standard_normal(shape).astype(np.float32)
+    table.flags.writeable = False
+    return table
+
+
+@functools.cache
+def _columns() -> dict[str, int]:
+    return {response: column for column, response in enumerate(strings())}
+
+
+def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """The reward of each response to its prompt, from `reward_table`.
+
+    Args:
+      prompts: one letter of ALPHABET each.
+      responses: LENGTH letters of ALPHABET each, as many as prompts.
+
+    Returns:
+      The rewards; each is a float32 value.
+
+    Raises:
+      ValueError: the numbers of prompts and responses differ, or one is not of this world.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
+    table, columns = reward_table(), _columns()
+    rewards = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        if len(prompt) != 1 or prompt not in ALPHABET:
+            raise ValueError(f"prompt {prompt!r} is not one letter of {ALPHABET!r}")
+        if response not in columns:
+            raise ValueError(
+                f"response {response!r} to {prompt!r} is not {LENGTH} letters of {ALPHABET!r}; "
+                f"sample exactly {LENGTH} tokens with the tokenizer of kind 'characters'"
+            )
+        rewards.append(float(table[ALPHABET.index(prompt), columns[response]]))
+    return rewards
+
+
+def corpus(seed: int, count: int) -> list[Example]:
+    """Draws texts of a prompt letter and 4 response letters, each prompt letter equally often.
+
+    Args:
+      seed: decides the draws from the process, not the process.
+      count: number of texts; text i begins with letter i modulo 6.
+
+    Returns:
+      Examples labelled 1 where the reward is above the median reward of the prompt, else 0.
+    """
+    rng = np.random.default_rng(seed)
+    transitions = _transitions()
+    size = len(ALPHABET)
+    letters = np.empty((count, 1 + LENGTH), np.int64)
+    letters[:, 0] = np.arange(count) % size
+    before_last = np.full(count, size)
+    for position in range(LENGTH):
+        probs = transitions[before_last, letters[:, position]]
+        below = np.cumsum(probs[:, :-1], axis=1) <= rng.random((count, 1))  # inverse CDF
+        before_last = letters[:, position]
+        letters[:, position + 1] = below.sum(axis=1)
+    medians = np.median(reward_table(), axis=1)
+    texts = ["".join(ALPHABET[letter] for letter in row) for row in letters]
+    rewards = reward([text[0] for text in texts], [text[1:] for text in texts])
+    labels = np.asarray(rewards) > medians[letters[:, 0]]
+    return [Example(text, int(label)) for text, label in zip(texts, labels, strict=True)]

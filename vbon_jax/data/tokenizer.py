@@ -1,0 +1,132 @@
+"""Tokenizers: built from a corpus, or loaded from a Hugging Face directory."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from vbon_jax.errors import InputError
+
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"  # not EOS: a padded place must never look like an end that was sampled
+KINDS = ("bpe", "characters")
+
+
+def _byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + 2
+    if vocab_size < smallest:
+        raise InputError(
+            f"vocab_size = {vocab_size} is too small for byte-level BPE: {len(alphabet)} bytes and "
+            f"2 special tokens need at least {smallest}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _characters(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    alphabet = sorted(set().union(*texts))
+    if len(alphabet) > vocab_size:
+        raise InputError(
+            f"vocab_size = {vocab_size} is too small: the texts hold {len(alphabet)} distinct "
+            "characters, and each is a token"
+        )
+    # WordLevel without an unknown token refuses a character it has not seen; BPE would drop it.
+    tokenizer = Tokenizer(models.WordLevel({char: i for i, char in enumerate(alphabet)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def build(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer from texts; the same texts give the same tokenizer.
+
+    Args:
+      texts: the corpus.
+      kind: "bpe", byte-level BPE over all 256 bytes, so any text round-trips exactly, with
+        `<|endoftext|>` as BOS and EOS and a `<|pad|>` of its own; or "characters", each distinct
+        character of the texts a token, in sorted order, and no special token at all.
+      vocab_size: the most tokens to have. BPE stops earlier when no pair occurs twice; the
+        vocabulary is never padded, so `len(tokenizer)` is what was learned.
+
+    Raises:
+      InputError: an unknown kind, no text, or vocab_size too small for the kind.
+    """
+    texts = list(texts)
+    if not any(texts):
+        raise InputError(f"a tokenizer needs text to be built from; {len(texts)} texts, all empty")
+    if kind == "bpe":
+        return _byte_level_bpe(texts, vocab_size)
+    if kind == "characters":
+        return _characters(texts, vocab_size)
+    raise InputError(f"tokenizer kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+
+
+def load(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a Hugging Face directory; never asks the network.
+
+    Raises:
+      InputError: the directory is missing or holds no tokenizer that transformers can load.
+    """
+    path = Path(path)
+    if not path.is_dir():  # from_pretrained would take the name for one on the hub
+        raise InputError(f"tokenizer directory {path} does not exist; check the path")
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, local_files_only=True, clean_up_tokenization_spaces=False
+        )
+    except Exception as error:  # a broken file surfaces as whatever its parser raises
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"no tokenizer could be loaded from {path} ({type(error).__name__}: {reason}); it "
+            "needs tokenizer.json or the vocabulary files that go with its config.json"
+        ) from error
+
+
+def save(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str]) -> None:
+    """Writes the files of a Hugging Face tokenizer directory."""
+    tokenizer.save_pretrained(path)
+
+
+def eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of the end-of-sequence token.
+
+    Raises:
+      InputError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"tokenizer without EOS: {tokenizer.name_or_path or 'the one built here'} sets no "
+            'eos_token; add "eos_token" to its tokenizer_config.json'
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    """The token ids of a text, with no special token added.
+
+    Raises:
+      InputError: the tokenizer has no token for a character of the text.
+    """
+    try:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise InputError(f"text {text!r} cannot be tokenized: {error}") from error

@@ -1,0 +1,76 @@
+"""Generalised advantage estimation and whitening, over padded batches."""
+
+import jax
+import jax.numpy as jnp
+
+from vbon_jax.rl.masking import masked, masked_mean
+
+
+def gae(
+    rewards_BxT: jax.Array,
+    values_BxT: jax.Array,
+    mask_BxT: jax.Array,
+    gamma: jax.Array | float,
+    lam: jax.Array | float,
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (Schulman et al., 2016, Eq. 16):
+
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1}
+
+    t runs over the tokens inside the mask only: padding on either side or between is stepped over.
+    The value after the last token is 0, also for a response cut at the length limit: the episode is
+    the response, and R(y) has been paid.
+
+    Args:
+        rewards_BxT: reward for emitting token t.
+        values_BxT: value of the state that token t is emitted from.
+        mask_BxT: true (or 1) at response tokens.
+        gamma: discount in [0, 1].
+        lam: lambda in [0, 1]; 1 gives Monte Carlo returns, 0 one-step TD.
+
+    Returns:
+        (advantages_BxT, returns_BxT), float32, 0 outside the mask; returns = advantages + values.
+    """
+    mask_BxT = mask_BxT.astype(bool)
+    rewards_BxT = rewards_BxT.astype(jnp.float32)
+    values_BxT = masked(values_BxT, mask_BxT)
+
+    def step(
+        later: tuple[jax.Array, jax.Array], now: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        later_advantage_B, later_value_B = later
+        reward_B, value_B, mask_B = now
+        delta_B = reward_B + gamma * later_value_B - value_B
+        advantage_B = delta_B + gamma * lam * later_advantage_B
+        later = (
+            jnp.where(mask_B, advantage_B, later_advantage_B),
+            jnp.where(mask_B, value_B, later_value_B),
+        )
+        return later, advantage_B
+
+    end_B = jnp.zeros(rewards_BxT.shape[0], jnp.float32)
+    _, advantages_TxB = jax.lax.scan(
+        step, (end_B, end_B), (rewards_BxT.T, values_BxT.T, mask_BxT.T), reverse=True
+    )
+    advantages_BxT = masked(advantages_TxB.T, mask_BxT)
+    return advantages_BxT, advantages_BxT + values_BxT
+
+
+def whiten(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8) -> jax.Array:
+    """(x - mean) / sqrt(variance + epsilon), with both moments over the mask.
+
+    The variance is the biased one (divided by the count, not the count less one), so that one token
+    alone gives 0 rather than NaN.
+
+    Args:
+        x: values, any shape.
+        mask: same shape, true (or 1) where x counts.
+        epsilon: keeps a constant x finite.
+
+    Returns:
+        float32 array of x's shape, 0 outside the mask.
+    """
+    x = masked(x, mask)
+    centred = masked(x - masked_mean(x, mask), mask)
+    variance = masked_mean(jnp.square(centred), mask)
+    return centred * jax.lax.rsqrt(variance + epsilon)

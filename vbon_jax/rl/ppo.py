@@ -1,0 +1,120 @@
+"""Proximal policy optimisation (Schulman et al., 2017): clipped losses over response tokens."""
+
+import jax
+import jax.numpy as jnp
+
+from vbon_jax.rl.masking import masked, masked_mean
+
+
+def policy_loss(
+    log_prob: jax.Array,
+    old_log_prob: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    clip: jax.Array | float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The clipped surrogate loss, Eq. 7 of the PPO paper, to be minimised:
+
+        -mean_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t),  rho_t = pi(t) / pi_old(t)
+
+    Args:
+        log_prob: log-probability of each token under the policy being trained, BxT, in nats.
+        old_log_prob: the same under the policy that sampled it; no gradient flows through it.
+        advantages: A_t, BxT; no gradient flows through them.
+        mask: true (or 1) at response tokens, BxT.
+        clip: the clip range, 0.2 in the paper.
+
+    Returns:
+        (loss, info): the mean over all tokens inside the mask, and float32 scalars
+        `clip_fraction` (share of tokens whose ratio has left [1 - clip, 1 + clip]),
+        `approx_kl` (the mean of rho - 1 - log rho, an estimate of KL(pi_old || pi) in nats a token)
+        and `ratio_mean` (the mean of rho).
+    """
+    advantages = jax.lax.stop_gradient(masked(advantages, mask))
+    log_ratio = masked(log_prob, mask) - jax.lax.stop_gradient(masked(old_log_prob, mask))
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
+    loss = -masked_mean(jnp.minimum(ratio * advantages, clipped * advantages), mask)
+    info = {
+        "clip_fraction": masked_mean(jnp.abs(ratio - 1) > clip, mask),
+        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+        "ratio_mean": masked_mean(ratio, mask),
+    }
+    return loss, jax.lax.stop_gradient(info)
+
+
+def value_loss(
+    values: jax.Array,
+    old_values: jax.Array,
+    returns: jax.Array,
+    mask: jax.Array,
+    clip: jax.Array | float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The clipped squared error of the value head, to be minimised:
+
+        1/2 mean_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -clip, clip) - R_t)^2)
+
+    Args:
+        values: V_t of the network being trained, BxT.
+        old_values: V_t at the time of the rollout, BxT; no gradient flows through it.
+        returns: R_t, BxT; no gradient flows through it.
+        mask: true (or 1) at response tokens, BxT.
+        clip: the clip range, in units of the value.
+
+    Returns:
+        (loss, info): the mean over all tokens inside the mask, and the float32 scalar
+        `clip_fraction` (share of tokens whose value has moved by more than clip).
+    """
+    values = masked(values, mask)
+    old_values = jax.lax.stop_gradient(masked(old_values, mask))
+    returns = jax.lax.stop_gradient(masked(returns, mask))
+    moved = values - old_values
+    clipped = old_values + jnp.clip(moved, -clip, clip)
+    worst = jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
+    info = {"clip_fraction": masked_mean(jnp.abs(moved) > clip, mask)}
+    return masked_mean(worst, mask) / 2, jax.lax.stop_gradient(info)
+
+
+def entropy(logits_BxTxV: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """Mean entropy of the next-token distribution over the tokens inside the mask.
+
+    Args:
+        logits_BxTxV: logits already divided by the sampling temperature; -inf is probability 0.
+        mask_BxT: true (or 1) at response tokens.
+
+    Returns:
+        float32 scalar in nats a token, in [0, log V].
+    """
+    mask_BxTx1 = mask_BxT.astype(bool)[..., None]
+    log_p_BxTxV = jax.nn.log_softmax(
+        jnp.where(mask_BxTx1, logits_BxTxV.astype(jnp.float32), 0.0), axis=-1
+    )
+    # 0 log 0 = 0, without a NaN in the gradient.
+    finite_BxTxV = jnp.where(jnp.isneginf(log_p_BxTxV), 0.0, log_p_BxTxV)
+    entropy_BxT = -jnp.sum(jnp.exp(log_p_BxTxV) * finite_BxTxV, axis=-1)
+    return masked_mean(entropy_BxT, mask_BxT)
+
+
+def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 is no help.
+
+    Returns that are all the same have no variance to explain: then 1 if the error is constant too,
+    else 0, so that the number is always finite.
+
+    Args:
+        values: predicted values, BxT.
+        returns: what they should predict, BxT.
+        mask: true (or 1) at response tokens, BxT.
+
+    Returns:
+        float32 scalar, <= 1.
+    """
+
+    def variance(x: jax.Array) -> jax.Array:
+        return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+    returns = masked(returns, mask)
+    total = variance(returns)
+    error = variance(returns - masked(values, mask))
+    constant = jnp.where(error == 0, 1.0, 0.0)
+    return jnp.where(total == 0, constant, 1 - error / jnp.where(total == 0, 1.0, total))
