@@ -1,0 +1,47 @@
+"""Eight fake CPU devices for the sharding tests, and one compilation cache for the whole run."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax starts: devices cannot be added afterwards.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "vbon_jax_test_xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax
+import numpy as np
+import pytest
+
+from vbon_jax import sharding
+from vbon_jax.models import decoder
+
+
+@pytest.fixture(scope="session")
+def config() -> decoder.DecoderConfig:
+    """A decoder small enough to compile at once, with an odd vocabulary."""
+    return decoder.DecoderConfig(
+        vocab_size=37, positions=32, layers=2, width=16, heads=2, mlp_width=32,
+        initializer_range=0.4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def params(config: decoder.DecoderConfig):
+    """Random parameters: wide enough an initialisation that distributions are far from uniform."""
+    return decoder.init(config, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    return sharding.make_mesh()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,130 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vbon_jax.sampling import decode, engine
+
+T = 8
+EOS = 3
+
+
+def sampling(**changes):
+    return engine.Sampling(
+        **{"temperature": 0.8, "max_new_tokens": T, "eos_id": EOS, "pad_id": 0} | changes
+    )
+
+
+def requests(count, samples=1):
+    rng = np.random.default_rng(1)
+    prompts = [tuple(int(t) for t in rng.integers(4, 37, size=1 + i % 6)) for i in range(count)]
+    return [engine.Request(i, s, p) for i, p in enumerate(prompts) for s in range(samples)]
+
+
+def rows(params, config, mesh, wanted, batch_size, **changes):
+    """{(prompt id, sample): (tokens, log-probs, finished)} of a run of ``generate``."""
+    out = {}
+    for batch in engine.generate(
+        params, config, sampling(**changes), mesh, jax.random.key(5), wanted, batch_size
+    ):
+        r = jax.device_get(batch.rollout)
+        for i, request in enumerate(batch.requests):
+            keep = r.mask_BxT[i]
+            out[request.prompt_id, request.sample] = (
+                r.tokens_BxT[i][keep].tolist(),
+                r.log_probs_BxT[i][keep],
+                bool(r.finished_B[i]),
+            )
+    return out
+
+
+@pytest.fixture(scope="module")
+def drawn(params, config, mesh):
+    return rows(params, config, mesh, requests(64), 64)
+
+
+def test_log_probs_equal_those_of_a_full_forward(params, config, mesh):
+    wanted = requests(64)
+    prompts, rollout = engine.draw(
+        params, config, sampling(), mesh, jax.random.key(5), 0, wanted
+    )
+    tokens = jnp.concatenate([prompts.tokens_BxP, rollout.tokens_BxT], axis=1)
+    mask = jnp.concatenate([prompts.mask_BxP, rollout.mask_BxT], axis=1)
+    logits, _ = decode.response_logits(params, config, tokens, mask, T, 0.8)
+    full = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), rollout.tokens_BxT[..., None], axis=-1
+    )[..., 0]
+    np.testing.assert_allclose(
+        np.where(rollout.mask_BxT, full, 0.0), rollout.log_probs_BxT, atol=1e-5
+    )
+    # The temperature matters: without it the same comparison must fail.
+    logits, _ = decode.response_logits(params, config, tokens, mask, T, 1.0)
+    other = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), rollout.tokens_BxT[..., None], axis=-1
+    )[..., 0]
+    assert np.max(np.abs(np.where(rollout.mask_BxT, other, 0.0) - rollout.log_probs_BxT)) > 0.1
+
+
+def test_a_response_does_not_depend_on_the_batch(params, config, mesh, drawn):
+    some = [requests(64)[i] for i in (0, 17, 40, 63)]
+    alone = rows(params, config, mesh, some, 1)
+    for identity, (tokens, log_probs, finished) in alone.items():
+        assert tokens == drawn[identity][0]
+        assert finished == drawn[identity][2]
+        np.testing.assert_allclose(log_probs, drawn[identity][1], atol=1e-5)
+    # Neither on the order, nor on the rows beside it.
+    shuffled = rows(params, config, mesh, requests(64)[::-1], 24)
+    assert {k: v[0] for k, v in shuffled.items()} == {k: v[0] for k, v in drawn.items()}
+
+
+def test_identity_decides_the_response(params, config, mesh, drawn):
+    prompt = requests(64)[5].tokens
+    wanted = [engine.Request(i, s, prompt) for i in range(8) for s in range(8)]
+    found = rows(params, config, mesh, wanted, 64)
+    assert len({tuple(v[0]) for v in found.values()}) > 32
+
+
+def test_masks_end_at_the_first_eos(drawn):
+    assert any(v[2] for v in drawn.values()) and not all(v[2] for v in drawn.values())
+    for tokens, _, finished in drawn.values():
+        assert finished == (tokens[-1] == EOS)
+        assert EOS not in tokens[:-1]
+        assert len(tokens) == T or finished
+
+
+def test_eos_as_the_first_token(params, config, mesh):
+    sure = {**params, "wte": params["wte"]}
+    sure["wte"] = sure["wte"].at[EOS].set(0)
+    # A hidden state is normalised, so a row of the tied head along ln_f's bias wins everywhere.
+    sure["ln_f"] = {**params["ln_f"], "bias": jnp.full_like(params["ln_f"]["bias"], 5.0)}
+    sure["wte"] = sure["wte"].at[EOS].set(50.0)
+    found = rows(sure, config, mesh, requests(8), 8)
+    assert all(v[0] == [EOS] and v[2] for v in found.values())
+
+
+def test_eos_inside_the_prompt_does_not_end_it(params, config, mesh):
+    found = rows(params, config, mesh, [engine.Request(0, s, (EOS, 9, EOS)) for s in range(8)], 8)
+    assert any(len(v[0]) > 1 for v in found.values())
+
+
+def test_without_eos_every_response_is_full(params, config, mesh):
+    found = rows(params, config, mesh, requests(16), 16, eos_id=None)
+    assert all(len(v[0]) == T and not v[2] for v in found.values())
+    assert any(EOS in v[0] for v in found.values())
+
+
+def test_top_k_one_is_greedy_and_log_probs_stay_unfiltered(params, config, mesh):
+    found = rows(params, config, mesh, requests(4), 4, top_k=1, eos_id=None)
+    again = rows(params, config, mesh, requests(4, 3)[2::3], 4, top_k=1, eos_id=None)
+    for (prompt, _), (tokens, log_probs, _) in found.items():
+        assert tokens == again[prompt, 2][0]  # another sample index, the same argmax
+        assert np.all(log_probs < -1e-4)  # a filtered distribution would say 0
+
+
+def test_one_compile_serves_all_batches(params, config, mesh):
+    before = decode.rollout._cache_size()
+    rows(params, config, mesh, requests(20), 5, temperature=0.5)
+    assert decode.rollout._cache_size() - before <= 1
+    between = decode.rollout._cache_size()
+    rows(params, config, mesh, requests(11), 5, temperature=1.5)
+    assert decode.rollout._cache_size() == between
