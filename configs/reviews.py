@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "min_tokens": 2,
                 "max_tokens": 8,
             },
-            "tokenizer": {"path": "", "kind": "bpe", "vocab_size": 1_024},
+            "tokenizer": {"path": "", "kind": "bpe", "vocab_size": 2_048},
             "reference": {
                 "path": "",
                 "model": {"layers": 3, "width": 128, "heads": 4, "positions": 64},
@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "batch_size": 64,
                     "learning_rate": 2e-3,
                     "weight_decay": 0.01,
-                    "max_tokens": 48,
+                    "max_tokens": 40,
                 },
             },
             "reward": {
@@ -60,12 +60,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "batch_size": 64,
                     "learning_rate": 1e-3,
                     "weight_decay": 0.01,
-                    "max_tokens": 48,
+                    "max_tokens": 40,
                 },
             },
             "sampling": {
                 "temperature": 1.0,
-                "max_new_tokens": 32,
+                "max_new_tokens": 36,
                 "stop_at_eos": True,
                 "batch_size": 512,
             },

@@ -3,12 +3,13 @@
 vbon run --config=configs/reviews.py --workdir=runs/reviews --config.method.n=4
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_flags
 
 from vbon_jax import settings as st
 from vbon_jax.errors import InputError
@@ -24,28 +25,23 @@ COMMANDS = {
     "generate": "responses to --prompt on standard output",
 }
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file: configs/x.py or configs/x.py:variant.", flag_values=_FLAGS
-)
-flags.DEFINE_string(
-    "workdir", None, "Folder of the run. Default: runs/<name of the config>.", flag_values=_FLAGS
-)
-flags.DEFINE_multi_string(
-    "prompt", [], "A prompt for `vbon generate`; may be repeated.", flag_values=_FLAGS
-)
-flags.DEFINE_string(
-    "coordinator", None,
-    "host:port of process 0, for a run of several hosts (jax.distributed.initialize).",
-    flag_values=_FLAGS,
-)  # fmt: skip
-flags.DEFINE_integer(
-    "num_processes", None, "Number of processes of the run.", lower_bound=1, flag_values=_FLAGS
-)
-flags.DEFINE_integer(
-    "process_id", None, "This process's number, from 0.", lower_bound=0, flag_values=_FLAGS
-)
-flags.DEFINE_bool("help", False, "Shows this text.", short_name="h", flag_values=_FLAGS)
+
+def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The flags of a command line and the words beside them; raises what absl raises."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file.", flag_values=values, sys_argv=["vbon", *argv]
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "A prompt to generate from.", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0.", flag_values=values)
+    flags.DEFINE_integer(
+        "num_processes", None, "Processes of the run.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "This process, from 0.", lower_bound=0, flag_values=values
+    )
+    return values, values(["vbon", *argv])[1:]
 
 
 def usage() -> str:
@@ -64,27 +60,51 @@ def usage() -> str:
     )
 
 
-def parse(argv: Sequence[str]) -> tuple[str, st.Settings, str]:
-    """(stage, settings, workdir) of a command line.
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command line asks for."""
+
+    stage: str
+    settings: st.Settings
+    workdir: str
+    prompts: list[str]
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Reads a command line.
 
     Raises InputError naming the stage, flag or config key that is wrong.
     """
+    path = _config_name(argv).partition(":")[0]
+    if path and not os.path.isfile(path):
+        raise InputError(f"--config={path}: no such file")
     try:
-        rest = _FLAGS(["vbon", *argv])[1:]
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
-        raise InputError(_flag_error(argv, error)) from error
+        values, rest = _flags(argv)
+        config = None if values.config is None else values.config.to_dict()
     except SyntaxError as error:
         raise InputError(f"--config: {error.filename}:{error.lineno}: {error.msg}") from error
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise InputError(_flag_error(argv, error)) from error
     if not rest or rest[0] not in COMMANDS:
-        named = repr(rest[0]) if rest else "nothing"
+        named = repr(rest[0]) if rest else "not given"
         raise InputError(f"stage is {named}: choose one of {', '.join(COMMANDS)} (vbon --help)")
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is neither a stage nor a flag: write --flag=value")
-    if _FLAGS.config is None:
+    if config is None:
         raise InputError("--config is not given: name a file, such as --config=configs/reviews.py")
-    config: config_dict.ConfigDict = _FLAGS.config
-    workdir = _FLAGS.workdir or _default_workdir(argv)
-    return rest[0], st.parse(config.to_dict()), workdir
+    several = (values.coordinator, values.num_processes, values.process_id)
+    if any(v is None for v in several) and not all(v is None for v in several):
+        raise InputError("--coordinator, --num_processes and --process_id go together: give all")
+    return Command(
+        rest[0],
+        st.parse(config),
+        values.workdir or _default_workdir(argv),
+        values.prompt,
+        *several,
+    )
 
 
 def _config_name(argv: Sequence[str]) -> str:
@@ -103,46 +123,47 @@ def _default_workdir(argv: Sequence[str]) -> str:
 
 
 def _flag_error(argv: Sequence[str], error: Exception) -> str:
-    path = _config_name(argv).partition(":")[0]
-    if path and not os.path.exists(path):
-        return f"--config={path}: no such file"
-    text = " ".join(str(error.args[0] if error.args else error).split())
+    """One line of what absl or ml_collections says in many."""
+    if isinstance(error, KeyError | AttributeError):
+        name = str(error.args[0]).strip("\"'")
+        for word in argv:
+            key = word.lstrip("-").partition("=")[0]
+            if key.startswith("config.") and name in key.split("."):
+                return f"unknown config key {key.removeprefix('config.')}: see the config file"
+    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines()]
+    # An error raised inside the config file comes wrapped in its traceback: its last line tells.
+    text = lines[-1] if "Traceback" in " ".join(lines) else " ".join(filter(None, lines))
     return f"command line: {text}"
-
-
-def _distributed() -> None:
-    given = [_FLAGS.coordinator, _FLAGS.num_processes, _FLAGS.process_id]
-    if all(value is None for value in given):
-        return
-    if any(value is None for value in given):
-        raise InputError("--coordinator, --num_processes and --process_id go together: give all")
-    import jax
-
-    jax.distributed.initialize(_FLAGS.coordinator, _FLAGS.num_processes, _FLAGS.process_id)
 
 
 def execute(argv: Sequence[str]) -> None:
     """Parses and runs; raises what ``main`` turns into an exit code."""
-    stage, settings, root = parse(argv)
-    _distributed()
+    command = parse(argv)
+    if command.coordinator is not None:
+        import jax
+
+        jax.distributed.initialize(
+            command.coordinator, command.num_processes, command.process_id
+        )
     from vbon_jax import inputs, sharding, stages, workdir  # after the flags: jax starts here
 
+    settings = command.settings
     mesh = settings.mesh
     run = inputs.Run(
         settings,
-        workdir.Workdir(root),
+        workdir.Workdir(command.workdir),
         sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
     )
     run.workdir.write_json(run.workdir.root / "config.json", st.as_dict(settings))
-    if stage == "generate":
-        if not _FLAGS.prompt:
+    if command.stage == "generate":
+        if not command.prompts:
             raise InputError('no --prompt: give at least one, --prompt="the film"')
-        stages.generate(run, _FLAGS.prompt)
-    elif stage == "run":
+        stages.generate(run, command.prompts)
+    elif command.stage == "run":
         for name in settings.stages:
             stages.perform(run, name, again=False)
     else:
-        stages.perform(run, stage, again=True)
+        stages.perform(run, command.stage, again=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

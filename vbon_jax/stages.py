@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import inputs, responses, sharding
-from vbon_jax.data import reference as reference_files
 from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import reference as reference_files
 from vbon_jax.data import tabular
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
