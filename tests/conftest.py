@@ -34,7 +34,7 @@ def config() -> decoder.DecoderConfig:
 @pytest.fixture(scope="session")
 def params(config: decoder.DecoderConfig):
     """Random parameters: wide enough an initialisation that distributions are far from uniform."""
-    return decoder.init(config, jax.random.key(0))
+    return jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"mlp/up/bias$", P(None, "tensor")),  # [L, F]
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
     (r"^batch\b", P(BATCH)),  # rows first: tokens, masks, log-probs, rewards
-    (r"^cache/(k|v)\b", P(BATCH, None, "tensor", None)),  # [B, S, H, K]
+    (r"^cache/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, H, S, K]
     (r"^cache/mask_BxS$", P(BATCH)),  # [B, S]
 )
 

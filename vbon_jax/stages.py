@@ -31,6 +31,7 @@ from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.metrics import MetricsWriter
 
 LABELS = ("NEGATIVE", "POSITIVE")  # of label 0 and label 1
+INIT = jax.jit(decoder.init, static_argnums=0)
 
 
 def log(text: str) -> None:
@@ -94,7 +95,7 @@ def sft(run: Run) -> None:
     fit = s.reference.fit
     _check_positions("reference", fit.max_tokens, s.reference.model.positions)
     config = _decoder_config(s.reference.model, len(tokenizer))
-    params = sharding.place({"decoder": decoder.init(config, run.key("sft"))}, run.mesh)
+    params = sharding.place({"decoder": INIT(config, run.key("sft"))}, run.mesh)
     tokens = {
         split: inputs.encode_texts(run, tokenizer, examples, fit.max_tokens)
         for split, examples in (("train", train), ("test", test))
@@ -162,7 +163,7 @@ def reward(run: Run) -> None:
     config = _decoder_config(s.reward.model, len(tokenizer))
     body_key, head_key = jax.random.split(run.key("reward"))
     params = sharding.place(
-        {"decoder": decoder.init(config, body_key),
+        {"decoder": INIT(config, body_key),
          "score": heads.init_score(config, len(LABELS), head_key)},
         run.mesh,
     )  # fmt: skip

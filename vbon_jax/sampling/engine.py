@@ -13,7 +13,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.sampling import decode
 
-BUCKET = 8  # prompt lengths are padded up to a multiple of this: one compile a bucket
+BUCKET = 8  # longer prompts are padded up to a multiple of this: one compile a bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Batch(NamedTuple):
 
 
 def bucket_length(length: int) -> int:
-    """``length`` rounded up to a multiple of BUCKET."""
-    return max(BUCKET, -(-length // BUCKET) * BUCKET)
+    """``length`` rounded up: to a power of two below BUCKET, to a multiple of it above."""
+    return 1 << (length - 1).bit_length() if length < BUCKET else -(-length // BUCKET) * BUCKET
 
 
 def pad_left(prompts: Sequence[Sequence[int]], length: int, pad_id: int) -> Prompts:

@@ -241,7 +241,7 @@ def iteration(
         minibatch = jax.tree.map(lambda x: x[rows_of_step], exp)
         grads, info = jax.grad(loss, has_aux=True)(params, minibatch, config=config, plan=plan)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        info["grad_norm"] = optax.global_norm(grads)
+        info["grad_norm"] = optax.tree.norm(grads)
         return (optax.apply_updates(params, updates), opt_state), info
 
     with jax.named_scope("ppo"):

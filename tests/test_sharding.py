@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from vbon_jax import sharding
+from vbon_jax.errors import InputError
+
+
+def test_default_mesh_is_one_device():
+    assert sharding.make_mesh().size == 1
+    assert tuple(sharding.make_mesh().shape) == ("data", "fsdp", "tensor")
+
+
+def test_minus_one_takes_the_rest():
+    assert dict(sharding.make_mesh(data=-1, tensor=2).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [(16, 1, 1), (0, 1, 1), (-1, -1, 1), (-1, 16, 1), (-2, 1, 1)])
+def test_impossible_meshes_are_refused(sizes):
+    with pytest.raises(InputError, match="mesh"):
+        sharding.make_mesh(*sizes)
+
+
+def test_every_parameter_matrix_is_in_the_table(params):
+    mesh = sharding.make_mesh(2, 2, 2)
+    specs = {
+        sharding.path_of(path): sharding.spec_for(
+            "decoder/" + sharding.path_of(path), x.shape, mesh
+        )
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    replicated = {path for path, spec in specs.items() if not any(spec)}
+    # Norms and the biases added after a sharded product; wte's odd vocabulary keeps only fsdp.
+    assert all("ln_" in path or path.endswith("bias") for path in replicated), replicated
+    assert specs["wte"] == P(None, "fsdp")
+    assert specs["blocks/attention/qkv/kernel"] == P(None, "fsdp", None, "tensor", None)
+
+
+def test_an_axis_that_does_not_divide_is_dropped():
+    mesh = sharding.make_mesh(2, 2, 2)
+    assert sharding.spec_for("decoder/wte", (8, 6), mesh) == P("tensor", "fsdp")
+    assert sharding.spec_for("decoder/wte", (7, 6), mesh) == P(None, "fsdp")
+    assert sharding.spec_for("batch", (8, 3), mesh) == P(("data", "fsdp"))
+    assert sharding.spec_for("batch", (6, 3), mesh) == P(None)
+
+
+def test_optimizer_moments_are_sharded_like_parameters():
+    mesh = sharding.make_mesh(1, 2, 2)
+    path = "opt_state/1/0/mu/decoder/blocks/mlp/up/kernel"
+    assert sharding.spec_for(path, (2, 4, 8), mesh) == P(None, "fsdp", "tensor")
+
+
+def test_place_splits_rows():
+    mesh = sharding.make_mesh(data=8)
+    x = sharding.place({"tokens": np.arange(16).reshape(8, 2)}, mesh, "batch")["tokens"]
+    assert {s.data.shape for s in x.addressable_shards} == {(1, 2)}
+
+
+def test_constrain_without_a_mesh_changes_nothing():
+    x = jnp.ones((4, 2))
+    assert sharding.constrain(x, "batch") is x
+
+
+def test_constrain_under_a_mesh_shards():
+    mesh = sharding.make_mesh(data=4)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: sharding.constrain({"a": x * 2}, "batch"))(jnp.ones((8, 3)))
+    assert {s.data.shape for s in out["a"].addressable_shards} == {(2, 3)}

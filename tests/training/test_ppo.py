@@ -1,0 +1,230 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vbon_jax import sharding
+from vbon_jax.models import decoder, heads
+from vbon_jax.sampling import decode
+from vbon_jax.training import ppo, state
+
+
+HIDDEN = jax.jit(decoder.hidden, static_argnums=1)
+
+
+@pytest.fixture(scope="module")
+def batch(world, mesh):
+    return world.rollout_batch(mesh, world.fresh(mesh))
+
+
+def experience(world, mesh, batch, params=None, **changes):
+    fn = jax.jit(ppo.experience, static_argnames=("config", "plan"))
+    return fn(
+        world.fresh(mesh).params if params is None else params,
+        world.reference(mesh), batch, jnp.asarray(world.table), jnp.float32(world.n),
+        jnp.float32(0.1), config=world.config, plan=dataclasses.replace(world.plan, **changes),
+    )  # fmt: skip
+
+
+def twin_log_probs(world, params, batch, row):
+    """Log-probs and values of one response, one token at a time, without padding or cache."""
+    prompt = np.asarray(batch.prompt_BxP[row])[np.asarray(batch.prompt_mask_BxP[row])]
+    response = np.asarray(batch.rollout.tokens_BxT[row])[np.asarray(batch.rollout.mask_BxT[row])]
+    log_probs, values = [], []
+    for t in range(len(response)):
+        tokens = np.concatenate([prompt, response[:t]])[None]
+        padded = np.zeros((1, 16), np.int32)
+        padded[:, : tokens.shape[1]] = tokens
+        mask = np.arange(16)[None] < tokens.shape[1]
+        hidden = HIDDEN(params["decoder"], world.config, padded, mask)[:, tokens.shape[1] - 1]
+        logits = np.asarray(decoder.logits(params["decoder"], world.config, hidden), np.float64)[0]
+        logits = logits / world.plan.temperature
+        log_probs.append(logits[response[t]] - np.log(np.sum(np.exp(logits))))
+        values.append(float(heads.value(params["value"], hidden)[0]) if "value" in params else 0.0)
+    return np.array(log_probs), np.array(values)
+
+
+def twin_log_ratio(log_mass, reward, references, n):
+    """Formula (1) with the harmonic estimate of log F, in float64."""
+    k, m = np.sum(references < reward), len(references)
+    log_f = sum(1 / i for i in range(1, k + 1)) - sum(1 / i for i in range(1, m + 1))
+    f, g = np.exp(log_f), np.exp(log_mass)
+    f = min(f, 1 - g)
+    # g is far below float64's rounding of F here, where the ratio tends to n F^(n-1).
+    return np.log(n) + (n - 1) * np.log(f) if g < 1e-12 else np.log(((f + g) ** n - f**n) / g)
+
+
+def test_experience_equals_a_slow_twin(world, mesh, batch):
+    # A policy that is not its reference, so that the KL penalty is seen.
+    params = jax.tree.map(lambda x: x * 1.1, world.fresh(mesh).params)
+    exp, metrics = experience(world, mesh, batch, params, whiten=False)
+    reference = world.reference(mesh)
+    gamma, lam, n = world.plan.gamma, world.plan.lam, world.n
+    totals, ratios = [], []
+    for row in range(world.batch_size):
+        keep = np.asarray(exp.response_mask_BxT[row])
+        log_policy, values = twin_log_probs(world, params, batch, row)
+        log_ref, _ = twin_log_probs(world, reference, batch, row)
+        np.testing.assert_allclose(np.asarray(exp.log_probs_BxT[row])[keep], log_policy, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(exp.values_BxT[row])[keep], values, atol=1e-5)
+        ratio = twin_log_ratio(
+            log_ref.sum(), float(batch.reward_B[row]), world.table[int(batch.row_B[row])], n
+        )
+        rewards = -(log_policy - log_ref) / n
+        rewards[-1] += ratio / n
+        advantage, following, advantages = 0.0, 0.0, []
+        for r, v in zip(rewards[::-1], values[::-1]):
+            advantage = r + gamma * following - v + gamma * lam * advantage
+            following = v
+            advantages.append(advantage)
+        np.testing.assert_allclose(
+            np.asarray(exp.advantages_BxT[row])[keep], advantages[::-1], atol=2e-5
+        )
+        np.testing.assert_allclose(
+            np.asarray(exp.returns_BxT[row])[keep], np.array(advantages[::-1]) + values, atol=2e-5
+        )
+        totals.append(rewards.sum())
+        ratios.append(ratio)
+    np.testing.assert_allclose(metrics["objective"], np.mean(totals), atol=1e-4)
+    np.testing.assert_allclose(
+        metrics["kl_bon"], metrics["kl_ref"] - np.mean(ratios), atol=1e-4
+    )
+    assert float(metrics["eos_rate"]) + float(metrics["truncation_rate"]) == pytest.approx(1)
+
+
+def test_rollout_log_probs_are_those_of_the_update(world, mesh, batch):
+    _, metrics = experience(world, mesh, batch)
+    assert float(metrics["rollout_log_prob_error"]) < 1e-5
+
+
+def test_the_policy_that_is_its_reference_has_no_kl(world, mesh, batch):
+    _, metrics = experience(world, mesh, batch)
+    assert float(metrics["kl_ref"]) == 0
+    assert float(metrics["kl_ref_k1"]) == 0
+
+
+def test_the_ratio_is_one_before_the_first_step(world, mesh, batch):
+    exp, _ = experience(world, mesh, batch)
+    info = jax.jit(ppo.loss, static_argnames=("config", "plan"))(
+        world.fresh(mesh).params, exp, config=world.config, plan=world.plan
+    )[1]
+    assert float(info["approx_kl"]) < 1e-10
+    assert float(info["policy_clip_fraction"]) == 0
+    assert float(info["value_clip_fraction"]) == 0
+
+
+def test_padding_of_the_rollout_does_not_matter(world, mesh, batch):
+    exp, metrics = experience(world, mesh, batch)
+    rollout = batch.rollout
+    noise = jax.random.randint(jax.random.key(4), rollout.tokens_BxT.shape, 0, 37)
+    dirty = batch._replace(
+        rollout=rollout._replace(
+            tokens_BxT=jnp.where(rollout.mask_BxT, rollout.tokens_BxT, noise)
+        ),
+        prompt_BxP=jnp.where(batch.prompt_mask_BxP, batch.prompt_BxP, 11),
+    )
+    other, other_metrics = experience(world, mesh, dirty)
+    np.testing.assert_allclose(exp.advantages_BxT, other.advantages_BxT, atol=1e-5)
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], other_metrics[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("objective", ["exact", "lower_bound", "jensen_bound", "reward"])
+def test_updates_raise_the_objective(world, mesh, objective):
+    train_state = world.fresh(mesh)
+    found = []
+    for step in range(16):
+        batch = world.rollout_batch(mesh, train_state, step)
+        train_state, metrics = world.iterate(mesh, train_state, batch, objective=objective)
+        found.append(float(metrics["objective"]))
+        assert all(np.isfinite(float(v)) for v in metrics.values())
+    assert int(train_state.step) == 16
+    assert np.mean(found[-4:]) > np.mean(found[:4])
+
+
+def test_n_and_beta_are_data(world, mesh, batch):
+    """Another n needs no compile and changes the reward."""
+    plan, outputs = dataclasses.replace(world.plan, epochs=1), []
+    for n in (2.0, 64.0):
+        train_state, metrics = ppo.iteration(
+            world.fresh(mesh), world.reference(mesh), batch, jnp.asarray(world.table),
+            jnp.float32(n), jnp.float32(0.1), config=world.config, plan=plan,
+            optimizer=world.optimizer,
+        )  # fmt: skip
+        outputs.append(float(metrics["sequence_reward"]))
+        size = ppo.iteration._cache_size()
+        if n == 2.0:
+            first = size
+    assert size == first
+    assert outputs[0] != outputs[1]
+
+
+def test_the_state_is_donated(world, mesh, batch):
+    train_state = world.fresh(mesh)
+    leaf = train_state.params["decoder"]["wte"]
+    world.iterate(mesh, train_state, batch)
+    assert leaf.is_deleted()
+
+
+def test_gradients_stop_at_old_quantities(world, mesh, batch):
+    """The loss moves with the parameters only through the new log-probs and values."""
+    exp, _ = experience(world, mesh, batch)
+    grads = jax.jit(
+        jax.grad(lambda e: ppo.loss(
+            world.fresh(mesh).params, e, config=world.config, plan=world.plan
+        )[0], allow_int=True)
+    )(exp)  # fmt: skip
+    for name in ("log_probs_BxT", "values_BxT", "advantages_BxT", "returns_BxT"):
+        np.testing.assert_array_equal(getattr(grads, name), 0, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_sharded_equals_one_device(world, mesh, shape):
+    """Sampling and one PPO update under a mesh give what one device gives."""
+    many = sharding.make_mesh(*shape)
+    results = []
+    for m in (mesh, many):
+        with jax.set_mesh(m):
+            train_state = world.fresh(m)
+            batch = world.rollout_batch(m, train_state)
+            new, metrics = world.iterate(m, train_state, batch)
+            results.append(jax.device_get((batch.rollout, new.params, metrics)))
+            wpe = new.params["decoder"]["wpe"]
+            split = m.shape["fsdp"] > 1
+            assert (len({str(s.index) for s in wpe.addressable_shards}) > 1) == split
+    (rollout, params, metrics), (rollout_many, params_many, metrics_many) = results
+    np.testing.assert_array_equal(rollout.tokens_BxT, rollout_many.tokens_BxT)
+    np.testing.assert_allclose(rollout.log_probs_BxT, rollout_many.log_probs_BxT, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, params_many
+    )
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], metrics_many[name], atol=2e-3, err_msg=name)
+
+
+def test_decay_spares_norms_and_biases():
+    params = {"wte": 1.0, "blocks": {"mlp": {"kernel": 1.0, "bias": 1.0}}, "ln_f": {"scale": 1.0}}
+    params = jax.tree.map(jnp.float32, params)
+    optimizer = state.adamw(optax.constant_schedule(1.0), 1e-8, 0.1, 1.0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    moved = {
+        sharding.path_of(path)
+        for path, u in jax.tree_util.tree_leaves_with_path(updates)
+        if float(u) != 0
+    }
+    assert moved == {"wte", "blocks/mlp/kernel"}
+
+
+def test_response_logits_are_the_positions_that_predict(world, mesh, batch):
+    """Slot t comes from the state before token t: changing token t leaves it as it was."""
+    tokens = jnp.concatenate([batch.prompt_BxP, batch.rollout.tokens_BxT], axis=1)
+    mask = jnp.ones_like(tokens, bool)
+    params = world.reference(mesh)["decoder"]
+    a, _ = decode.response_logits(params, world.config, tokens, mask, 6, 1.0)
+    b, _ = decode.response_logits(params, world.config, tokens.at[:, -2].add(1), mask, 6, 1.0)
+    np.testing.assert_allclose(a[:, :5], b[:, :5], atol=1e-6)
+    assert float(jnp.max(jnp.abs(a[:, 5] - b[:, 5]))) > 1e-3
