@@ -63,11 +63,11 @@ def world(config, params):
         placed = sharding.place((rewards, np.arange(BATCH, dtype=np.int32) % 8), mesh, "batch")
         return ppo.RolloutBatch(rows.tokens_BxP, rows.mask_BxP, rollout, *placed)
 
-    def iterate(mesh, train_state, batch, **changes):
+    def iterate(mesh, train_state, batch, n=N, **changes):
         """One iteration; the state is donated."""
         return ppo.iteration(
             train_state, sharding.place({"decoder": host}, mesh), batch, jnp.asarray(table),
-            jnp.float32(N), jnp.float32(0.1), config=config,
+            jnp.float32(n), jnp.float32(0.1), config=config,
             plan=dataclasses.replace(plan, **changes), optimizer=optimizer,
         )  # fmt: skip
 
