@@ -9,7 +9,8 @@ held-out reviews, as in the paper's sentiment experiment.
     vbon run --config=configs/reviews.py:text --config.data.path=TRAIN.jsonl \
         --config.data.test_path=TEST.jsonl
 
-is the same on your own labelled text ({"text", "label"} lines), with models sized for real sentences.
+is the same on your own labelled text ({"text", "label"} lines), with models sized for real
+sentences.
 """
 
 import ml_collections

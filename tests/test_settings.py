@@ -79,9 +79,7 @@ def test_bad_values_are_named(values, key, value, message):
 
 @pytest.mark.parametrize("estimator", ["strict", "interval"])
 @pytest.mark.parametrize("objective", ["lower_bound", "jensen_bound"])
-def test_estimators_without_a_finite_log_f_are_refused_for_the_bounds(
-    values, estimator, objective
-):
+def test_estimators_without_a_finite_log_f_are_refused_for_the_bounds(values, estimator, objective):
     values = change(values, "method.estimator", estimator)
     st.parse(values)
     with pytest.raises(InputError, match=f"method.estimator={estimator}"):

@@ -142,9 +142,7 @@ def execute(argv: Sequence[str]) -> None:
     if command.coordinator is not None:
         import jax
 
-        jax.distributed.initialize(
-            command.coordinator, command.num_processes, command.process_id
-        )
+        jax.distributed.initialize(command.coordinator, command.num_processes, command.process_id)
     from vbon_jax import inputs, sharding, stages, workdir  # after the flags: jax starts here
 
     settings = command.settings
@@ -172,11 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or {"-h", "--help", "help"} & set(argv):
         print(usage())
         return 0
+    # Only now: what these import takes seconds, and --help should not.
+    from vbon_jax.models.hf import CheckpointError
     from vbon_jax.progress import Stopped
 
     try:
         execute(argv)
-    except (InputError, *_checkpoint_errors()) as error:
+    except (InputError, CheckpointError) as error:
         print(f"vbon: {error}", file=sys.stderr)
         return 2
     except Stopped as error:
@@ -191,12 +191,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vbon: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
-
-
-def _checkpoint_errors() -> tuple[type[Exception], ...]:
-    from vbon_jax.models.hf import CheckpointError
-
-    return (CheckpointError,)
 
 
 if __name__ == "__main__":

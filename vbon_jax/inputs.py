@@ -1,4 +1,4 @@
-"""What the stages read: texts, tokenizer, prompts, models and the reward, from settings and disk."""
+"""What the stages read: texts, tokenizer, prompts, models and the reward."""
 
 import dataclasses
 import zlib
@@ -194,10 +194,10 @@ def load_reward(run: Run, tokenizer: PreTrainedTokenizerFast) -> ClassifierRewar
             f"reward model {path} has {config.vocab_size} embeddings, the tokenizer "
             f"{len(tokenizer)} tokens: the reward must read the policy's tokens"
         )
-    if (path / "tokenizer.json").exists():
-        if tokenizers.load(path).get_vocab() != tokenizer.get_vocab():
-            raise InputError(
-                f"reward model {path} has another vocabulary than the policy's tokenizer: "
-                "give one trained with the same tokenizer"
-            )
+    own = tokenizers.load(path) if (path / "tokenizer.json").exists() else tokenizer
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"reward model {path} has another vocabulary than the policy's tokenizer: "
+            "give one trained with the same tokenizer"
+        )
     return ClassifierReward(sharding.place(params, run.mesh), config, labels, r.label, r.score, end)

@@ -23,6 +23,11 @@ from rich.progress import (
 LOG_SECONDS = 10.0  # between plain lines where there is no terminal
 
 
+def log(text: str) -> None:
+    """A line to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Stopped(Exception):
     """A signal asked the run to stop; what was computed is saved."""
 

@@ -18,7 +18,8 @@ from vbon_jax.progress import Stopped, StopSignal, reporting
 from vbon_jax.sampling import engine
 from vbon_jax.sampling.engine import Request, Sampling
 
-Reward = Callable[[Sequence[str], jax.Array, jax.Array, jax.Array, jax.Array], Any]
+# (prompt texts, prompt ids and mask, response ids and mask) -> rewards [B]
+Reward = Callable[[Sequence[str], Any, Any, jax.Array, jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,14 @@ def requests_for(prompts: Sequence[Prompt], count: int) -> list[Request]:
     return [Request(p.id, i, p.tokens) for p in prompts for i in range(count)]
 
 
-def check_rewards(
-    rewards: np.ndarray, prompts: Sequence[str], texts: Callable[[int], str]
-) -> np.ndarray:
+def check_rewards(rewards: np.ndarray, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
     """``rewards`` as they are; raises InputError naming the first response whose reward is NaN."""
     bad = np.flatnonzero(np.isnan(rewards))
     if bad.size:
         i = int(bad[0])
         raise InputError(
             f"the reward of {bad.size} of {rewards.size} responses is NaN, the first of them "
-            f"prompt={prompts[i]!r} response={texts(i)!r}: a reward must be a number"
+            f"prompt={prompts[i]!r} response={texts[i]!r}: a reward must be a number"
         )
     return rewards
 
@@ -111,7 +110,7 @@ def scored(
         rewards = check_rewards(
             np.asarray(rewards, np.float32)[: batch.size],
             [texts[r.prompt_id] for r in batch.requests],
-            lambda i: decoded[i],
+            decoded,
         )
         log_probs = rollout.log_probs_BxT.sum(axis=1, dtype=np.float64)
         yield [
@@ -143,8 +142,8 @@ def write_samples(
 ) -> None:
     """Draws m responses a prompt and writes a line a prompt to ``path``; continues what is there.
 
-    A response is a function of (key, prompt id, sample index), so a run that was cut writes the same
-    file as one that was not.
+    A response is a function of (key, prompt id, sample index), so a run that was cut writes the
+    same file as one that was not.
 
     Raises Stopped after a signal; the prompts written stay.
     """

@@ -26,6 +26,11 @@ def key(doc: str, **rules: Any) -> Any:
     return dataclasses.field(metadata={"doc": doc, **rules})
 
 
+def group() -> Any:
+    """A group of keys below a name of its own."""
+    return dataclasses.field()
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     corpus: str = key("embedded corpus used when `data.path` is empty", choices=CORPORA)
@@ -73,8 +78,8 @@ class Fit:
 @dataclasses.dataclass(frozen=True)
 class Reference:
     path: str = key("Hugging Face GPT-2 directory; empty trains one on the texts")
-    model: Model = key("shape of a reference trained here")
-    fit: Fit = key("how a reference is trained here")
+    model: Model = group()
+    fit: Fit = group()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +89,8 @@ class Reward:
     label: str = key("the label whose score is the reward")
     score: str = key("the score: the label's logit, its log odds, or its probability",
                      choices=SCORES)  # fmt: skip
-    model: Model = key("shape of a classifier trained here")
-    fit: Fit = key("how a classifier is trained here")
+    model: Model = group()
+    fit: Fit = group()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,18 +164,18 @@ class MeshShape:
 class Settings:
     seed: int = key("every random number of the run follows from it", least=0)
     stages: tuple[str, ...] = key(f"what `vbon run` does, in order: {', '.join(STAGES)}")
-    data: Data
-    prompts: PromptSet
-    tokenizer: Tokenizer
-    reference: Reference
-    reward: Reward
-    sampling: Sampling
-    samples: Samples
-    method: Method
-    train: Train
-    evaluate: Evaluate
-    generate: Generate
-    mesh: MeshShape
+    data: Data = group()
+    prompts: PromptSet = group()
+    tokenizer: Tokenizer = group()
+    reference: Reference = group()
+    reward: Reward = group()
+    sampling: Sampling = group()
+    samples: Samples = group()
+    method: Method = group()
+    train: Train = group()
+    evaluate: Evaluate = group()
+    generate: Generate = group()
+    mesh: MeshShape = group()
 
 
 def parse(values: dict[str, Any]) -> Settings:
@@ -209,12 +214,12 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
     rules = f.metadata
-    if f.type is float and isinstance(value, int) and not isinstance(value, bool):
+    if f.type is float and _is_int(value):
         value = float(value)
-    if isinstance(value, list):
-        value = tuple(value)
+    if isinstance(value, list | tuple):
+        value = tuple(float(v) if f.type == tuple[float, ...] and _is_int(v) else v for v in value)
     expected = f.type if isinstance(f.type, type) else tuple
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+    if not isinstance(value, expected) or (expected is int and not _is_int(value)):
         raise InputError(f"{where}={value!r}: must be {getattr(expected, '__name__', expected)}")
     if expected is float and not math.isfinite(value):
         raise InputError(f"{where}={value!r}: must be a finite number")
@@ -229,6 +234,10 @@ def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
     if "choices" in rules and value not in rules["choices"]:
         raise InputError(f"{where}={value!r}: choose one of {', '.join(rules['choices'])}")
     return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_across(s: Settings) -> None:
@@ -256,10 +265,11 @@ def _check_across(s: Settings) -> None:
         f"method.objective={m.objective}: choose smoothed or harmonic",
     )
     refuse(len(s.evaluate.temperatures) > 0, "evaluate.temperatures is empty: give at least one")
-    for value in s.evaluate.temperatures:
+    for temperature in s.evaluate.temperatures:
+        number = float(temperature) if isinstance(temperature, float) else math.nan
         refuse(
-            isinstance(value, int | float) and math.isfinite(value) and value > 0,
-            f"evaluate.temperatures has {value!r}: each must be a number above 0",
+            math.isfinite(number) and number > 0,
+            f"evaluate.temperatures has {temperature!r}: each must be a number above 0",
         )
     for name, model in (("reference", s.reference.model), ("reward", s.reward.model)):
         refuse(

@@ -76,11 +76,7 @@ def spec_for(path: str, shape: Sequence[int], mesh: Any) -> P:
       shape: shape of the leaf.
       mesh: a concrete or abstract mesh with axes ``AXES``.
     """
-    for pattern, spec in TABLE:
-        if re.search(pattern, path):
-            break
-    else:
-        return P()
+    spec = next((spec for pattern, spec in TABLE if re.search(pattern, path)), P())
     if len(spec) > len(shape):  # a factored or scalar moment of a sharded parameter
         return P()
     kept = []

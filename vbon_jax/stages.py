@@ -1,7 +1,6 @@
 """The stages of a run: each reads files of the ones before and writes its own into the workdir."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,14 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from vbon_jax import inputs, responses, sharding
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import reference as reference_files
-from vbon_jax.data import tabular
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation import compare, measure
+from vbon_jax.evaluation import compare, heldout, measure
 from vbon_jax.inputs import Decoder, Run
 from vbon_jax.models import decoder, heads, hf
 from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.progress import log
 from vbon_jax.sampling import engine
 from vbon_jax.settings import Fit, Model, as_dict
 from vbon_jax.training import loop, ppo, state, supervised
@@ -32,11 +31,6 @@ from vbon_jax.training.metrics import MetricsWriter
 
 LABELS = ("NEGATIVE", "POSITIVE")  # of label 0 and label 1
 INIT = jax.jit(decoder.init, static_argnums=0)
-
-
-def log(text: str) -> None:
-    """A line to standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
@@ -171,36 +165,19 @@ def reward(run: Run) -> None:
         run, "reward", params, partial(supervised.classifier_loss, config=config), fit, tokens,
         labels, inputs.pad_id(tokenizer),
     )  # fmt: skip
-    hf.save_classifier(workdir.reward, config, params, LABELS, pad_id=inputs.pad_id(tokenizer))
+    hf.save_classifier(
+        workdir.reward, config, params, LABELS,
+        bos_id=tokenizer.bos_token_id, eos_id=end, pad_id=inputs.pad_id(tokenizer),
+    )  # fmt: skip
     tokenizers.save(tokenizer, workdir.reward)
-    accuracy = _accuracy(run, params, config, tokens["test"], labels["test"], tokenizer)
+    accuracy = supervised.accuracy(
+        sharding.place(params, run.mesh), config, tokens["test"], labels["test"], fit.batch_size,
+        inputs.pad_id(tokenizer), run.mesh,
+    )  # fmt: skip
     workdir.write_json(
         workdir.reward / "fit.json", {"held_out_nats": held_out, "held_out_accuracy": accuracy}
     )
     log(f"reward: held out {held_out:.3f} nats a text, accuracy {accuracy:.3f}")
-
-
-def _accuracy(
-    run: Run, params: Any, config: DecoderConfig, tokens: Any, labels: Any,
-    tokenizer: PreTrainedTokenizerFast,
-) -> float:  # fmt: skip
-    from vbon_jax.rewards import classifier
-
-    right = 0.0
-    placed = sharding.place(params, run.mesh)
-    for batch in supervised.epoch_batches(
-        tokens, labels, run.settings.reward.fit.batch_size, inputs.pad_id(tokenizer), None
-    ):
-        on_device = sharding.place(batch, run.mesh, "batch")
-        odds = np.asarray(
-            classifier.score(
-                placed, on_device.tokens_BxT, on_device.mask_BxT,
-                config=config, kind="log_odds", label=1,
-            )
-        )  # fmt: skip
-        real = batch.mask_BxT.any(axis=1)
-        right += float(np.sum((odds > 0)[real] == batch.label_B[real]))
-    return right / len(tokens)
 
 
 def sample(run: Run) -> None:
@@ -234,7 +211,7 @@ def sample(run: Run) -> None:
 
 
 def _adopt_samples(run: Run, tokenizer: PreTrainedTokenizerFast, positions: int) -> list[Prompt]:
-    """Copies a samples file made elsewhere into the workdir; its prompts are the training prompts."""
+    """Copies a samples file made elsewhere; its prompts are the training prompts."""
     found = reference_files.read(run.settings.samples.path)
     reference_files.sorted_rewards(found, run.settings.samples.m)  # refuses too few a prompt
     prompts = prompt_files.from_texts([f.prompt for f in found], tokenizer)
@@ -250,15 +227,6 @@ def _adopt_samples(run: Run, tokenizer: PreTrainedTokenizerFast, positions: int)
             )
     log(f"sample: {len(prompts)} prompts from {run.settings.samples.path}")
     return prompts
-
-
-def _sorted_rewards(path: Any, prompts: Sequence[Prompt], m: int) -> np.ndarray:
-    """float32 [P, m] in the order of ``prompts``, told apart by id."""
-    by_id = {samples.prompt_id: samples for samples in reference_files.read(path)}
-    missing = [p.id for p in prompts if p.id not in by_id]
-    if missing:
-        raise InputError(f"{path} has no samples of prompt {missing[0]}: remove it and sample anew")
-    return reference_files.sorted_rewards([by_id[p.id] for p in prompts], m)
 
 
 def _train_state(
@@ -283,7 +251,9 @@ def train(run: Run) -> None:
     s, workdir = run.settings, run.workdir
     tokenizer = inputs.load_tokenizer(run)
     prompts = inputs.load_prompts(run, "train")
-    table = _sorted_rewards(workdir.samples("train"), prompts, s.samples.m)
+    table = reference_files.sorted_rewards_of(
+        workdir.samples("train"), [p.id for p in prompts], s.samples.m
+    )
     reference = inputs.load_reference(run)
     score = inputs.load_reward(run, tokenizer)
     sampling = inputs.sampling(run, tokenizer)
@@ -369,7 +339,7 @@ def evaluate(run: Run) -> None:
     rows: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     for temperature in s.evaluate.temperatures:
-        new = _evaluate_at(run, temperature, tokenizer, prompts, reference, policy, score)
+        new = heldout.evaluate_at(run, temperature, tokenizer, prompts, reference, policy, score)
         for row, measured in new:
             rows.append(row)
             lines += [
@@ -386,7 +356,7 @@ def evaluate(run: Run) -> None:
             ]
     result: dict[str, Any] = {"rows": rows}
     if s.data.corpus == "tabular" and not s.data.path:
-        result["exact"] = _exact(run, tokenizer, reference, policy)
+        result["exact"] = heldout.enumerate_world(run, tokenizer, reference, policy)
     path = workdir.root / "evaluation_samples.jsonl"
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -398,111 +368,6 @@ def evaluate(run: Run) -> None:
         console.print(table.exact_table(result["exact"]))
     for figure in figures.all_figures(workdir.root):
         log(f"evaluate: {figure}")
-
-
-def _evaluate_at(
-    run: Run,
-    temperature: float,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[Prompt],
-    reference: Decoder,
-    policy: Decoder,
-    score: responses.Reward,
-) -> list[tuple[dict[str, Any], measure.Measured]]:
-    """The rows of one temperature, each with the responses behind it."""
-    s = run.settings
-    e, n, batch_size = s.evaluate, s.method.n, s.sampling.batch_size
-    sampling = inputs.sampling(run, tokenizer, temperature)
-    number = round(temperature * 1e6)
-
-    def key(name: str) -> jax.Array:
-        return jax.random.fold_in(run.key(name), number)
-
-    path = run.workdir.samples(f"test_t{temperature:g}")
-    responses.write_samples(
-        path, f"opponents at T={temperature:g}", reference, sampling, run.mesh, key("opponents"),
-        prompts, e.m, batch_size, score, tokenizer,
-    )  # fmt: skip
-    yardstick = measure.Yardstick(
-        _sorted_rewards(path, prompts, e.m), n, s.method.estimator, temperature
-    )
-
-    def draw(model: Decoder, name: str, count: int, also: Any = None) -> list[list[Any]]:
-        requests = responses.requests_for(prompts, count)
-        drawn: list[responses.Response] = []
-        with responses.reporting(f"{name} at T={temperature:g}", len(requests)) as report:
-            for group in responses.scored(
-                model, sampling, run.mesh, key(name), prompts, requests, batch_size, score,
-                tokenizer, also,
-            ):  # fmt: skip
-                drawn += group
-                report.update(len(drawn))
-        return measure.grouped(drawn, count)
-
-    def kls(batch: engine.Batch) -> dict[str, jax.Array]:
-        return measure.sequence_kls(
-            policy.params["decoder"], reference.params["decoder"], batch.prompts, batch.rollout,
-            np.float32(temperature), config=policy.config, ref_config=reference.config,
-        )  # fmt: skip
-
-    def speed(model: Decoder, calls: int, scoring: bool) -> tuple[float, float]:
-        texts = {p.id: p.text for p in prompts}
-        requests = [
-            responses.Request(p.id, i // len(prompts), p.tokens)
-            for i, p in ((i, prompts[i % len(prompts)]) for i in range(batch_size))
-        ]
-        return measure.throughput(
-            lambda: next(
-                engine.generate(
-                    model.params["decoder"], model.config, sampling, run.mesh, key("speed"),
-                    requests, batch_size,
-                )
-            ),
-            (lambda batch: responses.score_batch(score, batch, texts)) if scoring else None,
-            calls,
-        )  # fmt: skip
-
-    whole = int(n) if float(n).is_integer() else None
-    if whole is None:
-        log(
-            f"evaluate: method.n={n} is not a whole number, so best-of-n cannot be drawn: no bon row"
-        )
-    pool = draw(reference, "reference", e.samples_per_prompt * (whole or 1))
-    measured_reference = measure.of_reference([group[:: whole or 1] for group in pool])
-    rows = [
-        (
-            measure.row(
-                "reference", 1.0, measured_reference, yardstick, speed(reference, 1, False)
-            ),
-            measured_reference,
-        )
-    ]
-    if whole is not None:
-        bon = measure.of_bon(pool, whole)
-        rows.append((measure.row("bon", n, bon, yardstick, speed(reference, whole, True)), bon))
-    drawn = measure.of_policy(draw(policy, "policy", e.samples_per_prompt, kls))
-    rows.append((measure.row(s.method.name, n, drawn, yardstick, speed(policy, 1, False)), drawn))
-    return rows
-
-
-def _exact(
-    run: Run, tokenizer: PreTrainedTokenizerFast, reference: Decoder, policy: Decoder
-) -> dict[str, float]:
-    """The tabular world's enumeration, over its training prompts."""
-    s = run.settings
-    prompts = inputs.load_prompts(run, "train")
-    strings = tabular.strings()
-    return measure.exact(
-        policy.params["decoder"],
-        reference.params["decoder"],
-        [p.tokens for p in prompts],
-        np.array([tokenizers.encode(tokenizer, text) for text in strings], np.int32),
-        np.array([tabular.reward([p.text] * len(strings), strings) for p in prompts]),
-        s.method.n,
-        s.sampling.temperature,
-        config=policy.config,
-        ref_config=reference.config,
-    )
 
 
 def generate(run: Run, texts: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ def test_pad_left_refuses_an_empty_prompt():
         engine.pad_left([[5], []], 4, 9)
 
 
-@pytest.mark.parametrize(("length", "bucket"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (17, 24)])
+@pytest.mark.parametrize(
+    ("length", "bucket"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (17, 24)]
+)
 def test_buckets(length, bucket):
     assert engine.bucket_length(length) == bucket

@@ -11,7 +11,6 @@ from vbon_jax.models import decoder, heads
 from vbon_jax.sampling import decode
 from vbon_jax.training import ppo, state
 
-
 HIDDEN = jax.jit(decoder.hidden, static_argnums=1)
 
 
@@ -89,9 +88,7 @@ def test_experience_equals_a_slow_twin(world, mesh, batch):
         totals.append(rewards.sum())
         ratios.append(ratio)
     np.testing.assert_allclose(metrics["objective"], np.mean(totals), atol=1e-4)
-    np.testing.assert_allclose(
-        metrics["kl_bon"], metrics["kl_ref"] - np.mean(ratios), atol=1e-4
-    )
+    np.testing.assert_allclose(metrics["kl_bon"], metrics["kl_ref"] - np.mean(ratios), atol=1e-4)
     assert float(metrics["eos_rate"]) + float(metrics["truncation_rate"]) == pytest.approx(1)
 
 
@@ -121,9 +118,7 @@ def test_padding_of_the_rollout_does_not_matter(world, mesh, batch):
     rollout = batch.rollout
     noise = jax.random.randint(jax.random.key(4), rollout.tokens_BxT.shape, 0, 37)
     dirty = batch._replace(
-        rollout=rollout._replace(
-            tokens_BxT=jnp.where(rollout.mask_BxT, rollout.tokens_BxT, noise)
-        ),
+        rollout=rollout._replace(tokens_BxT=jnp.where(rollout.mask_BxT, rollout.tokens_BxT, noise)),
         prompt_BxP=jnp.where(batch.prompt_mask_BxP, batch.prompt_BxP, 11),
     )
     other, other_metrics = experience(world, mesh, dirty)
@@ -194,9 +189,7 @@ def test_sharded_equals_one_device(world, mesh, shape):
     (rollout, params, metrics), (rollout_many, params_many, metrics_many) = results
     np.testing.assert_array_equal(rollout.tokens_BxT, rollout_many.tokens_BxT)
     np.testing.assert_allclose(rollout.log_probs_BxT, rollout_many.log_probs_BxT, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, params_many
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, params_many)
     for name in metrics:
         np.testing.assert_allclose(metrics[name], metrics_many[name], atol=2e-3, err_msg=name)
 

@@ -238,6 +238,21 @@ def sorted_rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np
     return np.sort(rewards_PxM, axis=1)
 
 
+def sorted_rewards_of(
+    path: str | os.PathLike[str], prompt_ids: Sequence[int], m: int
+) -> np.ndarray:
+    """`sorted_rewards` of a file's first m samples of each prompt, in the order of ``prompt_ids``.
+
+    Raises:
+      InputError: a prompt has no samples in the file, or as `read` and `sorted_rewards`.
+    """
+    by_id = {samples.prompt_id: samples for samples in read(path)}
+    missing = [i for i in prompt_ids if i not in by_id]
+    if missing:
+        raise InputError(f"{path} has no samples of prompt {missing[0]}: remove it and sample anew")
+    return sorted_rewards([by_id[i] for i in prompt_ids], m)
+
+
 class SampleWriter:
     """Appends one line a prompt to a file of reference samples, and continues one that was cut off.
 

@@ -134,8 +134,8 @@ def row(
     """One row of evaluation.json.
 
     kl_bon is the mean of KL(policy || ref) - log ratio, that is KL(policy || bon) by the
-    estimator of the yardstick. For best-of-n itself the true value is 0, so what stands there is the
-    bias of the estimate.
+    estimator of the yardstick. For best-of-n itself the true value is 0, so what stands there is
+    the bias of the estimate.
     """
     rewards = measured.rewards_PxS
     reward = compare.over_prompts(rewards)

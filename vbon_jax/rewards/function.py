@@ -74,7 +74,7 @@ class FunctionReward:
     def __init__(
         self, name: str, decode: Callable[[list[list[int]]], list[str]], eos_id: int | None
     ):
-        """``decode`` turns lists of ids into texts; ``name`` is "module:function" (see ``load``)."""
+        """``decode`` turns lists of ids into texts; ``name`` is "module:function"."""
         self._name, self._function = name, load(name)
         self._decode, self._eos_id = decode, eos_id
 

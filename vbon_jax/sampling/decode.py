@@ -31,7 +31,7 @@ class Rollout(NamedTuple):
 def identity_keys(
     key: jax.Array, step: jax.Array | int, prompt_id_B: jax.Array, sample_B: jax.Array
 ) -> jax.Array:
-    """One key a response, a function of (key, step, prompt id, sample index) and of nothing else."""
+    """One key a response: a function of (key, step, prompt id, sample index) alone."""
     base = jax.random.fold_in(key, step)
     return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(base, p), s))(
         prompt_id_B, sample_B

@@ -36,10 +36,10 @@ class Sampling:
 
 
 class Prompts(NamedTuple):
-    """A left-padded batch of prompts: int32 ids and a bool mask, both [B, P]."""
+    """A left-padded batch of prompts: int32 ids and a bool mask, both [B, P], of NumPy or JAX."""
 
-    tokens_BxP: np.ndarray
-    mask_BxP: np.ndarray
+    tokens_BxP: Any
+    mask_BxP: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ def filter_top_k(logits_BxV: jax.Array, k: int) -> jax.Array:
 
 
 def filter_top_p(logits_BxV: jax.Array, p: float) -> jax.Array:
-    """Keep the smallest set of tokens whose mass reaches p (Holtzman et al. 2020); p=1 keeps all."""
+    """Keep the smallest set of tokens of mass p (Holtzman et al. 2020); p=1 keeps all."""
     if p >= 1.0:
         return logits_BxV
     sorted_logits = jnp.sort(logits_BxV, axis=-1, descending=True)

@@ -14,8 +14,8 @@ from vbon_jax.errors import InputError
 class Checkpointer:
     """Saves and restores a train state with JSON metadata; the last ``keep`` stay.
 
-    A save returns once the state is copied; the writing goes on behind it, and a checkpoint gets its
-    name only when it is whole, so a crash at any moment leaves the one before.
+    A save returns once the state is copied; the writing goes on behind it, and a checkpoint gets
+    its name only when it is whole, so a crash at any moment leaves the one before.
     """
 
     def __init__(self, directory: Path, keep: int):

@@ -27,8 +27,8 @@ from vbon_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class LoopPlan:
-    """iterations of batch_size rollouts; a checkpoint every checkpoint_every iterations; seed of the
-    order of prompts; n and beta of the objective."""
+    """iterations of batch_size rollouts; a checkpoint every checkpoint_every iterations; seed of
+    the order of prompts; n and beta of the objective."""
 
     iterations: int
     batch_size: int
@@ -88,8 +88,8 @@ def train(
       metadata: JSON saved with every checkpoint.
 
     Returns the final state, which is also the newest checkpoint.
-    Raises Stopped after a signal, once the state is saved; InputError on a NaN reward, and on a loss
-    or gradient that is not finite, naming the step and the last good checkpoint.
+    Raises Stopped after a signal, once the state is saved; InputError on a NaN reward, and on a
+    loss or gradient that is not finite, naming the step and the last good checkpoint.
     """
     texts = {p.id: p.text for p in prompts}
     row_of = {p.id: i for i, p in enumerate(prompts)}

@@ -172,7 +172,7 @@ def experience(
 def loss(
     params: Any, exp: Experience, *, config: decoder.DecoderConfig, plan: PPOPlan
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy loss + value_coef * clipped value loss of a minibatch (Schulman et al. 2017)."""
+    """Clipped policy loss + value_coef * clipped value loss of a minibatch."""
     response_len = exp.response_mask_BxT.shape[1]
     logits, hidden = decode.response_logits(
         params["decoder"], config, exp.tokens_BxS, exp.mask_BxS, response_len, plan.temperature
@@ -221,7 +221,8 @@ def iteration(
 
     Returns:
       (state one step on, metrics: float32 scalars; those of the loss are means over the gradient
-      steps, ``grad_norm`` is the largest, ``first_approx_kl`` that of the first step, where it must be 0).
+      steps, ``grad_norm`` is the largest, ``first_approx_kl`` that of the first step, which must
+      be 0).
     """
     exp, metrics = experience(
         state.params, ref_params, batch, sorted_rewards_PxM, n, beta, config=config, plan=plan

@@ -16,6 +16,7 @@ from vbon_jax import sharding
 from vbon_jax.errors import InputError
 from vbon_jax.models import decoder, heads
 from vbon_jax.progress import Stopped, StopSignal, reporting
+from vbon_jax.rewards import classifier
 from vbon_jax.training import state as train_state
 from vbon_jax.training.checkpoint import Checkpointer
 
@@ -91,12 +92,12 @@ def epoch_batches(
             rng.shuffle(rows)
         batches += [(length, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     if rng is not None:
-        rng.shuffle(batches)  # type: ignore[arg-type]
+        rng.shuffle(batches)
     for length, rows in batches:
         tokens = np.full((batch_size, length), pad_id, np.int32)
         mask = np.zeros((batch_size, length), bool)
         label = np.zeros(batch_size, np.int32)
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows.tolist()):
             tokens[i, : len(texts[row])] = texts[row]
             mask[i, : len(texts[row])] = True
             label[i] = labels[row]
@@ -122,7 +123,7 @@ def fit(
     seed: int,
     checkpointer: Checkpointer,
 ) -> Any:
-    """Parameters after ``plan.epochs`` passes; continues from the newest checkpoint if there is one.
+    """Parameters after ``plan.epochs`` passes, from the newest checkpoint if there is one.
 
     Args:
       params: initial parameters on ``mesh``; donated.
@@ -154,7 +155,8 @@ def fit(
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), value
 
     done = int(state.step)
-    step, saved_at, recent = 0, time.monotonic(), []
+    step, saved_at = 0, time.monotonic()
+    recent: list[float] = []
     with reporting(title, total, done) as report, StopSignal() as stop:
         for epoch in range(plan.epochs):
             rng = np.random.default_rng((seed, epoch))
@@ -166,8 +168,8 @@ def fit(
                 recent = [*recent[-19:], float(value)]
                 if not np.isfinite(recent[-1]):
                     raise InputError(
-                        f"{title}: the loss is {recent[-1]} at step {step}; the last good checkpoint "
-                        f"is {checkpointer.latest_step}: lower the learning rate"
+                        f"{title}: the loss is {recent[-1]} at step {step}; the last good "
+                        f"checkpoint is {checkpointer.latest_step}: lower the learning rate"
                     )
                 report.update(step, f"loss {np.mean(recent):.3f} nats")
                 if stop.signum is not None or time.monotonic() - saved_at > SAVE_SECONDS:
@@ -194,3 +196,23 @@ def mean_loss(
     for batch in epoch_batches(texts, labels, batch_size, pad_id, None):
         sums += np.array(jitted(params, sharding.place(batch, mesh, "batch")), np.float64)
     return float(sums[0] / sums[1])
+
+
+def accuracy(
+    params: Any,
+    config: decoder.DecoderConfig,
+    texts: Sequence[Sequence[int]],
+    labels: Sequence[int],
+    batch_size: int,
+    pad_id: int,
+    mesh: Mesh,
+) -> float:
+    """Share of texts to which a two-label classifier gives its own label the higher score."""
+    score = partial(classifier.score, config=config, kind="log_odds", label=1)
+    right = 0.0
+    for batch in epoch_batches(texts, labels, batch_size, pad_id, None):
+        on_device = sharding.place(batch, mesh, "batch")
+        log_odds = np.asarray(score(params, on_device.tokens_BxT, on_device.mask_BxT))
+        real = batch.mask_BxT.any(axis=1)
+        right += float(np.sum((log_odds > 0)[real] == batch.label_B[real]))
+    return right / len(texts)
