@@ -214,14 +214,11 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
     rules = f.metadata
-    if f.type is float and _is_int(value):
-        value = float(value)
-    if isinstance(value, list | tuple):
-        value = tuple(float(v) if f.type == tuple[float, ...] and _is_int(v) else v for v in value)
+    value = _coerced(f, value)
     expected = f.type if isinstance(f.type, type) else tuple
     if not isinstance(value, expected) or (expected is int and not _is_int(value)):
         raise InputError(f"{where}={value!r}: must be {getattr(expected, '__name__', expected)}")
-    if expected is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}={value!r}: must be a finite number")
     for rule, holds, text in (
         ("least", lambda a: value >= a, "at least"),
@@ -233,6 +230,16 @@ def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
             raise InputError(f"{where}={value!r}: must be {text} {rules[rule]}")
     if "choices" in rules and value not in rules["choices"]:
         raise InputError(f"{where}={value!r}: choose one of {', '.join(rules['choices'])}")
+    return value
+
+
+def _coerced(f: dataclasses.Field, value: Any) -> Any:
+    """Whole numbers as floats where floats are meant, lists as tuples."""
+    if f.type is float and _is_int(value):
+        return float(value)
+    if isinstance(value, list | tuple):
+        floats = f.type == tuple[float, ...]
+        return tuple(float(v) if floats and _is_int(v) else v for v in value)
     return value
 
 
