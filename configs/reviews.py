@@ -93,6 +93,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "gamma": 1.0,
                 "lam": 0.95,
                 "whiten": True,
+                "penalty": "full",
                 "checkpoint_every": 50,
                 "keep": 2,
             },

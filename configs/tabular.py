@@ -77,6 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "gamma": 1.0,
                 "lam": 0.95,
                 "whiten": True,
+                "penalty": "full",
                 "checkpoint_every": 400,
                 "keep": 2,
             },

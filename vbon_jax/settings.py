@@ -133,6 +133,8 @@ class Train:
     gamma: float = key("discount", least=0, most=1)
     lam: float = key("lambda of GAE", least=0, most=1)
     whiten: bool = key("advantages to zero mean and unit variance over a rollout")
+    penalty: str = key("KL penalty by the sampled token's log-ratio, or by the full distribution",
+                       choices=("sampled", "full"))  # fmt: skip
     checkpoint_every: int = key("iterations between checkpoints", least=1)
     keep: int = key("checkpoints kept", least=1)
 

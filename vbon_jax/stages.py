@@ -269,6 +269,7 @@ def train(run: Run) -> None:
         gamma=t.gamma,
         lam=t.lam,
         whiten=t.whiten,
+        penalty=t.penalty,
         temperature=s.sampling.temperature,
     )
     fresh, optimizer, schedule = _train_state(run, reference)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rlax
 
-from vbon_jax.rl.ppo import entropy, explained_variance, policy_loss, value_loss
+from vbon_jax.rl.ppo import explained_variance, policy_loss, token_entropy, value_loss
 
 MASK = np.arange(6) < np.array([[6], [2], [0], [5]])
 
@@ -111,6 +111,10 @@ def test_a_nan_inside_the_mask_is_not_hidden():
         assert np.isnan(value_loss(*arrays, MASK, 0.2)[0])
 
 
+def summed_entropy(logits, mask):
+    return token_entropy(jax.nn.log_softmax(logits, axis=-1), mask).sum()
+
+
 def test_entropy_golden_and_limits():
     logits = np.full((1, 4, 4), -np.inf, np.float32)
     logits[0, 0] = 3.0  # uniform over 4
@@ -118,9 +122,10 @@ def test_entropy_golden_and_limits():
     logits[0, 2, 3] = 0.0  # certain
     logits[0, 3] = np.nan  # padding
     mask = np.array([[1, 1, 1, 0]])
-    np.testing.assert_allclose(entropy(logits, mask), (np.log(4) + np.log(2)) / 3, rtol=1e-6)
-    gradient = jax.grad(entropy)(logits, mask)
-    assert np.isfinite(gradient).all()
+    found = token_entropy(jax.nn.log_softmax(logits, axis=-1), mask)
+    np.testing.assert_allclose(found, [[np.log(4), np.log(2), 0, 0]], atol=1e-6)
+    log_probs = np.float32([[[-np.inf, 0.0]]])
+    assert np.isfinite(jax.grad(lambda x: token_entropy(x, np.ones((1, 1))).sum())(log_probs)).all()
 
 
 def test_entropy_gradient_equals_the_formula():
@@ -128,7 +133,8 @@ def test_entropy_gradient_equals_the_formula():
     logits = np.float32([[[0.5, -1.0, 2.0]]])
     log_p = np.asarray(jax.nn.log_softmax(logits))
     want = -np.exp(log_p) * (log_p - np.sum(np.exp(log_p) * log_p))
-    np.testing.assert_allclose(jax.grad(entropy)(logits, np.ones((1, 1))), want, atol=1e-6)
+    found = jax.grad(summed_entropy)(logits, np.ones((1, 1)))
+    np.testing.assert_allclose(found, want, atol=1e-6)
 
 
 def test_explained_variance():

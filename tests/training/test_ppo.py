@@ -7,6 +7,8 @@ import optax
 import pytest
 
 from vbon_jax import sharding
+from vbon_jax.bon import distribution
+from vbon_jax.bon import log_f as lf
 from vbon_jax.models import decoder, heads
 from vbon_jax.sampling import decode
 from vbon_jax.training import ppo, state
@@ -106,7 +108,7 @@ def test_the_policy_that_is_its_reference_has_no_kl(world, mesh, batch):
 def test_the_ratio_is_one_before_the_first_step(world, mesh, batch):
     exp, _ = experience(world, mesh, batch)
     info = jax.jit(ppo.loss, static_argnames=("config", "plan"))(
-        world.fresh(mesh).params, exp, config=world.config, plan=world.plan
+        world.fresh(mesh).params, world.reference(mesh), exp, config=world.config, plan=world.plan
     )[1]
     assert float(info["approx_kl"]) < 1e-10
     assert float(info["policy_clip_fraction"]) == 0
@@ -133,7 +135,9 @@ def test_an_update_improves_its_own_surrogate(world, mesh, batch, objective):
     new, metrics = world.iterate(mesh, world.fresh(mesh), batch, objective=objective)
     loss = jax.jit(ppo.loss, static_argnames=("config", "plan"))
     before, after = (
-        loss(params, exp, config=world.config, plan=world.plan)[1]["policy_loss"]
+        loss(params, world.reference(mesh), exp, config=world.config, plan=world.plan)[1][
+            "policy_loss"
+        ]
         for params in (world.fresh(mesh).params, new.params)
     )
     assert float(before) == pytest.approx(0, abs=1e-6)  # advantages are whitened
@@ -163,13 +167,88 @@ def test_the_state_is_donated(world, mesh, batch):
 def test_gradients_stop_at_old_quantities(world, mesh, batch):
     """The loss moves with the parameters only through the new log-probs and values."""
     exp, _ = experience(world, mesh, batch)
-    grads = jax.jit(
-        jax.grad(lambda e: ppo.loss(
-            world.fresh(mesh).params, e, config=world.config, plan=world.plan
-        )[0], allow_int=True)
-    )(exp)  # fmt: skip
+    params, reference = world.fresh(mesh).params, world.reference(mesh)
+
+    def loss(e):
+        return ppo.loss(params, reference, e, config=world.config, plan=world.plan)[0]
+
+    grads = jax.jit(jax.grad(loss, allow_int=True))(exp)
     for name in ("log_probs_BxT", "values_BxT", "advantages_BxT", "returns_BxT"):
         np.testing.assert_array_equal(getattr(grads, name), 0, err_msg=name)
+
+
+def all_responses(world, mesh, length, vocab):
+    """Every response of ``length`` ids below ``vocab`` to one prompt, as a rollout batch."""
+    strings = np.stack(np.meshgrid(*[np.arange(vocab)] * length, indexing="ij"), -1)
+    strings = strings.reshape(-1, length).astype(np.int32)
+    rows = len(strings)
+    mask = np.ones((rows, length), bool)
+    rollout = decode.Rollout(strings, mask, np.zeros(mask.shape, np.float32), np.ones(rows, bool))
+    reward = np.random.default_rng(8).permutation(rows).astype(np.float32)
+    prompt = np.full((rows, 1), 5, np.int32)
+    return ppo.RolloutBatch(prompt, prompt >= 0, rollout, reward, np.zeros(rows, np.int32))
+
+
+@pytest.mark.parametrize("objective", ["exact", "jensen_bound"])
+@pytest.mark.parametrize("penalty", ["sampled", "full"])
+def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, objective):
+    """Over all strings of a closed world, the loss's expected gradient is -grad J, exactly.
+
+    J is computed by enumeration from the parameters alone: E[R] - c KL(policy || ref) + w H, with R
+    the estimated sequence reward of each string. Both penalties must give its gradient.
+    """
+    config = dataclasses.replace(world.config, vocab_size=4)
+    params, reference = (
+        {"decoder": jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(s))}
+        for s in (1, 2)
+    )
+    params["value"] = heads.init_value(config, jax.random.key(0))
+    batch = all_responses(world, mesh, 3, 4)
+    plan = dataclasses.replace(
+        world.plan, objective=objective, penalty=penalty, whiten=False, lam=1.0, value_coef=0.0,
+        estimator="smoothed", temperature=0.8,
+    )  # fmt: skip
+    n, table = jnp.float32(4.0), np.sort(batch.reward_B[::3])[None]
+    tokens = np.concatenate([batch.prompt_BxP, batch.rollout.tokens_BxT], axis=1)
+
+    def log_probs(p):
+        logits, _ = decode.response_logits(
+            p["decoder"], config, tokens, np.ones_like(tokens, bool), 3, plan.temperature
+        )
+        chosen = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), batch.rollout.tokens_BxT[..., None], axis=-1
+        )
+        return chosen[..., 0].sum(axis=1)
+
+    log_ref = log_probs(reference)
+    below, equal = lf.reference_ranks(table, batch.reward_B[None])
+    log_f = lf.log_f(below[0], table.shape[1], "smoothed")
+    sequence_reward = distribution.sequence_reward(objective, n=n, log_f=log_f, log_mass=log_ref)
+    c = distribution.kl_coefficient(objective, n)
+    w = distribution.entropy_coefficient(objective, n)
+
+    def objective_value(p):
+        log_p = log_probs(p)
+        gains = sequence_reward - c * (log_p - log_ref) - w * log_p
+        return jnp.sum(jnp.exp(log_p) * gains)
+
+    def expected_loss(p):
+        exp, _ = ppo.experience(
+            jax.lax.stop_gradient(p), reference, batch, jnp.asarray(table), n, jnp.float32(1.0),
+            config=config, plan=plan,
+        )  # fmt: skip
+        weights = jax.lax.stop_gradient(jnp.exp(log_probs(p)))
+
+        def one(row):
+            single = jax.tree.map(lambda x: jnp.asarray(x)[row][None], exp)
+            return ppo.loss(p, reference, single, config=config, plan=plan)[0] * 3  # a mean over 3
+
+        return jnp.sum(weights * jax.vmap(one)(jnp.arange(len(tokens))))
+
+    want = jax.jit(jax.grad(objective_value))(params)["decoder"]
+    found = jax.jit(jax.grad(expected_loss))(params)["decoder"]
+    scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(-a, b, atol=2e-4 * scale), found, want)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)

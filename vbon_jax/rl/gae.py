@@ -72,5 +72,11 @@ def whiten(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8) -> jax.Array:
     """
     x = masked(x, mask)
     centred = masked(x - masked_mean(x, mask), mask)
-    variance = masked_mean(jnp.square(centred), mask)
-    return centred * jax.lax.rsqrt(variance + epsilon)
+    return centred / deviation(x, mask, epsilon)
+
+
+def deviation(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8) -> jax.Array:
+    """sqrt(variance + epsilon) over the mask, the biased variance: what `whiten` divides by."""
+    x = masked(x, mask)
+    centred = masked(x - masked_mean(x, mask), mask)
+    return jnp.sqrt(masked_mean(jnp.square(centred), mask) + epsilon)

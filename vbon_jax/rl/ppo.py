@@ -75,24 +75,21 @@ def value_loss(
     return masked_mean(worst, mask) / 2, jax.lax.stop_gradient(info)
 
 
-def entropy(logits_BxTxV: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """Mean entropy of the next-token distribution over the tokens inside the mask.
+def token_entropy(log_probs_BxTxV: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """Entropy of the next-token distribution at each token, -sum_v p_v log p_v.
 
     Args:
-        logits_BxTxV: logits already divided by the sampling temperature; -inf is probability 0.
+        log_probs_BxTxV: normalised log-probabilities of the tempered distribution, in nats; -inf is
+            probability 0.
         mask_BxT: true (or 1) at response tokens.
 
     Returns:
-        float32 scalar in nats a token, in [0, log V].
+        float32 array BxT in nats a token, in [0, log V], 0 outside the mask.
     """
-    mask_BxTx1 = mask_BxT.astype(bool)[..., None]
-    log_p_BxTxV = jax.nn.log_softmax(
-        jnp.where(mask_BxTx1, logits_BxTxV.astype(jnp.float32), 0.0), axis=-1
-    )
     # 0 log 0 = 0, without a NaN in the gradient.
-    finite_BxTxV = jnp.where(jnp.isneginf(log_p_BxTxV), 0.0, log_p_BxTxV)
-    entropy_BxT = -jnp.sum(jnp.exp(log_p_BxTxV) * finite_BxTxV, axis=-1)
-    return masked_mean(entropy_BxT, mask_BxT)
+    counts_BxTxV = mask_BxT.astype(bool)[..., None] & ~jnp.isneginf(log_probs_BxTxV)
+    log_p_BxTxV = masked(log_probs_BxTxV, counts_BxTxV)
+    return -jnp.sum(jnp.where(counts_BxTxV, jnp.exp(log_p_BxTxV), 0.0) * log_p_BxTxV, axis=-1)
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from vbon_jax.bon import distribution
 from vbon_jax.bon import log_f as lf
 from vbon_jax.models import decoder, heads
 from vbon_jax.rl import gae, kl, ppo, shaping
+from vbon_jax.rl.masking import masked_mean
 from vbon_jax.sampling import decode
 from vbon_jax.sampling import logits as lg
 from vbon_jax.training.state import TrainState
@@ -25,6 +26,10 @@ class PPOPlan:
     epochs: passes over a rollout; minibatch_size: responses a gradient step.
     clip_policy, clip_value, value_coef, gamma, lam: PPO's and GAE's constants.
     whiten: advantages to zero mean and unit variance over the rollout.
+    penalty: how KL(policy || ref), and the entropy of ``jensen_bound``, enter: "sampled" as the
+      log-ratio of each sampled token in its reward (the usual way), "full" as the KL of the whole
+      next-token distributions, differentiated exactly (see ``loss``): the same objective and the
+      same expected gradient, with less noise.
     temperature: of the rollouts, and so of every log-prob.
     """
 
@@ -38,6 +43,7 @@ class PPOPlan:
     gamma: float = 1.0
     lam: float = 0.95
     whiten: bool = True
+    penalty: str = "sampled"
     temperature: float = 0.7
 
 
@@ -58,7 +64,9 @@ class RolloutBatch(NamedTuple):
 
 class Experience(NamedTuple):
     """What the PPO epochs read: tokens and masks of the whole rows [B, S], and of the response
-    slots [B, T] the log-probs and values of the policy that sampled, advantages and returns."""
+    slots [B, T] the log-probs and values of the policy that sampled, advantages and returns.
+    ref_hidden_BxTxD: the reference's hidden states there, from which its logits follow.
+    kl_weight_B, entropy_weight_B: weights of the "full" penalty in the loss, one value repeated."""
 
     tokens_BxS: jax.Array
     mask_BxS: jax.Array
@@ -67,6 +75,9 @@ class Experience(NamedTuple):
     values_BxT: jax.Array
     advantages_BxT: jax.Array
     returns_BxT: jax.Array
+    ref_hidden_BxTxD: jax.Array
+    kl_weight_B: jax.Array
+    entropy_weight_B: jax.Array
 
 
 def policy_outputs(
@@ -114,15 +125,16 @@ def experience(
         policy_lp, values = policy_outputs(
             params, config, tokens, token_mask, response_len, plan.temperature
         )
-        ref_logits, _ = decode.response_logits(
+        ref_logits, ref_hidden = decode.response_logits(
             ref_params["decoder"], config, tokens, token_mask, response_len, plan.temperature
         )
         ref_lp = jax.nn.log_softmax(ref_logits, axis=-1)
         log_policy = jnp.where(mask, _chosen(policy_lp, rollout.tokens_BxT), 0.0)
         log_ref = jnp.where(mask, _chosen(ref_lp, rollout.tokens_BxT), 0.0)
         values = jnp.where(mask, values, 0.0)
-        full_kl = kl.sequence_sum(kl.full_kl(policy_lp, ref_lp, mask), mask)
-        entropy_BxT = jnp.where(mask, -jnp.sum(jnp.exp(policy_lp) * policy_lp, axis=-1), 0.0)
+        full_kl_BxT = kl.full_kl(policy_lp, ref_lp, mask)
+        full_kl = kl.sequence_sum(full_kl_BxT, mask)
+        entropy_BxT = ppo.token_entropy(policy_lp, mask)
 
     with jax.named_scope("log_f"):
         below, equal = lf.reference_ranks(sorted_rewards_PxM[batch.row_B], batch.reward_B[:, None])
@@ -138,13 +150,22 @@ def experience(
         kl_coef = distribution.kl_coefficient(plan.objective, n, beta)
         entropy_coef = distribution.entropy_coefficient(plan.objective, n)
 
-    rewards = shaping.token_rewards(
-        sequence_reward, log_policy, log_ref, mask, kl_coef, entropy_coef
-    )
+    if plan.penalty == "full":
+        rewards = shaping.token_rewards(sequence_reward, log_policy, log_ref, mask, 0.0)
+        rewards += entropy_coef * entropy_BxT - kl_coef * full_kl_BxT
+    else:
+        rewards = shaping.token_rewards(
+            sequence_reward, log_policy, log_ref, mask, kl_coef, entropy_coef
+        )
     advantages, returns = gae.gae(rewards, values, mask, plan.gamma, plan.lam)
     explained = ppo.explained_variance(values, returns, mask)
+    scale = jnp.float32(1.0)
     if plan.whiten:
+        # The exact penalty must shrink with the advantages, or whitening would change the optimum.
+        scale = gae.deviation(advantages, mask)
         advantages = gae.whiten(advantages, mask)
+    weight = plan.penalty == "full"
+    rows = mask.shape[0]
 
     tokens_drawn = jnp.maximum(jnp.sum(mask), 1)
     metrics = {
@@ -164,15 +185,40 @@ def experience(
         "rollout_log_prob_error": jnp.max(jnp.abs(log_policy - rollout.log_probs_BxT)),
     }
     return (
-        Experience(tokens, token_mask, mask, log_policy, values, advantages, returns),
+        Experience(
+            tokens,
+            token_mask,
+            mask,
+            log_policy,
+            values,
+            advantages,
+            returns,
+            ref_hidden,
+            jnp.full(rows, weight * kl_coef / scale, jnp.float32),
+            jnp.full(rows, weight * entropy_coef / scale, jnp.float32),
+        ),
         metrics,
     )
 
 
 def loss(
-    params: Any, exp: Experience, *, config: decoder.DecoderConfig, plan: PPOPlan
+    params: Any,
+    ref_params: Any,
+    exp: Experience,
+    *,
+    config: decoder.DecoderConfig,
+    plan: PPOPlan,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy loss + value_coef * clipped value loss of a minibatch."""
+    """Clipped policy loss + value_coef * clipped value loss of a minibatch.
+
+    With the "full" penalty, mean_t [kl_coef KL_t - entropy_coef H_t] of the whole next-token
+    distributions is added. For J = E[R - c sum_t KL_t], with KL_t a function of the state,
+
+        grad J = E sum_t [ grad log pi(a_t) (R - c sum_{t' > t} KL_t') - c grad KL_t ]:
+
+    the first part is what the advantages carry (the KL_t' of later states are in the rewards), the
+    second is this term. The sampled penalty estimates it from one token instead.
+    """
     response_len = exp.response_mask_BxT.shape[1]
     logits, hidden = decode.response_logits(
         params["decoder"], config, exp.tokens_BxS, exp.mask_BxS, response_len, plan.temperature
@@ -187,6 +233,13 @@ def loss(
         values, exp.values_BxT, exp.returns_BxT, mask, plan.clip_value
     )
     total = policy_loss + plan.value_coef * value_loss
+    if plan.penalty == "full":
+        ref_logits = decoder.logits(ref_params["decoder"], config, exp.ref_hidden_BxTxD)
+        ref_lp = jax.nn.log_softmax(lg.temper(ref_logits, plan.temperature), axis=-1)
+        policy_lp = jax.nn.log_softmax(logits, axis=-1)
+        penalty_BxT = exp.kl_weight_B[:, None] * kl.full_kl(policy_lp, ref_lp, mask)
+        penalty_BxT -= exp.entropy_weight_B[:, None] * ppo.token_entropy(policy_lp, mask)
+        total += masked_mean(penalty_BxT, mask)
     return total, {
         "loss": total,
         "policy_loss": policy_loss,
@@ -240,7 +293,9 @@ def iteration(
     def gradient_step(carry, rows_of_step):
         params, opt_state = carry
         minibatch = jax.tree.map(lambda x: x[rows_of_step], exp)
-        grads, info = jax.grad(loss, has_aux=True)(params, minibatch, config=config, plan=plan)
+        grads, info = jax.grad(loss, has_aux=True)(
+            params, ref_params, minibatch, config=config, plan=plan
+        )
         updates, opt_state = optimizer.update(grads, opt_state, params)
         info["grad_norm"] = optax.tree.norm(grads)
         return (optax.apply_updates(params, updates), opt_state), info
