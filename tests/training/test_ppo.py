@@ -221,7 +221,7 @@ def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, ob
         return chosen[..., 0].sum(axis=1)
 
     log_ref = log_probs(reference)
-    below, equal = lf.reference_ranks(table, batch.reward_B[None])
+    below, _ = lf.reference_ranks(table, batch.reward_B[None])
     log_f = lf.log_f(below[0], table.shape[1], "smoothed")
     sequence_reward = distribution.sequence_reward(objective, n=n, log_f=log_f, log_mass=log_ref)
     c = distribution.kl_coefficient(objective, n)

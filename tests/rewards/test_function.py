@@ -1,0 +1,70 @@
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from vbon_jax.errors import InputError
+from vbon_jax.rewards import function
+
+
+@pytest.fixture
+def module():
+    m = types.ModuleType("a_users_reward")
+    m.length = lambda prompts, responses: [len(r) / 4 for r in responses]
+    m.boom = lambda prompts, responses: 1 / 0
+    m.short = lambda prompts, responses: [1.0]
+    m.nan = lambda prompts, responses: [0.0, float("nan")]
+    m.words = lambda prompts, responses: [1.0, "two"]
+    m.number = 3
+    sys.modules["a_users_reward"] = m
+    yield m
+    del sys.modules["a_users_reward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("length", "write it as module:function"),
+        (":length", "write it as module:function"),
+        ("no_such_module:f", "cannot import 'no_such_module'"),
+        ("a_users_reward:missing", "has no callable 'missing'"),
+        ("a_users_reward:number", "has no callable 'number'"),
+    ],
+)
+def test_bad_names(module, name, message):
+    with pytest.raises(InputError, match=message):
+        function.load(name)
+
+
+def test_fractions_survive(module):
+    out = function.call("m:f", function.load("a_users_reward:length"), ["p", "p"], ["abc", "abcde"])
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(out, [0.75, 1.25])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("boom", "raised ZeroDivisionError.*first of it prompt='p0' response='r0'"),
+        ("short", "returned 1 values for 2 responses"),
+        ("nan", "returned NaN for prompt='p1' response='r1'"),
+        ("words", "returned 'two', not a number, for prompt='p1' response='r1'"),
+    ],
+)
+def test_what_a_function_may_not_do(module, name, message):
+    full = f"a_users_reward:{name}"
+    with pytest.raises(InputError, match=message):
+        function.call(full, function.load(full), ["p0", "p1"], ["r0", "r1"])
+
+
+def test_the_text_leaves_eos_and_padding_out(module):
+    seen = []
+    module.record = lambda prompts, responses: seen.append((prompts, responses)) or [0.0, 1.0]
+    reward = function.FunctionReward(
+        "a_users_reward:record", lambda rows: ["".join(map(str, r)) for r in rows], eos_id=9
+    )
+    tokens = np.array([[1, 2, 9, 0], [3, 0, 4, 5]])
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    reward(["a", "b"], None, None, tokens, mask)
+    assert seen == [(["a", "b"], ["12", "3045"])]
