@@ -1,0 +1,351 @@
+"""Whole runs of the command line on miniature worlds, in this process."""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from vbon_jax import cli
+from vbon_jax.data import reference, reviews
+from vbon_jax.models import hf
+
+ROOT = Path(__file__).parents[1]
+TABULAR = [
+    "--config.reference.fit.epochs=1",
+    "--config.data.train=600",
+    "--config.samples.m=16",
+    "--config.prompts.test=4",
+    "--config.sampling.batch_size=64",
+    "--config.reference.model.layers=1",
+    "--config.reference.model.width=16",
+    "--config.reference.model.heads=2",
+    "--config.train.iterations=4",
+    "--config.train.batch_size=32",
+    "--config.train.minibatch_size=16",
+    "--config.train.ppo_epochs=2",
+    "--config.train.checkpoint_every=1",
+    "--config.evaluate.m=16",
+    "--config.evaluate.samples_per_prompt=2",
+]
+
+
+def vbon(stage, workdir, *flags, config="tabular"):
+    """Exit code of a command line."""
+    base = TABULAR if config == "tabular" else []
+    path = ROOT / "configs" / f"{config}.py"
+    return cli.main([stage, f"--config={path}", f"--workdir={workdir}", *base, *flags])
+
+
+def policy(workdir):
+    return hf.load_decoder(workdir / "policy")[1]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        if isinstance(x, dict):
+            assert_same(x, b[name])
+        else:
+            np.testing.assert_array_equal(x, b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def tabular(tmp_path_factory):
+    """A finished run of the tabular world."""
+    workdir = tmp_path_factory.mktemp("tabular")
+    assert vbon("run", workdir) == 0
+    return workdir
+
+
+def test_a_run_leaves_everything_behind(tabular):
+    for name in (
+        "config.json", "tokenizer/tokenizer.json", "reference/model.safetensors",
+        "samples/train.jsonl", "checkpoints/train", "policy/config.json", "metrics.jsonl",
+        "tensorboard", "evaluation.json", "evaluation_samples.jsonl",
+        "figures/training_curves.png", "figures/reward_histograms.png",
+        "figures/win_rate_vs_kl.png",
+    ):  # fmt: skip
+        assert (tabular / name).exists(), name
+    metrics = [json.loads(line) for line in (tabular / "metrics.jsonl").open()]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    for name in (
+        "objective", "kl_ref", "kl_bon", "reward", "response_length", "eos_rate",
+        "truncation_rate", "entropy", "policy_clip_fraction", "value_clip_fraction",
+        "explained_variance", "seconds_rollout", "seconds_reward", "seconds_update",
+        "tokens_per_second",
+    ):  # fmt: skip
+        assert all(np.isfinite(m[name]) for m in metrics), name
+    assert all(m["first_approx_kl"] < 1e-9 for m in metrics)  # the ratio is 1 at first
+    assert all(m["rollout_log_prob_error"] < 1e-5 for m in metrics)
+
+
+def test_evaluation_has_the_promised_layout(tabular):
+    result = json.loads((tabular / "evaluation.json").read_text())
+    assert [row["policy"] for row in result["rows"]] == ["reference", "bon", "vbon"]
+    for row in result["rows"]:
+        assert {
+            "policy", "n", "temperature", "reward", "win_rate", "win_rate_ci95", "kl_ref",
+            "kl_ref_ci95", "kl_bon", "responses_per_second", "tokens_per_second",
+        } <= row.keys()  # fmt: skip
+        low, high = row["win_rate_ci95"]
+        assert low <= row["win_rate"] <= high
+    exact = result["exact"]
+    assert {"kl_bon", "kl_ref", "win_rate", "bon_win_rate", "bon_kl"} <= exact.keys()
+    # Best-of-8 of an injective reward with no heavy string: both facts of theory, exactly.
+    assert exact["bon_kl"] == pytest.approx(np.log(8) - 7 / 8, abs=0.02)
+    assert exact["bon_win_rate"] == pytest.approx(8 / 9, abs=0.005)
+    assert exact["reference_kl_bon"] == pytest.approx(7 - np.log(8), abs=0.2)
+    assert exact["kl_bon"] > 0 and exact["kl_ref"] > 0
+
+
+def test_running_again_changes_nothing(tabular, capfd):
+    before = {p: p.stat().st_mtime_ns for p in tabular.rglob("*.safetensors")}
+    assert vbon("run", tabular) == 0
+    assert capfd.readouterr().err.count("complete already") == 6
+    assert before == {p: p.stat().st_mtime_ns for p in tabular.rglob("*.safetensors")}
+
+
+def test_changed_settings_are_refused(tabular, capfd):
+    assert vbon("run", tabular, "--config.method.n=4") == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "method.n=8.0, now it is 4.0" in message and "checkpoints/train" in message
+    # What only sets the pace may change.
+    assert vbon("run", tabular, "--config.train.keep=5", "--config.sampling.batch_size=32") == 0
+
+
+def test_transformers_loads_the_policy_with_the_same_log_probs(tabular):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tabular / "policy")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tabular / "policy")
+    line = json.loads((tabular / "samples" / "test_t1.jsonl").open().readline())
+    assert tokenizer(line["prompt"], add_special_tokens=False)["input_ids"] == line["prompt_tokens"]
+    reference_model = transformers.AutoModelForCausalLM.from_pretrained(tabular / "reference")
+    prompt = line["prompt_tokens"]
+    for response, log_prob in zip(line["response_tokens"], line["log_probs"]):
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            log_p = reference_model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        total = log_p.gather(1, torch.tensor(response)[:, None]).sum()
+        assert float(total) == pytest.approx(log_prob, abs=1e-4)
+    assert model.config.vocab_size == 6
+
+
+def test_a_cut_run_equals_the_uncut_one_bit_for_bit(tabular, tmp_path):
+    """SIGTERM in the second iteration: saved, exit code 143, and the same end after going on."""
+    calls = 0
+
+    def reward(prompts, responses):
+        nonlocal calls
+        calls += 1
+        if calls == 2 and len(responses) == 32:
+            os.kill(os.getpid(), signal.SIGTERM)
+        from vbon_jax.data.tabular import reward as table
+
+        return table(prompts, responses)
+
+    sys.modules["cut_reward"] = types.SimpleNamespace(reward=reward)
+    for stage in ("sft", "reward", "sample"):
+        calls = 10
+        assert vbon(stage, tmp_path, "--config.reward.function=cut_reward:reward") == 0
+    calls = 0
+    assert vbon("train", tmp_path, "--config.reward.function=cut_reward:reward") == 143
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").open()] == [1, 2]
+    # A line of a step that no checkpoint holds must not stay: it will be written again.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "objective": 0.0}\n{"step": 4, "obj')
+    assert vbon("train", tmp_path, "--config.reward.function=cut_reward:reward") == 0
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").open()] == [1, 2, 3, 4]
+    assert vbon("export", tmp_path, "--config.reward.function=cut_reward:reward") == 0
+    assert_same(policy(tmp_path), policy(tabular))
+    uncut = [json.loads(x) for x in (tabular / "metrics.jsonl").open()]
+    for a, b in zip(uncut, [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]):
+        assert a["objective"] == b["objective"] and a["grad_norm"] == b["grad_norm"]
+
+
+def test_stages_say_what_they_miss(tmp_path, capfd):
+    for stage, maker in (
+        ("reward", "sft"), ("sample", "sft"), ("train", "sft"), ("export", "train"),
+        ("evaluate", "sft"),
+    ):  # fmt: skip
+        assert vbon(stage, tmp_path / stage) == 2
+        error = capfd.readouterr().err.strip()
+        assert error.startswith("vbon: ") and f"run `vbon {maker}`" in error and "\n" not in error
+
+
+def test_generate_prints_json_lines(tabular, capfd):
+    flags = ["--config.generate.count=3", "--config.generate.top_k=1", "--prompt=a"]
+    assert vbon("generate", tabular, *flags) == 0
+    lines = [json.loads(x) for x in capfd.readouterr().out.splitlines()]
+    assert len(lines) == 3 and len({x["response"] for x in lines}) == 1  # top_k=1 is greedy
+    assert all(len(x["response"]) == 4 and x["prompt"] == "a" for x in lines)
+    assert vbon("generate", tabular, "--config.generate.model=bon", "--prompt=a") == 0
+    assert len(capfd.readouterr().out.splitlines()) == 1
+    assert vbon("generate", tabular) == 2
+    assert "no --prompt" in capfd.readouterr().err
+
+
+def test_rewards_that_are_nan_stop_with_one_line(tmp_path, capfd):
+    sys.modules["nan_reward"] = types.SimpleNamespace(
+        reward=lambda prompts, responses: [float("nan")] * len(responses)
+    )
+    assert vbon("run", tmp_path, "--config.reward.function=nan_reward:reward") == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "returned NaN for prompt='a' response='" in last
+
+
+def test_a_loss_that_is_not_finite_names_step_and_checkpoint(tabular, tmp_path, capfd):
+    sys.modules["inf_reward"] = types.SimpleNamespace(
+        reward=lambda prompts, responses: [float(i) for i in range(len(responses))]
+    )
+    flags = ["--config.reward.function=inf_reward:reward", "--config.method.objective=reward"]
+    for stage in ("sft", "reward", "sample"):
+        assert vbon(stage, tmp_path, *flags) == 0
+    calls = []
+    sys.modules["inf_reward"].reward = lambda prompts, responses: (
+        calls.append(1) or [np.inf if len(calls) > 2 else float(i) for i in range(len(responses))]
+    )
+    assert vbon("train", tmp_path, *flags) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "at iteration 3" in last and str(tmp_path / "checkpoints" / "train" / "2") in last
+
+
+def test_samples_made_elsewhere_are_used(tabular, tmp_path):
+    found = reference.read(tabular / "samples" / "train.jsonl")
+    foreign = tmp_path / "theirs.jsonl"
+    with foreign.open("w") as file:
+        for s in found:
+            for response, r in zip(s.responses, s.rewards):
+                text = {"prompt": s.prompt, "text": s.prompt + response, "reward": r}
+                file.write(json.dumps(text) + "\n")
+    workdir = tmp_path / "w"
+    flag = f"--config.samples.path={foreign}"
+    for stage in ("sft", "reward", "sample", "train", "export"):
+        assert vbon(stage, workdir, flag) == 0
+    assert_same(policy(workdir), policy(tabular))
+
+
+def test_text_world(tmp_path, capfd):
+    """Tokenizer, reference and classifier learned from a user's labelled file."""
+    data = tmp_path / "mine.jsonl"
+    with data.open("w") as file:
+        for e in reviews.examples(0, 240):
+            file.write(json.dumps({"text": e.text, "label": e.label}) + "\n")
+    small = {"layers": 1, "width": 16, "heads": 2, "positions": 64}
+    flags = [
+        f"--config.data.path={data}", "--config.tokenizer.vocab_size=400",
+        "--config.prompts.train=8", "--config.prompts.test=4", "--config.samples.m=8",
+        "--config.sampling.batch_size=32", "--config.sampling.max_new_tokens=12",
+        "--config.train.iterations=2", "--config.train.batch_size=16",
+        "--config.train.minibatch_size=16", "--config.evaluate.m=8",
+        "--config.evaluate.samples_per_prompt=2", "--config.evaluate.temperatures=(1.0,0.5)",
+        *(f"--config.{part}.model.{k}={v}" for part in ("reference", "reward")
+          for k, v in small.items()),
+        *(f"--config.{part}.fit.epochs=1" for part in ("reference", "reward")),
+    ]  # fmt: skip
+    assert vbon("run", tmp_path / "w", *flags, config="reviews") == 0
+    rows = json.loads((tmp_path / "w" / "evaluation.json").read_text())["rows"]
+    assert [r["temperature"] for r in rows] == [1.0] * 3 + [0.5] * 3
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "w" / "reward"
+    )
+    assert classifier.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    # The classifier's score in the samples file is the one transformers gives the same text.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "w" / "tokenizer")
+    line = json.loads((tmp_path / "w" / "samples" / "train.jsonl").open().readline())
+    for tokens, r in zip(line["response_tokens"], line["rewards"]):
+        text = [t for t in tokens if t != tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = classifier(torch.tensor([line["prompt_tokens"] + text])).logits
+        assert float(logits[0, 1]) == pytest.approx(r, abs=1e-4)
+    # Training and evaluation prompts are told apart by what follows a stage's change.
+    capfd.readouterr()
+    bad = [f for f in flags if "data.path" not in f]
+    assert vbon("run", tmp_path / "w", *bad, config="reviews") == 2
+    assert "data.path" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "good", "label": 1}\n{"text": ', ":2: "),
+        (
+            '{"text": "good", "label": 1}\n{"text": "bad", "label": 7}\n',
+            ":2: 'label' must be 0 or 1",
+        ),
+        ('{"text": "good", "label": 1}\n', "all 1 labels are"),
+    ],
+)
+def test_bad_data_names_file_and_line(tmp_path, capfd, text, message):
+    data = tmp_path / "bad.jsonl"
+    data.write_text(text)
+    assert vbon("sft", tmp_path / "w", f"--config.data.path={data}", config="reviews") == 2
+    error = capfd.readouterr().err.strip()
+    assert str(data) in error and message in error and "\n" not in error
+
+
+def test_missing_data_is_named(tmp_path, capfd):
+    flag = f"--config.data.path={tmp_path / 'no.jsonl'}"
+    assert vbon("sft", tmp_path / "w", flag, config="reviews") == 2
+    assert str(tmp_path / "no.jsonl") in capfd.readouterr().err
+
+
+def test_a_tokenizer_without_eos_is_refused(tabular, tmp_path, capfd):
+    flags = [
+        f"--config.reference.path={tabular / 'reference'}",
+        "--config.sampling.stop_at_eos=True",
+    ]
+    assert vbon("sft", tmp_path / "w", *flags) == 2
+    assert "tokenizer without EOS" in capfd.readouterr().err
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tabular, tmp_path, capfd):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "abcdefabc"}\n')
+    flags = [
+        f"--config.reference.path={tabular / 'reference'}", f"--config.prompts.path={prompts}",
+    ]  # fmt: skip
+    for stage, code in (("sft", 0), ("reward", 0), ("sample", 2)):
+        assert vbon(stage, tmp_path / "w", *flags) == code
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "prompt 1 ('abcdefabc') has 9 tokens" in error and "the model has 8" in error
+
+
+def test_a_directory_that_is_no_model_is_refused(tmp_path, capfd):
+    assert vbon("sft", tmp_path / "w", f"--config.reference.path={tmp_path / 'none'}") == 2
+    assert str(tmp_path / "none") in capfd.readouterr().err
+
+
+def test_every_variant_of_a_config_says_what_it_does():
+    for path in (ROOT / "configs").glob("*.py"):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert f"vbon run --config=configs/{path.name}" in module.__doc__
+
+
+def test_a_cut_samples_file_is_completed_to_the_same_bytes(tabular, tmp_path):
+    """As after kill -9: whatever is missing or torn is drawn again, the same."""
+    flags = ["--config.prompts.train=5", "--config.samples.m=7", "--config.sampling.batch_size=8"]
+    for stage in ("sft", "reward", "sample"):
+        assert vbon(stage, tmp_path, *flags) == 0
+    path = tmp_path / "samples" / "train.jsonl"
+    whole = path.read_bytes()
+    assert whole.count(b"\n") == 5
+    for kept in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        note = json.loads((tmp_path / "stages" / "sample.json").read_text())
+        (tmp_path / "stages" / "sample.json").write_text(json.dumps(note | {"complete": False}))
+        other = flags[:2] + ["--config.sampling.batch_size=16"]  # another batch, the same bytes
+        assert vbon("sample", tmp_path, *(other if kept else flags)) == 0
+        assert [json.loads(x)["responses"] for x in path.read_bytes().splitlines()] == [
+            json.loads(x)["responses"] for x in whole.splitlines()
+        ]
+        if not kept:
+            assert path.read_bytes() == whole
