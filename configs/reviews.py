@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "path": "",
                 "model": {"layers": 3, "width": 128, "heads": 4, "positions": 64},
                 "fit": {
-                    "epochs": 6,
+                    "epochs": 4,
                     "batch_size": 64,
                     "learning_rate": 2e-3,
                     "weight_decay": 0.01,
@@ -76,10 +76,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "objective": "exact",
                 "n": 8.0,
                 "beta": 1 / 7,
-                "estimator": "harmonic",
+                "estimator": "interval",
             },
             "train": {
-                "iterations": 200,
+                "iterations": 150,
                 "batch_size": 256,
                 "minibatch_size": 64,
                 "ppo_epochs": 4,
@@ -89,7 +89,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "max_grad_norm": 1.0,
                 "clip_policy": 0.2,
                 "clip_value": 0.2,
-                "value_coef": 0.2,
+                "value_coef": 1.0,
                 "gamma": 1.0,
                 "lam": 0.95,
                 "whiten": True,
@@ -115,5 +115,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.reward.model = {"layers": 2, "width": 128, "heads": 4, "positions": 128}
         config.reward.fit.update(epochs=4, learning_rate=5e-4, weight_decay=0.1, max_tokens=80)
         config.sampling.max_new_tokens = 40
-        config.train.iterations = 300
+        config.train.update(
+            iterations=300, batch_size=128, minibatch_size=32, learning_rate=3e-4
+        )
     return config

@@ -12,4 +12,4 @@ if [[ $# -lt 1 ]]; then
 fi
 # Keep compiled programs between runs of the same shapes.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/vbon_jax/xla}"
-exec vbon "$1" --config.mesh.data=-1 "${@:2}"
+exec vbon "$@" --config.mesh.data=-1

@@ -34,7 +34,7 @@ class PPOPlan:
     """
 
     objective: str = "exact"
-    estimator: str = "harmonic"
+    estimator: str = "interval"
     epochs: int = 4
     minibatch_size: int = 32
     clip_policy: float = 0.2
