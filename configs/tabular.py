@@ -63,8 +63,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "estimator": "interval",
             },
             "train": {
-                "iterations": 1_600,
-                "batch_size": 256,
+                "iterations": 1_200,
+                "batch_size": 512,
                 "minibatch_size": 64,
                 "ppo_epochs": 4,
                 "learning_rate": 1e-3,
