@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "prompts": {
                 "path": "",
                 "test_path": "",
-                "train": 1_000,
+                "train": 800,
                 "test": 128,
                 "min_tokens": 2,
                 "max_tokens": 8,
@@ -115,7 +115,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.reward.model = {"layers": 2, "width": 128, "heads": 4, "positions": 128}
         config.reward.fit.update(epochs=4, learning_rate=5e-4, weight_decay=0.1, max_tokens=80)
         config.sampling.max_new_tokens = 40
-        config.train.update(
-            iterations=300, batch_size=128, minibatch_size=32, learning_rate=3e-4
-        )
+        config.train.update(iterations=300, batch_size=128, minibatch_size=32, learning_rate=3e-4)
     return config

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation import figures
+from vbon_jax.evaluation import figures, results
 
 N = 8
 BOUND = math.log(8) - 7 / 8
@@ -199,10 +199,10 @@ def test_one_step_and_a_column_without_numbers_still_draw():
 
 
 def test_n_of_the_bound_is_taken_from_the_evaluation_when_not_given(workdir):
-    assert figures.run_n(ROWS) == N
-    assert figures.run_n([row("vbon", 1.0, 1.0, 0.8) | {"n": 4.5}]) == 4.5
+    assert results.run_n(ROWS) == N
+    assert results.run_n([row("vbon", 1.0, 1.0, 0.8) | {"n": 4.5}]) == 4.5
     with pytest.raises(InputError, match="reference only"):
-        figures.run_n(ROWS[:1])
+        results.run_n(ROWS[:1])
     (workdir / "evaluation.json").unlink()
     with pytest.raises(InputError, match=r"evaluation\.json.*vbon evaluate"):
         figures.training_curves(workdir)
@@ -353,7 +353,7 @@ def test_metrics_without_a_number_are_nan(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "a": NaN}\n{"step": 2, "a": null, "b": 2}\n'
     )
-    metrics = figures.read_metrics(tmp_path)
+    metrics = results.read_metrics(tmp_path)
     np.testing.assert_array_equal(metrics["step"], [1.0, 2.0])
     np.testing.assert_array_equal(metrics["a"], [np.nan, np.nan])
     np.testing.assert_array_equal(metrics["b"], [np.nan, 2.0])

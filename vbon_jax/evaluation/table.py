@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vbon_jax.data import jsonl
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation.figures import display_name, read_samples
+from vbon_jax.evaluation.results import display_name, read_samples
 
 COLUMNS = (
     "policy",
