@@ -110,7 +110,7 @@ class Samples:
 @dataclasses.dataclass(frozen=True)
 class Method:
     name: str = key("name of the trained policy in tables and figures")
-    objective: str = key("exact | lower_bound | jensen_bound | reward", choices=OBJECTIVES)
+    objective: str = key("exact, lower_bound, jensen_bound or reward", choices=OBJECTIVES)
     n: float = key("n of best-of-n; any real number at least 1", least=1)
     beta: float = key("KL coefficient of the `reward` objective; 1/(n-1) matches n", above=0)
     estimator: str = key("of log F, or for `interval` of the density ratio itself",
@@ -148,7 +148,9 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    model: str = key("policy | reference | bon", choices=("policy", "reference", "bon"))
+    model: str = key(
+        "policy, reference or bon (true best-of-n)", choices=("policy", "reference", "bon")
+    )
     count: int = key("responses a prompt", least=1)
     temperature: float = key("of generation", above=0)
     top_k: int = key("keep the k likeliest tokens; 0 keeps all", least=0)
