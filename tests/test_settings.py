@@ -57,7 +57,7 @@ def test_every_config_file_is_tested():
         ("samples.m", 2.5, "samples.m=2.5: must be int"),
         ("samples.m", True, "samples.m=True: must be int"),
         ("train.whiten", 1, "train.whiten=1: must be bool"),
-        ("train.minibatch_size", 100, "train.batch_size=256 is not a multiple"),
+        ("train.minibatch_size", 100, "train.batch_size=512 is not a multiple"),
         ("train.clip_policy", 1.0, "train.clip_policy=1.0: must be below 1"),
         ("train.learning_rate", 0.0, "train.learning_rate=0.0: must be above 0"),
         ("sampling.temperature", 0.0, "sampling.temperature=0.0: must be above 0"),
