@@ -1,5 +1,6 @@
 """Whole runs of the command line on miniature worlds, in this process."""
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -124,7 +125,7 @@ def test_changed_settings_are_refused(tabular, capfd):
 def test_transformers_loads_the_policy_with_the_same_log_probs(tabular):
     model = transformers.AutoModelForCausalLM.from_pretrained(tabular / "policy")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tabular / "policy")
-    line = json.loads((tabular / "samples" / "test_t1.jsonl").open().readline())
+    line = json.loads(next((tabular / "samples").glob("test_t1_m16_*.jsonl")).open().readline())
     assert tokenizer(line["prompt"], add_special_tokens=False)["input_ids"] == line["prompt_tokens"]
     reference_model = transformers.AutoModelForCausalLM.from_pretrained(tabular / "reference")
     prompt = line["prompt_tokens"]
@@ -349,3 +350,120 @@ def test_a_cut_samples_file_is_completed_to_the_same_bytes(tabular, tmp_path):
         ]
         if not kept:
             assert path.read_bytes() == whole
+
+
+def test_a_later_stage_is_not_run_on_other_samples(tabular, tmp_path, capfd):
+    """`vbon train` by name, with a setting that the samples were drawn under changed."""
+    for stage in ("sft", "reward", "sample"):
+        assert vbon(stage, tmp_path) == 0
+    assert vbon("train", tmp_path, "--config.sampling.temperature=0.5") == 2
+    assert "sampling.temperature=1.0, now it is 0.5" in capfd.readouterr().err
+    # So it is with a finished run and `evaluate`, which otherwise may be done again freely.
+    assert vbon("evaluate", tabular, "--config.reward.score=prob") == 2
+    assert "reward.score='logit', now it is 'prob'" in capfd.readouterr().err
+
+
+def test_a_setting_put_right_is_not_held_against_the_run(tmp_path, capfd):
+    for stage in ("sft", "reward"):
+        assert vbon(stage, tmp_path) == 0
+    assert vbon("sample", tmp_path, "--config.sampling.max_new_tokens=50") == 2
+    assert "the model has 8" in capfd.readouterr().err
+    assert vbon("sample", tmp_path) == 0
+
+
+def test_evaluation_again_draws_opponents_that_fit(tabular, tmp_path):
+    before = set((tabular / "samples").glob("test_*"))
+    assert vbon("evaluate", tabular, "--config.evaluate.m=12") == 0
+    assert len(set((tabular / "samples").glob("test_*")) - before) == 1
+    assert vbon("evaluate", tabular) == 0
+    assert len(set((tabular / "samples").glob("test_*")) - before) == 1
+
+
+def test_one_held_out_prompt_is_refused_before_any_work(tabular, tmp_path, capfd):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    for stage, code in (("sft", 0), ("reward", 0), ("sample", 2)):
+        assert vbon(stage, tmp_path / "w", f"--config.prompts.test_path={prompts}") == code
+    assert "need at least 2" in capfd.readouterr().err
+
+
+def test_n_may_be_any_real_number(tmp_path, capfd):
+    assert vbon("run", tmp_path, "--config.method.n=2.5", "--config.train.iterations=1") == 0
+    assert "n=2.5 is not a whole number" in capfd.readouterr().err
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["reference", "vbon"]
+    assert vbon("generate", tmp_path, "--config.method.n=2.5", "--config.train.iterations=1",
+                "--config.generate.model=bon", "--prompt=a") == 2  # fmt: skip
+    assert "needs a whole number" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("stage", "call"), [("sample", 2), ("train", 4)])
+def test_sigterm_in_any_stage_saves_and_goes_on(tabular, tmp_path, stage, call):
+    """Also in the last iteration: what follows a signal is the end, not the next stage."""
+    calls = 0
+    stop_at = 10**9
+
+    def reward(prompts, responses):
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        from vbon_jax.data.tabular import reward as table
+
+        return table(prompts, responses)
+
+    sys.modules["stop_reward"] = types.SimpleNamespace(reward=reward)
+    flags = ["--config.reward.function=stop_reward:reward", "--config.prompts.train=4"]
+    flags += ["--config.sampling.batch_size=16"]
+    for earlier in ("sft", "reward", "sample")[: 2 if stage == "sample" else 3]:
+        assert vbon(earlier, tmp_path, *flags) == 0
+    calls, stop_at = 0, call
+    assert vbon(stage, tmp_path, *flags) == 143
+    stop_at = 10**9
+    assert vbon(stage, tmp_path, *flags) == 0
+    if stage == "sample":
+        assert [s.prompt_id for s in reference.read(tmp_path / "samples/train.jsonl")] == [
+            0,
+            1,
+            2,
+            3,
+        ]
+
+
+def test_sigterm_in_sft_goes_on_to_the_same_reference(tabular, tmp_path, monkeypatch):
+    from vbon_jax.training import supervised
+
+    steps = iter(range(10**6))
+    real = supervised.sharding.place
+
+    def place(*args):
+        if next(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(supervised.sharding, "place", place)
+    assert vbon("sft", tmp_path) == 143
+    monkeypatch.undo()
+    assert vbon("sft", tmp_path) == 0
+    assert_same(hf.load_decoder(tmp_path / "reference")[1],
+                hf.load_decoder(tabular / "reference")[1])  # fmt: skip
+
+
+def test_two_processes_do_not_share_a_workdir(tabular, capfd):
+    with (tabular / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert vbon("run", tabular) == 2
+    assert "another vbon is at work there" in capfd.readouterr().err
+
+
+def test_generate_under_a_mesh_gives_the_same(tabular, capfd):
+    flags = ["--config.generate.count=4", "--prompt=a"]
+    assert vbon("generate", tabular, *flags) == 0
+    alone = capfd.readouterr().out
+    mesh = ["--config.mesh.data=2", "--config.mesh.tensor=2"]
+    assert vbon("generate", tabular, *flags, *mesh) == 0
+    assert [json.loads(x)["response"] for x in capfd.readouterr().out.splitlines()] == [
+        json.loads(x)["response"] for x in alone.splitlines()
+    ]
+    assert vbon("generate", tabular, *flags, "--config.mesh.data=3") == 2
+    assert "does not divide among mesh.data x mesh.fsdp = 3" in capfd.readouterr().err

@@ -6,13 +6,16 @@ vbon run --config=configs/reviews.py --workdir=runs/reviews --config.method.n=4
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
-from vbon_jax import settings as st
 from vbon_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from vbon_jax import settings as st
 
 COMMANDS = {
     "run": "every stage the config lists, in order; what is complete is skipped",
@@ -65,7 +68,7 @@ class Command:
     """What a command line asks for."""
 
     stage: str
-    settings: st.Settings
+    settings: "st.Settings"
     workdir: str
     prompts: list[str]
     coordinator: str | None
@@ -78,6 +81,8 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises InputError naming the stage, flag or config key that is wrong.
     """
+    from vbon_jax import settings as st  # imports jax, which --help should not wait for
+
     path = _config_name(argv).partition(":")[0]
     if path and not os.path.isfile(path):
         raise InputError(f"--config={path}: no such file")
@@ -86,7 +91,7 @@ def parse(argv: Sequence[str]) -> Command:
         config = None if values.config is None else values.config.to_dict()
     except SyntaxError as error:
         raise InputError(f"--config: {error.filename}:{error.lineno}: {error.msg}") from error
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # a config file is a program: it may raise anything
         raise InputError(_flag_error(argv, error)) from error
     if not rest or rest[0] not in COMMANDS:
         named = repr(rest[0]) if rest else "not given"
@@ -133,7 +138,8 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
     lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines()]
     # An error raised inside the config file comes wrapped in its traceback: its last line tells.
     text = lines[-1] if "Traceback" in " ".join(lines) else " ".join(filter(None, lines))
-    return f"command line: {text}"
+    known = isinstance(error, flags.Error)
+    return f"command line: {text}" if known else f"--config: {type(error).__name__}: {text}"
 
 
 def execute(argv: Sequence[str]) -> None:
@@ -149,19 +155,36 @@ def execute(argv: Sequence[str]) -> None:
     mesh = settings.mesh
     run = inputs.Run(
         settings,
-        workdir.Workdir(command.workdir),
+        workdir.Workdir(command.workdir, settings),
         sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
     )
-    run.workdir.write_json(run.workdir.root / "config.json", st.as_dict(settings))
+    _refuse_uneven(settings, run.mesh.shape)
     if command.stage == "generate":
         if not command.prompts:
             raise InputError('no --prompt: give at least one, --prompt="the film"')
         stages.generate(run, command.prompts)
-    elif command.stage == "run":
-        for name in settings.stages:
-            stages.perform(run, name, again=False)
-    else:
-        stages.perform(run, command.stage, again=True)
+        return
+    with run.workdir.locked():
+        if command.stage == "run":
+            for name in settings.stages:
+                stages.perform(run, name, again=False)
+        else:
+            stages.perform(run, command.stage, again=True)
+
+
+def _refuse_uneven(settings: "st.Settings", mesh: Mapping[str, int]) -> None:
+    """Raises InputError for a batch that the devices cannot share: each would do all of it."""
+    ways = mesh["data"] * mesh["fsdp"]
+    for key, rows in (
+        ("sampling.batch_size", settings.sampling.batch_size),
+        ("train.batch_size", settings.train.batch_size),
+        ("train.minibatch_size", settings.train.minibatch_size),
+    ):
+        if rows % ways:
+            raise InputError(
+                f"{key}={rows} does not divide among mesh.data x mesh.fsdp = {ways} devices: "
+                f"make it a multiple of {ways}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -127,13 +127,13 @@ def make_prompts(
     tokenizer: PreTrainedTokenizerFast,
     train: Sequence[Example],
     test: Sequence[Example],
-    positions: int,
+    adopted: list[Prompt] | None,
 ) -> dict[str, list[Prompt]]:
-    """{"train", "test"}: the prompts of the run, checked against the context length."""
+    """{"train", "test"}: the prompts of the run; ``adopted`` ones stand in for the first."""
     p, s = run.settings.prompts, run.settings
     tabular_world = s.data.corpus == "tabular" and not s.data.path
 
-    def of(split: str, path: str, examples: Sequence[Example], count: int, seed: int):
+    def of(path: str, examples: Sequence[Example], count: int, seed: int):
         if path:
             return prompt_files.read_texts(path, tokenizer)
         if tabular_world:  # its few prompts are all there are: held out means drawn anew
@@ -146,12 +146,32 @@ def make_prompts(
         )
 
     prompts = {
-        "train": of("train", p.path, train, p.train, s.seed),
-        "test": of("test", p.test_path, test, p.test, s.seed + 1),
+        # Samples made elsewhere bring their prompts along.
+        "train": adopted or of(p.path, train, p.train, s.seed),
+        "test": of(p.test_path, test, p.test, s.seed + 1),
     }
-    for split in prompts.values():
-        prompt_files.fits_context(split, s.sampling.max_new_tokens, positions)
+    if len(prompts["test"]) < 2:
+        raise InputError(
+            f"prompts.test_path={p.test_path!r} has {len(prompts['test'])} prompt: intervals are "
+            "over prompts and need at least 2"
+        )
     return prompts
+
+
+def check_lengths(
+    run: Run,
+    prompts: Sequence[Prompt],
+    reference: Decoder,
+    score: ClassifierReward | FunctionReward,
+) -> None:
+    """Raises InputError where a prompt and its response do not fit the policy or the reward."""
+    longest = run.settings.sampling.max_new_tokens
+    prompt_files.fits_context(prompts, longest, reference.config.positions)
+    if isinstance(score, ClassifierReward) and score.positions < reference.config.positions:
+        try:
+            prompt_files.fits_context(prompts, longest, score.positions)
+        except InputError as error:
+            raise InputError(f"reward model: {error}") from error
 
 
 def load_prompts(run: Run, split: str) -> list[Prompt]:

@@ -42,14 +42,16 @@ def requests_for(prompts: Sequence[Prompt], count: int) -> list[Request]:
     return [Request(p.id, i, p.tokens) for p in prompts for i in range(count)]
 
 
-def check_rewards(rewards: np.ndarray, prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+def check_rewards(
+    rewards: np.ndarray, prompts: Sequence[str], text_of: Callable[[int], str]
+) -> np.ndarray:
     """``rewards`` as they are; raises InputError naming the first response whose reward is NaN."""
     bad = np.flatnonzero(np.isnan(rewards))
     if bad.size:
         i = int(bad[0])
         raise InputError(
             f"the reward of {bad.size} of {rewards.size} responses is NaN, the first of them "
-            f"prompt={prompts[i]!r} response={texts[i]!r}: a reward must be a number"
+            f"prompt={prompts[i]!r} response={text_of(i)!r}: a reward must be a number"
         )
     return rewards
 
@@ -62,12 +64,9 @@ def response_text(
 
 
 def score_batch(reward: Reward, batch: engine.Batch, texts: dict[int, str]) -> jax.Array:
-    """Rewards of a batch's rows, those that fill it up included."""
-    names = [texts[r.prompt_id] for r in batch.requests]
-    rows = batch.rollout.tokens_BxT.shape[0]
-    names += names[:1] * (rows - len(names))
+    """Rewards of a batch: at least of its ``batch.size`` real rows, which come first."""
     return reward(
-        names,
+        [texts[r.prompt_id] for r in batch.requests],
         batch.prompts.tokens_BxP,
         batch.prompts.mask_BxP,
         batch.rollout.tokens_BxT,
@@ -110,7 +109,7 @@ def scored(
         rewards = check_rewards(
             np.asarray(rewards, np.float32)[: batch.size],
             [texts[r.prompt_id] for r in batch.requests],
-            decoded,
+            decoded.__getitem__,
         )
         log_probs = rollout.log_probs_BxT.sum(axis=1, dtype=np.float64)
         yield [

@@ -9,13 +9,15 @@ import json
 import math
 from typing import Any
 
+from vbon_jax.bon.distribution import OBJECTIVES
+from vbon_jax.bon.log_f import ESTIMATORS
+from vbon_jax.data import tokenizer
 from vbon_jax.errors import InputError
+from vbon_jax.rewards import classifier
 
 STAGES = ("sft", "reward", "sample", "train", "export", "evaluate")
-OBJECTIVES = ("exact", "lower_bound", "jensen_bound", "reward")
-ESTIMATORS = ("smoothed", "strict", "harmonic", "interval")
 CORPORA = ("reviews", "tabular")
-SCORES = ("logit", "log_odds", "prob")
+HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as uniform
 
 
 def key(doc: str, **rules: Any) -> Any:
@@ -54,7 +56,7 @@ class PromptSet:
 class Tokenizer:
     path: str = key("Hugging Face directory; empty learns one, or takes the reference model's own")
     kind: str = key("what is learned: byte-level BPE, or one token a character",
-                    choices=("bpe", "characters"))  # fmt: skip
+                    choices=tokenizer.KINDS)  # fmt: skip
     vocab_size: int = key("largest vocabulary learned, entries", least=1)
 
 
@@ -88,7 +90,7 @@ class Reward:
     function: str = key('a Python callable "module:function"; empty for a classifier')
     label: str = key("the label whose score is the reward")
     score: str = key("the score: the label's logit, its log odds, or its probability",
-                     choices=SCORES)  # fmt: skip
+                     choices=classifier.KINDS)  # fmt: skip
     model: Model = group()
     fit: Fit = group()
 
@@ -166,7 +168,7 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    seed: int = key("every random number of the run follows from it", least=0)
+    seed: int = key("every random number of the run follows from it", least=0, most=2**32 - 1)
     stages: tuple[str, ...] = key(f"what `vbon run` does, in order: {', '.join(STAGES)}")
     data: Data = group()
     prompts: PromptSet = group()
@@ -275,12 +277,19 @@ def _check_across(s: Settings) -> None:
         f"method.estimator={m.estimator} gives no finite log F for "
         f"method.objective={m.objective}: choose smoothed or harmonic",
     )
-    refuse(len(s.evaluate.temperatures) > 0, "evaluate.temperatures is empty: give at least one")
+    refuse(len(s.stages) > 0, f"stages is empty: choose from {', '.join(STAGES)}")
+    temperatures = s.evaluate.temperatures
+    refuse(len(temperatures) > 0, "evaluate.temperatures is empty: give at least one")
+    refuse(
+        len(set(temperatures)) == len(temperatures),
+        f"evaluate.temperatures={temperatures} names one twice",
+    )
     for temperature in s.evaluate.temperatures:
         number = float(temperature) if isinstance(temperature, float) else math.nan
         refuse(
-            math.isfinite(number) and number > 0,
-            f"evaluate.temperatures has {temperature!r}: each must be a number above 0",
+            0 < number <= HOTTEST,
+            f"evaluate.temperatures has {temperature!r}: each must be a number above 0, "
+            f"at most {HOTTEST:g}",
         )
     for name, model in (("reference", s.reference.model), ("reward", s.reward.model)):
         refuse(

@@ -84,6 +84,8 @@ def spec_for(path: str, shape: Sequence[int], mesh: Any) -> P:
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
         ways = int(np.prod([mesh.shape[name] for name in names])) if names else 1
         kept.append(axes if ways > 1 and size % ways == 0 else None)
+    while kept and kept[-1] is None:  # one spelling of a spec: jit tells P(None) from P()
+        kept.pop()
     return P(*kept)
 
 
@@ -118,9 +120,10 @@ def constrain(tree: Any, prefix: str) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
+    lead = [prefix] if prefix else []
     return jax.tree_util.tree_map_with_path(
         lambda kp, x: jax.lax.with_sharding_constraint(
-            x, spec_for("/".join([prefix, path_of(kp)]), np.shape(x), mesh)
+            x, spec_for("/".join([*lead, path_of(kp)]), np.shape(x), mesh)
         ),
         tree,
     )

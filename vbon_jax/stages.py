@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import reference as reference_files
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.reference import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare, heldout, measure
 from vbon_jax.inputs import Decoder, Run
@@ -60,7 +62,7 @@ def _fit(
     try:
         params = supervised.fit(
             stage, params, loss, tokens["train"], labels["train"], plan, pad_id, run.mesh,
-            run.key(stage), run.settings.seed, checkpointer,
+            run.settings.seed, checkpointer,
         )  # fmt: skip
     finally:
         checkpointer.close()
@@ -76,7 +78,7 @@ def sft(run: Run) -> None:
     own = bool(s.reference.path)
     train, test = ([], []) if own else inputs.texts(run)
     tokenizer = inputs.make_tokenizer(run, train)
-    end = inputs.eos_id(run, tokenizer)  # refuses a tokenizer without EOS before any work
+    inputs.eos_id(run, tokenizer)  # refuses a tokenizer without EOS before any work
     if own:
         config = hf.load_decoder(s.reference.path)[0]
         if config.vocab_size < len(tokenizer):
@@ -100,7 +102,7 @@ def sft(run: Run) -> None:
         zeros, inputs.pad_id(tokenizer),
     )  # fmt: skip
     tokenizers.save(tokenizer, workdir.tokenizer)
-    _save_policy(workdir.reference, config, params["decoder"], tokenizer, end)
+    _save_policy(run, workdir.reference, config, params["decoder"], tokenizer)
     workdir.write_json(
         workdir.reference / "fit.json", {"held_out_nats_per_token": held_out, "texts": len(train)}
     )
@@ -111,15 +113,13 @@ def sft(run: Run) -> None:
 
 
 def _save_policy(
-    path: Any,
-    config: DecoderConfig,
-    params: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    end: int | None,
+    run: Run, path: Path, config: DecoderConfig, params: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    """A Hugging Face directory whose defaults for generation are the distribution of this run."""
     hf.save_decoder(
-        path, config, params,
-        bos_id=tokenizer.bos_token_id, eos_id=end, pad_id=tokenizer.pad_token_id,
+        path, config, params, bos_id=tokenizer.bos_token_id,
+        eos_id=inputs.eos_id(run, tokenizer), pad_id=tokenizer.pad_token_id,
+        temperature=run.settings.sampling.temperature,
     )  # fmt: skip
     tokenizers.save(tokenizer, path)
 
@@ -143,9 +143,11 @@ def reward(run: Run) -> None:
         return
     fit = s.reward.fit
     _check_positions("reward", fit.max_tokens, s.reward.model.positions)
+    if s.reward.label not in LABELS:
+        raise InputError(f"reward.label={s.reward.label!r}: label 0 is NEGATIVE, label 1 POSITIVE")
     end = inputs.eos_id(run, tokenizer)
     splits = dict(zip(("train", "test"), inputs.texts(run), strict=True))
-    # One text more than the classifier reads: EOS is part of no reward.
+    # The texts of the reference without their EOS: it is part of no reward.
     tokens = {
         split: [
             tuple(t for t in row if t != end)
@@ -185,18 +187,22 @@ def sample(run: Run) -> None:
     s, workdir = run.settings, run.workdir
     tokenizer = inputs.load_tokenizer(run)
     reference = inputs.load_reference(run)
-    own_prompts = s.prompts.path and s.prompts.test_path
+    score = inputs.load_reward(run, tokenizer)
+    own_prompts = (s.prompts.path or s.samples.path) and s.prompts.test_path
     train, test = ([], []) if own_prompts else inputs.texts(run)
-    prompts = inputs.make_prompts(run, tokenizer, train, test, reference.config.positions)
-    if s.samples.path:
-        prompts["train"] = _adopt_samples(run, tokenizer, reference.config.positions)
+    found = reference_files.read(s.samples.path) if s.samples.path else None
+    adopted = None if found is None else _prompts_of(found, tokenizer, s.samples.m)
+    prompts = inputs.make_prompts(run, tokenizer, train, test, adopted)
     for split, chosen in prompts.items():
+        inputs.check_lengths(run, chosen, reference, score)
         workdir.prompts(split).parent.mkdir(parents=True, exist_ok=True)
         prompt_files.write_jsonl(workdir.prompts(split), chosen)
-    if s.samples.path:
+    if found is not None:
+        _copy_samples(workdir.train_samples, prompts["train"], found)
+        log(f"sample: {len(found)} prompts with their samples from {s.samples.path}")
         return
     responses.write_samples(
-        workdir.samples("train"),
+        workdir.train_samples,
         "sample",
         reference,
         inputs.sampling(run, tokenizer),
@@ -205,28 +211,37 @@ def sample(run: Run) -> None:
         prompts["train"],
         s.samples.m,
         s.sampling.batch_size,
-        inputs.load_reward(run, tokenizer),
+        score,
         tokenizer,
     )
 
 
-def _adopt_samples(run: Run, tokenizer: PreTrainedTokenizerFast, positions: int) -> list[Prompt]:
-    """Copies a samples file made elsewhere; its prompts are the training prompts."""
-    found = reference_files.read(run.settings.samples.path)
-    reference_files.sorted_rewards(found, run.settings.samples.m)  # refuses too few a prompt
-    prompts = prompt_files.from_texts([f.prompt for f in found], tokenizer)
-    prompt_files.fits_context(prompts, run.settings.sampling.max_new_tokens, positions)
-    target = run.workdir.samples("train")
+def _prompts_of(
+    found: Sequence[PromptSamples], tokenizer: PreTrainedTokenizerFast, m: int
+) -> list[Prompt]:
+    """The prompts of samples made elsewhere, under new ids; their own token ids where given."""
+    reference_files.sorted_rewards(found, m)  # refuses fewer than m samples a prompt
+    encoded = prompt_files.from_texts([f.prompt for f in found], tokenizer)
+    vocabulary = len(tokenizer)
+    prompts = []
+    for prompt, samples in zip(encoded, found, strict=True):
+        tokens = samples.prompt_tokens or prompt.tokens
+        # Ids of another tokenizer decode to another text: then the text counts.
+        ours = max(tokens) < vocabulary and tokenizer.decode(list(tokens)) == samples.prompt
+        prompts.append(Prompt(prompt.id, prompt.text, tuple(tokens) if ours else prompt.tokens))
+    return prompts
+
+
+def _copy_samples(target: Path, prompts: Sequence[Prompt], found: Sequence[PromptSamples]) -> None:
+    """Writes samples made elsewhere under the ids of ``prompts``."""
     target.unlink(missing_ok=True)
     with reference_files.SampleWriter(target) as writer:
         for prompt, samples in zip(prompts, found, strict=True):
             writer.append(
-                reference_files.PromptSamples(
+                PromptSamples(
                     samples.prompt, samples.responses, samples.rewards, prompt.id, prompt.tokens
                 )
             )
-    log(f"sample: {len(prompts)} prompts from {run.settings.samples.path}")
-    return prompts
 
 
 def _train_state(
@@ -251,9 +266,7 @@ def train(run: Run) -> None:
     s, workdir = run.settings, run.workdir
     tokenizer = inputs.load_tokenizer(run)
     prompts = inputs.load_prompts(run, "train")
-    table = reference_files.sorted_rewards_of(
-        workdir.samples("train"), [p.id for p in prompts], s.samples.m
-    )
+    table = reference_files.sorted_rewards_of(workdir.train_samples, prompts, s.samples.m)
     reference = inputs.load_reference(run)
     score = inputs.load_reward(run, tokenizer)
     sampling = inputs.sampling(run, tokenizer)
@@ -323,9 +336,7 @@ def export(run: Run) -> None:
     if restored is None:
         raise InputError(f"no checkpoint in {checkpointer.directory}: run `vbon train` first")
     params = jax.device_get(restored[0].params["decoder"])
-    _save_policy(
-        run.workdir.policy, reference.config, params, tokenizer, inputs.eos_id(run, tokenizer)
-    )
+    _save_policy(run, run.workdir.policy, reference.config, params, tokenizer)
 
 
 def evaluate(run: Run) -> None:
@@ -373,12 +384,23 @@ def evaluate(run: Run) -> None:
 
 def generate(run: Run, texts: Sequence[str]) -> None:
     """Responses to the given prompts on standard output, one JSON object a line."""
+    with jax.set_mesh(run.mesh):
+        rows = _generated(run, texts)
+    for text, row in zip(texts, rows, strict=True):
+        for r in row:
+            line = {"prompt": text, "response": r.text, "reward": r.reward}
+            print(json.dumps(line, ensure_ascii=False))
+
+
+def _generated(run: Run, texts: Sequence[str]) -> list[list[responses.Response]]:
+    """``generate.count`` responses to each prompt, from the model the config names."""
     s = run.settings
     g = s.generate
     tokenizer = inputs.load_tokenizer(run)
     model = inputs.load_policy(run) if g.model == "policy" else inputs.load_reference(run)
     prompts = prompt_files.from_texts(list(texts), tokenizer)
-    prompt_files.fits_context(prompts, s.sampling.max_new_tokens, model.config.positions)
+    score = inputs.load_reward(run, tokenizer)
+    inputs.check_lengths(run, prompts, model, score)
     base = inputs.sampling(run, tokenizer, g.temperature)
     sampling = engine.Sampling(
         base.temperature, base.max_new_tokens, base.eos_id, base.pad_id, g.top_k, g.top_p
@@ -388,7 +410,6 @@ def generate(run: Run, texts: Sequence[str]) -> None:
         raise InputError(f"method.n={s.method.n}: generate.model=bon needs a whole number")
     each = g.count * (int(s.method.n) if bon else 1)
     requests = responses.requests_for(prompts, each)
-    score = inputs.load_reward(run, tokenizer)
     drawn: list[responses.Response] = []
     for group in responses.scored(
         model, sampling, run.mesh, run.key("generate"), prompts, requests,
@@ -400,14 +421,7 @@ def generate(run: Run, texts: Sequence[str]) -> None:
         rewards = np.array([[r.reward for r in row] for row in rows])
         chosen = compare.best_of(rewards, int(s.method.n))
         rows = [[row[i] for i in columns] for row, columns in zip(rows, chosen)]
-    for prompt, row in zip(prompts, rows, strict=True):
-        for r in row:
-            print(
-                json.dumps(
-                    {"prompt": prompt.text, "response": r.text, "reward": r.reward},
-                    ensure_ascii=False,
-                )
-            )
+    return rows
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -428,13 +442,19 @@ def perform(run: Run, stage: str, again: bool) -> None:
       again: the stage was asked for by name: REDONE stages run even if they are complete, or were
         completed under other settings.
     """
+    workdir = run.workdir
     if again and stage in REDONE:
-        run.workdir.forget(stage)
-    if run.workdir.begin(stage, run.settings):
-        log(f"{stage}: complete already in {run.workdir.root}")
+        workdir.forget(stage)
+    if workdir.begin(stage):
+        log(f"{stage}: complete already in {workdir.root}")
         return
+    workdir.write_json(workdir.root / "config.json", as_dict(run.settings))
     began = time.monotonic()
-    with jax.set_mesh(run.mesh):
-        STAGES[stage](run)
-    run.workdir.complete(stage, run.settings)
+    try:
+        with jax.set_mesh(run.mesh):
+            STAGES[stage](run)
+    except (InputError, hf.CheckpointError):
+        workdir.abandon(stage)
+        raise
+    workdir.complete(stage)
     log(f"{stage}: done in {time.monotonic() - began:.1f} s")

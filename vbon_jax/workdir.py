@@ -1,17 +1,22 @@
 """The run's folder: where each thing lies, and which stage has been done under which settings."""
 
+import fcntl
+import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vbon_jax import settings as st
 from vbon_jax.errors import InputError
 
-# The settings a stage's results follow from. Later stages add to those of the ones they read.
-_SFT = ("seed", "data", "tokenizer", "reference")
-_REWARD = (*_SFT, "reward")
-_SAMPLE = (*_REWARD, "prompts", "sampling", "samples")
+# The settings a stage's results follow from: keys, or groups of keys. Later stages add to those of
+# the ones they read.
+_SFT = ("seed", "data", "tokenizer", "reference", "sampling.stop_at_eos")
+_REWARD = (*_SFT, "reward.path", "reward.function", "reward.model", "reward.fit")
+_SAMPLE = (*_REWARD, "reward", "prompts", "sampling", "samples")
 _TRAIN = (*_SAMPLE, "method", "train")
 _DEPENDS = {
     "sft": _SFT,
@@ -36,21 +41,21 @@ _RESULTS = {
 
 def relevant(stage: str, settings: st.Settings) -> dict[str, Any]:
     """The flat settings that ``stage``'s results follow from."""
+
+    def counts(name: str) -> bool:
+        return any(name == key or name.startswith(f"{key}.") for key in _DEPENDS[stage])
+
     flat = st.flatten(st.as_dict(settings))
-    groups = _DEPENDS[stage]
-    return {k: v for k, v in flat.items() if k.split(".")[0] in groups and k not in _FREE}
+    return {k: v for k, v in flat.items() if counts(k) and k not in _FREE}
 
 
 class Workdir:
-    """Paths below one folder, and a note a stage of what it was done with."""
+    """Paths below one folder, and a note a stage of the settings it was done with."""
 
-    def __init__(self, root: str | os.PathLike[str]):
-        """Makes the folder. Raises InputError where it cannot be made."""
+    def __init__(self, root: str | os.PathLike[str], settings: st.Settings):
+        """Nothing is made or read yet."""
         self.root = Path(root).expanduser().absolute()
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--workdir={root}: cannot be made ({error.strerror})") from error
+        self._settings = settings
         self.tokenizer = self.root / "tokenizer"
         self.reference = self.root / "reference"
         self.reward = self.root / "reward"
@@ -61,65 +66,116 @@ class Workdir:
     def prompts(self, split: str) -> Path:
         return self.root / "prompts" / f"{split}.jsonl"
 
-    def samples(self, name: str) -> Path:
-        return self.root / "samples" / f"{name}.jsonl"
+    @property
+    def train_samples(self) -> Path:
+        return self.root / "samples" / "train.jsonl"
+
+    def opponents(self, temperature: float, m: int) -> Path:
+        """The held-out reference samples of a temperature.
+
+        Their name carries a digest of what they follow from, so that samples of another reference,
+        reward or prompt set are never taken for these.
+        """
+        origin = json.dumps(relevant("sample", self._settings), sort_keys=True)
+        digest = hashlib.sha256(origin.encode()).hexdigest()[:8]
+        return self.root / "samples" / f"test_t{temperature:g}_m{m}_{digest}.jsonl"
 
     def checkpoints(self, stage: str) -> Path:
         return self.root / "checkpoints" / stage
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and holds it for this process.
+
+        Raises InputError where it cannot be made or written, or another process holds it.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise InputError(
+                f"--workdir={self.root}: cannot be made or written ({error.strerror})"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on a kill
+            except BlockingIOError as error:
+                raise InputError(
+                    f"--workdir={self.root}: another vbon is at work there; wait for it or stop it"
+                ) from error
+            yield
+
     def _note(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
 
-    def begin(self, stage: str, settings: st.Settings) -> bool:
+    def _read_note(self, stage: str) -> dict[str, Any] | None:
+        path = self._note(stage)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _refuse_changes(self, stage: str, note: dict[str, Any]) -> None:
+        wanted = relevant(stage, self._settings)
+        changed = [k for k, v in wanted.items() if note["settings"].get(k) != v]
+        if changed:
+            first = changed[0]
+            results = [str(self.root / name) for name in _RESULTS[stage]]
+            raise InputError(
+                f"stage {stage} in {self.root} was done with "
+                f"{first}={note['settings'].get(first)!r}, now it is {wanted[first]!r}"
+                + (f" (and {len(changed) - 1} more keys changed)" if changed[1:] else "")
+                + ": use another --workdir, or do the stage again after removing "
+                + " ".join([*results, str(self._note(stage))])
+            )
+
+    def begin(self, stage: str) -> bool:
         """Notes that ``stage`` starts; returns True when it is complete already.
 
         Raises InputError when it was begun under settings that give other results: what is there
         must neither be lost nor be taken for what is asked for now.
         """
-        wanted = relevant(stage, settings)
-        path = self._note(stage)
-        complete = False
-        if path.exists():
-            note = json.loads(path.read_text())
-            changed = [k for k, v in wanted.items() if note["settings"].get(k) != v]
-            if changed:
-                first = changed[0]
-                results = " ".join(str(self.root / r) for r in (*_RESULTS[stage], path.name))
-                results = results.replace(str(self.root / path.name), str(path))
-                raise InputError(
-                    f"stage {stage} in {self.root} was begun with "
-                    f"{first}={note['settings'].get(first)!r}, now it is {wanted[first]!r}"
-                    + (f" (and {len(changed) - 1} more keys changed)" if changed[1:] else "")
-                    + f": use another --workdir, or redo the stage after removing {results}"
-                )
-            complete = note["complete"]
-        else:
-            self._write(path, {"settings": wanted, "complete": False})
-        return complete
+        note = self._read_note(stage)
+        if note is not None:
+            self._refuse_changes(stage, note)
+            return note["complete"]
+        self._write_note(stage, complete=False)
+        return False
+
+    def abandon(self, stage: str) -> None:
+        """Drops the note of a stage that was refused before it left any result.
+
+        A wrong setting that is put right must not be held against the run.
+        """
+        for name in _RESULTS[stage]:
+            path = self.root / name
+            if path.is_file() or any(p.is_file() for p in path.rglob("*")):
+                return
+        self.forget(stage)
 
     def forget(self, stage: str) -> None:
         """Drops the note of a stage whose results are to be overwritten."""
         self._note(stage).unlink(missing_ok=True)
 
-    def complete(self, stage: str, settings: st.Settings) -> None:
+    def complete(self, stage: str) -> None:
         """Notes that all files of ``stage`` are in place."""
-        self._write(self._note(stage), {"settings": relevant(stage, settings), "complete": True})
+        self._write_note(stage, complete=True)
+
+    def _write_note(self, stage: str, complete: bool) -> None:
+        note = {"settings": relevant(stage, self._settings), "complete": complete}
+        self.write_json(self._note(stage), note)
 
     def require(self, stage: str, what: str) -> None:
-        """Raises InputError unless ``stage``, which makes ``what``, is complete."""
-        path = self._note(stage)
-        if not (path.exists() and json.loads(path.read_text())["complete"]):
+        """Raises InputError unless ``stage``, which makes ``what``, is complete under the settings
+        of this run."""
+        note = self._read_note(stage)
+        if note is None or not note["complete"]:
             raise InputError(
                 f"{what} is not in {self.root}: run `vbon {stage}` with the same --config and "
                 "--workdir first, or `vbon run` for all stages"
             )
-
-    def write_json(self, path: Path, value: Any) -> None:
-        """Writes JSON so that the file is whole or not there."""
-        self._write(path, value)
+        self._refuse_changes(stage, note)
 
     @staticmethod
-    def _write(path: Path, value: Any) -> None:
+    def write_json(path: Path, value: Any) -> None:
+        """Writes JSON so that the file is whole or not there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("w") as file:

@@ -1,7 +1,7 @@
 """What each estimator of log F would lead to, with training taken as perfect.
 
-The optimum under an estimated ratio is p(y) ~ pi_ref(y) exp(estimated log ratio). On a world that is
-enumerated its distance to best-of-n is the estimator's error alone.
+The optimum under an estimated ratio is p(y) ~ pi_ref(y) exp(estimated log ratio). On a world that
+is enumerated its distance to best-of-n is the estimator's error alone.
 """
 
 import numpy as np

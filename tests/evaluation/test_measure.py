@@ -1,4 +1,5 @@
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -138,18 +139,18 @@ def test_row_of_best_of_n_finds_no_distance_to_itself(rng):
 
 
 def test_throughput_counts_what_is_delivered():
-    """Best-of-n draws n batches for each it delivers; a policy delivers each."""
-    calls, picks = [], []
+    """Best-of-n draws and scores n batches for each it delivers; a policy delivers each."""
+    picks = []
 
     def draw():
-        calls.append(1)
+        time.sleep(0.02)
         mask = np.array([[True, True], [True, False]])
         rollout = decode.Rollout(mask.astype(int), mask, mask * 1.0, mask[:, 0])
         return engine.Batch((), engine.Prompts(None, None), rollout)
 
-    responses_per_second, tokens_per_second = measure.throughput(draw, None, 1)
-    assert len(calls) == 1 + measure.REPEATS
-    assert tokens_per_second == pytest.approx(1.5 * responses_per_second)
-    calls.clear()
-    measure.throughput(draw, lambda batch: picks.append(1) or np.zeros(2), 4)
-    assert len(calls) == len(picks) == 4 * (1 + measure.REPEATS)
+    alone, tokens = measure.throughput(draw, None, 1)
+    assert tokens == pytest.approx(1.5 * alone)
+    assert alone <= 2 / 0.02
+    of_four, _ = measure.throughput(draw, lambda batch: picks.append(1) or time.sleep(0.02), 4)
+    assert len(picks) == 1 + measure.REPEATS
+    assert of_four <= 2 / 0.04 / 4

@@ -63,17 +63,27 @@ def world(config, params):
         placed = sharding.place((rewards, np.arange(BATCH, dtype=np.int32) % 8), mesh, "batch")
         return ppo.RolloutBatch(rows.tokens_BxP, rows.mask_BxP, rollout, *placed)
 
-    def iterate(mesh, train_state, batch, n=N, **changes):
-        """One iteration; the state is donated."""
-        return ppo.iteration(
+    def arguments(mesh, train_state, batch, n=N, **changes):
+        return (
             train_state, sharding.place({"decoder": host}, mesh), batch, jnp.asarray(table),
-            jnp.float32(n), jnp.float32(0.1), config=config,
-            plan=dataclasses.replace(plan, **changes), optimizer=optimizer,
-        )  # fmt: skip
+            jnp.float32(n), jnp.float32(0.1),
+        ), {
+            "config": config, "plan": dataclasses.replace(plan, **changes), "optimizer": optimizer,
+        }  # fmt: skip
+
+    def iterate(*args, **changes):
+        """One iteration; the state is donated."""
+        positional, static = arguments(*args, **changes)
+        return ppo.iteration(*positional, **static)
+
+    def lower(*args, **changes):
+        """The iteration's program, not yet compiled."""
+        positional, static = arguments(*args, **changes)
+        return ppo.iteration.lower(*positional, **static)
 
     return SimpleNamespace(
         prompts=prompts, sampling=sampling, table=table, plan=plan, optimizer=optimizer,
         fresh=fresh, reference=lambda mesh: sharding.place({"decoder": host}, mesh),
         config=config, reward=token_reward, batch_size=BATCH, n=N,
-        rollout_batch=rollout_batch, iterate=iterate,
+        rollout_batch=rollout_batch, iterate=iterate, lower=lower,
     )  # fmt: skip

@@ -1,4 +1,6 @@
 import os
+import resource
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +79,22 @@ def test_another_shape_is_refused_by_name(checkpointer, mesh):
     other = {"decoder": {"wpe": jnp.zeros((3, 4))}, "other": jnp.zeros(2)}
     with pytest.raises(InputError, match="cannot be read as this run's state"):
         checkpointer.restore(sharding.place(other, mesh))
+
+
+def test_a_full_disk_is_told_in_one_error(tmp_path, mesh):
+    """A file-size limit stands in for the full disk; the process has it only for this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    c = Checkpointer(tmp_path / "c", keep=2)
+    c.save(1, tree(1.0, mesh), {})
+    c.wait()
+    noise = np.random.default_rng(0).normal(size=(1 << 18,)).astype(np.float32)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+        with pytest.raises(InputError, match=r"could not be written.*GiB free.*last good one is 1"):
+            c.save(2, {"x": sharding.place(noise, mesh)}, {})
+            c.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert Checkpointer(tmp_path / "c", keep=2).latest_step == 1

@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from vbon_jax.data import jsonl
+from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -239,18 +240,24 @@ def sorted_rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np
 
 
 def sorted_rewards_of(
-    path: str | os.PathLike[str], prompt_ids: Sequence[int], m: int
+    path: str | os.PathLike[str], prompts: Sequence[Prompt], m: int
 ) -> np.ndarray:
-    """`sorted_rewards` of a file's first m samples of each prompt, in the order of ``prompt_ids``.
+    """`sorted_rewards` of a file's first m samples of each prompt, in the order of ``prompts``.
 
     Raises:
-      InputError: a prompt has no samples in the file, or as `read` and `sorted_rewards`.
+      InputError: a prompt has no samples in the file, or samples of another text under its id; or
+        as `read` and `sorted_rewards`.
     """
     by_id = {samples.prompt_id: samples for samples in read(path)}
-    missing = [i for i in prompt_ids if i not in by_id]
-    if missing:
-        raise InputError(f"{path} has no samples of prompt {missing[0]}: remove it and sample anew")
-    return sorted_rewards([by_id[i] for i in prompt_ids], m)
+    for prompt in prompts:
+        samples = by_id.get(prompt.id)
+        if samples is None or samples.prompt != prompt.text:
+            found = "nothing" if samples is None else f"samples of {samples.prompt!r}"
+            raise InputError(
+                f"{path}: prompt {prompt.id} is {prompt.text!r}, the file has {found} under its "
+                "id: remove the file and sample anew"
+            )
+    return sorted_rewards([by_id[p.id] for p in prompts], m)
 
 
 class SampleWriter:

@@ -37,13 +37,13 @@ def evaluate_at(
     def key(name: str) -> jax.Array:
         return jax.random.fold_in(run.key(name), number)
 
-    path = run.workdir.samples(f"test_t{temperature:g}")
+    path = run.workdir.opponents(temperature, e.m)
     responses.write_samples(
         path, f"opponents at T={temperature:g}", reference, sampling, run.mesh, key("opponents"),
         prompts, e.m, batch_size, score, tokenizer,
     )  # fmt: skip
     yardstick = measure.Yardstick(
-        reference_files.sorted_rewards_of(path, [p.id for p in prompts], e.m),
+        reference_files.sorted_rewards_of(path, prompts, e.m),
         n,
         s.method.estimator,
         temperature,

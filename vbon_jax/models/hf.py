@@ -286,6 +286,7 @@ def save_decoder(
     bos_id: int | None,
     eos_id: int | None,
     pad_id: int | None,
+    temperature: float = 1.0,
 ) -> None:
     """Writes a directory that transformers.AutoModelForCausalLM loads.
 
@@ -297,14 +298,17 @@ def save_decoder(
       config: the decoder's configuration.
       params: the decoder's tree, of JAX or NumPy arrays.
       bos_id: the token id that starts a text, or None; likewise eos_id and pad_id.
+      temperature: what `generate` of transformers samples at by default, from the whole
+        distribution (its own default keeps the 50 likeliest tokens: another distribution).
 
     Raises:
       ValueError: if params do not fit the config, or an id is outside the vocabulary.
     """
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     config_json = {"architectures": ["GPT2LMHeadModel"], **hf_names.config_to_json(config, ids)}
+    generation = {**ids, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     tensors = _file_tensors(config, {"decoder": params}, None)
-    _save(Path(path), tensors, {"generation_config.json": ids, "config.json": config_json})
+    _save(Path(path), tensors, {"generation_config.json": generation, "config.json": config_json})
 
 
 def save_classifier(

@@ -71,6 +71,7 @@ class ClassifierReward:
                 f"reward.score={kind!r} needs two labels, the reward model has only {labels[0]!r}: "
                 "set reward.score=logit"
             )
+        self.positions = config.positions  # the longest text it reads, tokens
         self._params, self._config = params, config
         self._label, self._kind, self._eos_id = list(labels).index(label), kind, eos_id
 

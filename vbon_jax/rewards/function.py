@@ -1,6 +1,7 @@
 """A user's Python callable as the reward: batches of prompts and responses in, floats out."""
 
 import importlib
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,9 +22,10 @@ def load(name: str) -> RewardFunction:
         raise InputError(f"reward.function={name!r}: write it as module:function")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # importing a user's module may raise anything
         raise InputError(
-            f"reward.function={name!r}: cannot import {module_name!r} ({error}); "
+            f"reward.function={name!r}: cannot import {module_name!r} "
+            f"({type(error).__name__}: {error}); "
             "put its folder on PYTHONPATH"
         ) from error
     function = getattr(module, attribute, None)
@@ -43,8 +45,10 @@ def call(
     try:
         values = list(function(prompts, responses))
     except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
-            f"reward.function={name!r} raised {type(error).__name__}: {error} on a batch of "
+            f"reward.function={name!r} raised {type(error).__name__}: {error} "
+            f"({frame.filename}:{frame.lineno}) on a batch of "
             f"{len(prompts)}, the first of it prompt={prompts[0]!r} response={responses[0]!r}"
         ) from error
     if len(values) != len(responses):
@@ -86,9 +90,13 @@ class FunctionReward:
         response_BxT: jax.Array,
         response_mask_BxT: jax.Array,
     ) -> np.ndarray:
-        """Float32 rewards [B]; the response's text leaves EOS out."""
+        """Float32 rewards, one a prompt; the response's text leaves EOS out.
+
+        ``prompts`` may be fewer than the rows: those that only fill the batch are left alone.
+        """
         del prompt_BxP, prompt_mask_BxP
         tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
+        tokens, mask = tokens[: len(prompts)], mask[: len(prompts)]
         if self._eos_id is not None:
             mask = mask & (tokens != self._eos_id)
         responses = self._decode([row[keep].tolist() for row, keep in zip(tokens, mask)])

@@ -28,6 +28,7 @@ class Rollout(NamedTuple):
     finished_B: jax.Array
 
 
+@jax.jit
 def identity_keys(
     key: jax.Array, step: jax.Array | int, prompt_id_B: jax.Array, sample_B: jax.Array
 ) -> jax.Array:

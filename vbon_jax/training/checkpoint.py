@@ -1,6 +1,7 @@
 """Checkpoints: everything needed to go on, written asynchronously and atomically by orbax."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Checkpointer:
                     state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
                 ),
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # tensorstore's own errors are ValueErrors
             raise self._disk_error(step, error) from error
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -86,18 +87,22 @@ class Checkpointer:
         """Returns once every save is on disk; raises InputError if one failed."""
         try:
             self._manager.wait_until_finished()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._disk_error(None, error) from error
 
     def close(self) -> None:
         """Waits, then lets go of the directory."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with suppress(OSError, ValueError):  # a failed write is raised by every later call
+                self._manager.close()
 
-    def _disk_error(self, step: int | None, error: OSError) -> InputError:
+    def _disk_error(self, step: int | None, error: Exception) -> InputError:
         free = shutil.disk_usage(self.directory).free / 2**30
+        reason = str(error).strip().splitlines()[0][:200]
         what = "a checkpoint" if step is None else f"checkpoint {step}"
         return InputError(
-            f"{what} could not be written to {self.directory} ({error}; {free:.1f} GiB free): make "
-            f"room and run the same command again; the last good one is {self.latest_step}"
+            f"{what} could not be written to {self.directory} ({reason}; {free:.1f} GiB free): "
+            f"make room and run the same command again; the last good one is {self.latest_step}"
         )

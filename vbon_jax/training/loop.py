@@ -1,6 +1,7 @@
 """The training loop: roll out, score, update, write, save; one pass of it is one iteration."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.progress import Stopped, StopSignal, reporting
+from vbon_jax.responses import check_rewards
 from vbon_jax.sampling import engine
+from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.engine import Request, Sampling
 from vbon_jax.training import ppo
 from vbon_jax.training.checkpoint import Checkpointer
@@ -51,10 +54,18 @@ def batch_requests(
     position = step * batch_size
     while len(requests) < batch_size:
         epoch, start = divmod(position + len(requests), len(prompts))
-        order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
+        order = _order(seed, epoch, len(prompts))
         for i in order[start : start + batch_size - len(requests)]:
             requests.append(Request(prompts[i].id, epoch, prompts[i].tokens))
     return requests
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The prompts' order in a pass; one prompt needs none, and passes over it are many."""
+    if count == 1:
+        return np.zeros(1, np.int64)
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def train(
@@ -118,7 +129,7 @@ def train(
             rewards = np.asarray(
                 reward(names, *rows, rollout.tokens_BxT, rollout.mask_BxT), np.float32
             )
-            _refuse_nan(rewards, names, rollout, response_text)
+            check_rewards(rewards, names, functools.partial(_text, rollout, response_text))
             scored = time.monotonic()
 
             batch = ppo.RolloutBatch(
@@ -155,7 +166,7 @@ def train(
             last = step + 1 == loop.iterations
             if last or (step + 1) % loop.checkpoint_every == 0 or stop.signum is not None:
                 save(step + 1, state)
-            if stop.signum is not None and not last:
+            if stop.signum is not None:
                 checkpointer.wait()
                 raise Stopped(
                     stop.signum,
@@ -166,21 +177,8 @@ def train(
     return state
 
 
-def _refuse_nan(
-    rewards: np.ndarray,
-    names: Sequence[str],
-    rollout: Any,
-    response_text: Callable[[Sequence[int]], str],
-) -> None:
-    bad = np.flatnonzero(np.isnan(rewards))
-    if bad.size:
-        i = int(bad[0])
-        tokens, mask = jax.device_get((rollout.tokens_BxT[i], rollout.mask_BxT[i]))
-        raise InputError(
-            f"the reward of {bad.size} of {rewards.size} responses is NaN, the first of them "
-            f"prompt={names[i]!r} response={response_text(tokens[mask].tolist())!r}: "
-            "a reward must be a number"
-        )
+def _text(rollout: Rollout, response_text: Callable[[Sequence[int]], str], row: int) -> str:
+    return response_text(rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist())
 
 
 def _refuse_not_finite(values: dict[str, float], step: int, checkpointer: Checkpointer) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vbon_jax import sharding
 from vbon_jax.bon import distribution
 from vbon_jax.bon import log_f as lf
 from vbon_jax.models import decoder, heads
@@ -20,7 +21,7 @@ from vbon_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class PPOPlan:
-    """What the update does. The defaults are the table of the paper's appendix F.
+    """What the update does. The defaults are the paper's table of PPO hyperparameters.
 
     objective, estimator: of ``bon.distribution`` and ``bon.log_f``.
     epochs: passes over a rollout; minibatch_size: responses a gradient step.
@@ -292,7 +293,8 @@ def iteration(
 
     def gradient_step(carry, rows_of_step):
         params, opt_state = carry
-        minibatch = jax.tree.map(lambda x: x[rows_of_step], exp)
+        # Gathered rows would be whole on every device: each would do all of the minibatch.
+        minibatch = sharding.constrain(jax.tree.map(lambda x: x[rows_of_step], exp), "batch")
         grads, info = jax.grad(loss, has_aux=True)(
             params, ref_params, minibatch, config=config, plan=plan
         )
@@ -307,4 +309,6 @@ def iteration(
     metrics |= {name: jnp.mean(value) for name, value in info.items()}
     metrics["grad_norm"] = jnp.max(info["grad_norm"])
     metrics["first_approx_kl"] = info["approx_kl"][0]
-    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+    # Left to the compiler, small leaves drift from the table, and the next call compiles anew.
+    new_state = TrainState(state.step + 1, params, opt_state, state.key)
+    return sharding.constrain(new_state, ""), metrics

@@ -119,7 +119,6 @@ def fit(
     plan: FitPlan,
     pad_id: int,
     mesh: Mesh,
-    key: jax.Array,
     seed: int,
     checkpointer: Checkpointer,
 ) -> Any:
@@ -138,7 +137,7 @@ def fit(
         0.0, plan.learning_rate, max(1, total // 20), max(2, total), 0.0
     )
     optimizer = train_state.adamw(schedule, 1e-8, plan.weight_decay, 1.0)
-    state = sharding.place(train_state.create(params, optimizer, key), mesh)
+    state = sharding.place(train_state.create(params, optimizer, jax.random.key(seed)), mesh)
     restored = checkpointer.restore(state)
     if restored is not None:
         state = restored[0]
@@ -152,7 +151,8 @@ def fit(
         value, grads = jax.value_and_grad(mean_loss)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), value
+        new_state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return sharding.constrain(new_state, ""), value
 
     done = int(state.step)
     step, saved_at = 0, time.monotonic()
@@ -168,8 +168,9 @@ def fit(
                 recent = [*recent[-19:], float(value)]
                 if not np.isfinite(recent[-1]):
                     raise InputError(
-                        f"{title}: the loss is {recent[-1]} at step {step}; the last good "
-                        f"checkpoint is {checkpointer.latest_step}: lower the learning rate"
+                        f"{title}: the loss is {recent[-1]} at step {step} (step of the last "
+                        f"checkpoint in {checkpointer.directory}: {checkpointer.latest_step}): "
+                        f"lower {title}'s learning rate"
                     )
                 report.update(step, f"loss {np.mean(recent):.3f} nats")
                 if stop.signum is not None or time.monotonic() - saved_at > SAVE_SECONDS:
