@@ -15,6 +15,7 @@ from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import tabular, text
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.reference import PromptSamples, SampleWriter, sorted_rewards
 from vbon_jax.data.text import Example
 from vbon_jax.errors import InputError
 from vbon_jax.models import hf
@@ -172,6 +173,34 @@ def check_lengths(
             prompt_files.fits_context(prompts, longest, score.positions)
         except InputError as error:
             raise InputError(f"reward model: {error}") from error
+
+
+def prompts_of(
+    found: Sequence[PromptSamples], tokenizer: PreTrainedTokenizerFast, m: int
+) -> list[Prompt]:
+    """The prompts of samples made elsewhere, under new ids; their own token ids where given."""
+    sorted_rewards(found, m)  # refuses fewer than m samples a prompt
+    encoded = prompt_files.from_texts([f.prompt for f in found], tokenizer)
+    vocabulary = len(tokenizer)
+    prompts = []
+    for prompt, samples in zip(encoded, found, strict=True):
+        tokens = samples.prompt_tokens or prompt.tokens
+        # Ids of another tokenizer decode to another text: then the text counts.
+        ours = max(tokens) < vocabulary and tokenizer.decode(list(tokens)) == samples.prompt
+        prompts.append(Prompt(prompt.id, prompt.text, tuple(tokens) if ours else prompt.tokens))
+    return prompts
+
+
+def copy_samples(target: Path, prompts: Sequence[Prompt], found: Sequence[PromptSamples]) -> None:
+    """Writes samples made elsewhere under the ids of ``prompts``."""
+    target.unlink(missing_ok=True)
+    with SampleWriter(target) as writer:
+        for prompt, samples in zip(prompts, found, strict=True):
+            writer.append(
+                PromptSamples(
+                    samples.prompt, samples.responses, samples.rewards, prompt.id, prompt.tokens
+                )
+            )
 
 
 def load_prompts(run: Run, split: str) -> list[Prompt]:

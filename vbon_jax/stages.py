@@ -17,8 +17,6 @@ from vbon_jax import inputs, responses, sharding
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import reference as reference_files
 from vbon_jax.data import tokenizer as tokenizers
-from vbon_jax.data.prompts import Prompt
-from vbon_jax.data.reference import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare, heldout, measure
 from vbon_jax.inputs import Decoder, Run
@@ -191,14 +189,14 @@ def sample(run: Run) -> None:
     own_prompts = (s.prompts.path or s.samples.path) and s.prompts.test_path
     train, test = ([], []) if own_prompts else inputs.texts(run)
     found = reference_files.read(s.samples.path) if s.samples.path else None
-    adopted = None if found is None else _prompts_of(found, tokenizer, s.samples.m)
+    adopted = None if found is None else inputs.prompts_of(found, tokenizer, s.samples.m)
     prompts = inputs.make_prompts(run, tokenizer, train, test, adopted)
     for split, chosen in prompts.items():
         inputs.check_lengths(run, chosen, reference, score)
         workdir.prompts(split).parent.mkdir(parents=True, exist_ok=True)
         prompt_files.write_jsonl(workdir.prompts(split), chosen)
     if found is not None:
-        _copy_samples(workdir.train_samples, prompts["train"], found)
+        inputs.copy_samples(workdir.train_samples, prompts["train"], found)
         log(f"sample: {len(found)} prompts with their samples from {s.samples.path}")
         return
     responses.write_samples(
@@ -214,34 +212,6 @@ def sample(run: Run) -> None:
         score,
         tokenizer,
     )
-
-
-def _prompts_of(
-    found: Sequence[PromptSamples], tokenizer: PreTrainedTokenizerFast, m: int
-) -> list[Prompt]:
-    """The prompts of samples made elsewhere, under new ids; their own token ids where given."""
-    reference_files.sorted_rewards(found, m)  # refuses fewer than m samples a prompt
-    encoded = prompt_files.from_texts([f.prompt for f in found], tokenizer)
-    vocabulary = len(tokenizer)
-    prompts = []
-    for prompt, samples in zip(encoded, found, strict=True):
-        tokens = samples.prompt_tokens or prompt.tokens
-        # Ids of another tokenizer decode to another text: then the text counts.
-        ours = max(tokens) < vocabulary and tokenizer.decode(list(tokens)) == samples.prompt
-        prompts.append(Prompt(prompt.id, prompt.text, tuple(tokens) if ours else prompt.tokens))
-    return prompts
-
-
-def _copy_samples(target: Path, prompts: Sequence[Prompt], found: Sequence[PromptSamples]) -> None:
-    """Writes samples made elsewhere under the ids of ``prompts``."""
-    target.unlink(missing_ok=True)
-    with reference_files.SampleWriter(target) as writer:
-        for prompt, samples in zip(prompts, found, strict=True):
-            writer.append(
-                PromptSamples(
-                    samples.prompt, samples.responses, samples.rewards, prompt.id, prompt.tokens
-                )
-            )
 
 
 def _train_state(

@@ -6,7 +6,6 @@ reference grey, policy blue, best-of-n vermilion (Okabe and Ito's palette, which
 can tell apart).
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 from vbon_jax.bon import theory
 from vbon_jax.data import jsonl
 from vbon_jax.errors import InputError
+from vbon_jax.evaluation import labels
 from vbon_jax.evaluation.results import (
     display_name,
     read_evaluation,
@@ -36,12 +36,6 @@ PHASE_COLOURS = {"rollout": "#56b4e9", "reward": "#f0e442", "update": "#cc79a7"}
 MARKERS = "osD^vP*X"  # one shape a temperature
 DPI = 130
 BINS = 40
-# Where a label may stand around its point: points of type to its edge, and degrees.
-RADII = (9, 14, 22, 32, 44, 58, 74)
-ANGLES = (-45, 0, 45, 90, 135, 180, 225, 270, -22, 22, 158, 202)
-LEADER = 14  # further off, a line joins the two
-
-Text = tuple[list[np.ndarray], str, str, float]  # points, label, colour, size
 
 
 def role_colours(policies: Iterable[str]) -> dict[str, str]:
@@ -358,7 +352,7 @@ def draw_win_rate_vs_kl(rows: Sequence[dict[str, Any]]) -> "Figure":
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
     texts = [([point], f"n={n:g}", BON_COLOUR, 8.5) for point, n in zip(ticks, ticks_n)]
-    _place_labels(figure, ax, texts + _point_texts(rows, colours), np.array(obstacles))
+    labels.place(figure, ax, texts + _point_texts(rows, colours), np.array(obstacles))
     return figure
 
 
@@ -394,59 +388,14 @@ def _cross(x: float, y: float, xerr: Any, yerr: Any) -> list[tuple[float, float]
     return across + [(x, y - down + s * (down + up)) for s in steps]
 
 
-def _point_texts(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> list[Text]:
+def _point_texts(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> list[labels.Text]:
     """One label a policy (and n of best-of-n), whose shapes tell its temperatures apart."""
-    texts: dict[str, Text] = {}
+    texts: dict[str, labels.Text] = {}
     for row in rows:
         name = f"BoN n={row['n']:g}" if row["policy"] == "bon" else row["policy"]
         points = texts.setdefault(name, ([], name, colours[row["policy"]], 10.0))[0]
         points.append(np.array([row["kl_ref"], row["win_rate"]]))
     return list(texts.values())
-
-
-def _place_labels(figure: "Figure", ax: "Axes", texts: list[Text], obstacles: np.ndarray) -> None:
-    """Writes each label at the nearest free place around one of its points, with a thin leader line
-    where that is not right beside it.
-
-    Free means inside the axes, off the obstacles [k, 2] (data coordinates), off the points of all
-    labels and off the labels written before. Where no place is free, the one that hides least.
-    """
-    from matplotlib.transforms import Bbox
-
-    figure.canvas.draw()  # settles the layout, so that text can be measured
-    figure.set_layout_engine("none")
-    pixels = figure.dpi / 72  # a point of type
-    frame = ax.get_window_extent()
-    marks = ax.transData.transform(np.concatenate([obstacles, *(text[0] for text in texts)]))
-    taken: list[Any] = []
-
-    def hidden(box: Any) -> float:
-        inside = np.all((marks > box.min) & (marks < box.max), axis=1).sum()
-        outside = not (frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0
-                       and box.y1 < frame.y1)  # fmt: skip
-        return inside + 50 * sum(box.overlaps(other) for other in taken) + 1000 * outside
-
-    for points, label, colour, size in texts:
-        probe = ax.text(0, 0, label, fontsize=size)
-        extent = np.array(probe.get_window_extent().size)
-        probe.remove()
-        trials = []
-        for radius, at, angle in itertools.product(RADII, ax.transData.transform(points), ANGLES):
-            # The radius is to the label's edge, so its centre lies half an extent further on.
-            towards = np.array([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))])
-            centre = at + towards * (radius * pixels + extent / 2)
-            box = Bbox([centre - extent / 2, centre + extent / 2]).padded(2 * pixels)
-            trials.append((hidden(box), radius, at, centre, box))
-            if trials[-1][0] == 0:
-                break
-        _, radius, at, centre, box = min(trials, key=lambda trial: trial[0])
-        taken.append(box)
-        ax.annotate(
-            label, tuple(ax.transData.inverted().transform(at)), xytext=(centre - at) / pixels,
-            textcoords="offset points", fontsize=size, color=colour, ha="center", va="center",
-            zorder=5, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7}
-            if radius > LEADER else None,
-        )  # fmt: skip
 
 
 def win_rate_vs_kl(workdir: Path) -> Path:
