@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from vbon_jax.errors import InputError
@@ -145,6 +145,7 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
 def execute(argv: Sequence[str]) -> None:
     """Parses and runs; raises what ``main`` turns into an exit code."""
     command = parse(argv)
+    logging.set_verbosity(logging.ERROR)  # libraries' remarks would stand between our own lines
     if command.coordinator is not None:
         import jax
 
