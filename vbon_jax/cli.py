@@ -5,6 +5,7 @@ vbon run --config=configs/reviews.py --workdir=runs/reviews --config.method.n=4
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -209,6 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vbon: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of `vbon generate` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

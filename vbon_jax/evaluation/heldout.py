@@ -12,11 +12,14 @@ from vbon_jax.data import reference as reference_files
 from vbon_jax.data import tabular
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.errors import InputError
 from vbon_jax.evaluation import measure
 from vbon_jax.inputs import Decoder, Run
 from vbon_jax.progress import log, reporting
 from vbon_jax.sampling import engine
 from vbon_jax.sampling.engine import Request
+
+MOST_DRAWN = 20_000_000  # responses held in memory at once
 
 
 def evaluate_at(
@@ -31,6 +34,14 @@ def evaluate_at(
     """The rows of one temperature, each with the responses behind it."""
     s = run.settings
     e, n, batch_size = s.evaluate, s.method.n, s.sampling.batch_size
+    whole = int(n) if float(n).is_integer() else None
+    if len(prompts) * e.samples_per_prompt * (whole or 1) > MOST_DRAWN:
+        raise InputError(
+            f"method.n={n:g} x evaluate.samples_per_prompt={e.samples_per_prompt} x {len(prompts)} "
+            f"prompts is more than {MOST_DRAWN:,} reference responses for best-of-n: lower one"
+        )
+    if whole is None:
+        log(f"evaluate: method.n={n} is not a whole number, so best-of-n cannot be drawn")
     sampling = inputs.sampling(run, tokenizer, temperature)
     number = round(temperature * 1e6)
 
@@ -84,9 +95,6 @@ def evaluate_at(
             calls,
         )  # fmt: skip
 
-    whole = int(n) if float(n).is_integer() else None
-    if whole is None:
-        log(f"evaluate: method.n={n} is not a whole number, so best-of-n cannot be drawn")
     pool = draw(reference, "reference", e.samples_per_prompt * (whole or 1))
     measured_reference = measure.of_reference([group[:: whole or 1] for group in pool])
     rows = [
