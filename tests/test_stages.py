@@ -16,6 +16,7 @@ import transformers
 
 from vbon_jax import cli
 from vbon_jax.data import reference, reviews
+from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.models import hf
 
 ROOT = Path(__file__).parents[1]
@@ -467,3 +468,44 @@ def test_generate_under_a_mesh_gives_the_same(tabular, capfd):
     ]
     assert vbon("generate", tabular, *flags, "--config.mesh.data=3") == 2
     assert "does not divide among mesh.data x mesh.fsdp = 3" in capfd.readouterr().err
+
+
+def test_a_users_own_model_prompts_and_reward(tmp_path):
+    """GPT-2 of transformers, a tokenizer whose only special token is EOS, no labelled text."""
+    texts = [e.text for e in reviews.examples(0, 200)]
+    tokenizer = tokenizers.build(texts, "bpe", 350)
+    tokenizer.pad_token = None  # as GPT-2's own: empty slots are filled with EOS
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=len(tokenizer), n_positions=48, n_embd=16, n_layer=1, n_head=2,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    for split in ("train", "test"):
+        with (tmp_path / f"{split}.jsonl").open("w") as file:
+            for text in texts[:6]:
+                file.write(json.dumps({"prompt": " ".join(text.split()[:3])}) + "\n")
+    sys.modules["length_reward"] = types.SimpleNamespace(
+        reward=lambda prompts, responses: [-abs(len(r) - 20.0) for r in responses]
+    )
+    flags = [
+        f"--config.reference.path={tmp_path / 'theirs'}",
+        "--config.reward.function=length_reward:reward",
+        f"--config.prompts.path={tmp_path / 'train.jsonl'}",
+        f"--config.prompts.test_path={tmp_path / 'test.jsonl'}",
+        "--config.sampling.stop_at_eos=True", "--config.sampling.max_new_tokens=10",
+        "--config.data.corpus=reviews", "--config.method.objective=lower_bound",
+        "--config.method.estimator=harmonic", "--config.train.iterations=2",
+    ]  # fmt: skip
+    assert vbon("run", tmp_path / "w", *flags) == 0
+    assert not (tmp_path / "w" / "data").exists()  # the built-in corpus was not needed
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "w" / "policy")
+    assert ours.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert ours.generation_config.top_k == 0 and ours.generation_config.temperature == 1.0
+    ids = torch.tensor([tokenizer.encode(texts[0])[:20]])
+    with torch.no_grad():
+        moved = (ours(ids).logits - theirs(ids).logits).abs().max()
+    assert 0 < float(moved) < 1  # trained, from these weights
