@@ -117,5 +117,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.reward.model = {"layers": 2, "width": 128, "heads": 4, "positions": 128}
         config.reward.fit.update(epochs=4, learning_rate=5e-4, weight_decay=0.1, max_tokens=80)
         config.sampling.max_new_tokens = 40
-        config.train.update(iterations=300, learning_rate=1e-4)
+        config.train.update(iterations=500, ppo_epochs=2, learning_rate=1e-4)
     return config
