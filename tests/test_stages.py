@@ -71,7 +71,7 @@ def test_a_run_leaves_everything_behind(tabular):
     for name in (
         "config.json", "tokenizer/tokenizer.json", "reference/model.safetensors",
         "samples/train.jsonl", "checkpoints/train", "policy/config.json", "metrics.jsonl",
-        "tensorboard", "evaluation.json", "evaluation_samples.jsonl",
+        "tensorboard", "evaluation.json", "evaluation.md", "evaluation_samples.jsonl",
         "figures/training_curves.png", "figures/reward_histograms.png",
         "figures/win_rate_vs_kl.png",
     ):  # fmt: skip

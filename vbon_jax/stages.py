@@ -30,6 +30,7 @@ from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.metrics import MetricsWriter
 
 LABELS = ("NEGATIVE", "POSITIVE")  # of label 0 and label 1
+SAMPLES_SHOWN = 5  # prompts in evaluation.md, with a response of each policy
 INIT = jax.jit(decoder.init, static_argnums=0)
 
 
@@ -310,7 +311,7 @@ def export(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """``evaluation.json``, its samples and figures: reference, best-of-n and policy held-out."""
+    """``evaluation.json`` and ``.md``, samples and figures: reference, best-of-n and policy."""
     from vbon_jax.evaluation import figures, table
 
     s, workdir = run.settings, run.workdir
@@ -340,16 +341,24 @@ def evaluate(run: Run) -> None:
     if s.data.corpus == "tabular" and not s.data.path:
         result["exact"] = heldout.enumerate_world(run, tokenizer, reference, policy)
     path = workdir.root / "evaluation_samples.jsonl"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    temporary.replace(path)
+    _write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     workdir.write_json(workdir.evaluation, result)
+    _write_text(
+        workdir.root / "evaluation.md",
+        f"{table.markdown_table(rows)}\n{table.samples_table(workdir.root, SAMPLES_SHOWN)}",
+    )
     console = Console()
     console.print(table.results_table(rows))
     if "exact" in result:
         console.print(table.exact_table(result["exact"]))
     for figure in figures.all_figures(workdir.root):
         log(f"evaluate: {figure}")
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def generate(run: Run, texts: Sequence[str]) -> None:
