@@ -7,12 +7,18 @@ reward, and vBoN is trained towards the best of n = 8. All 1296 responses are en
 KL(policy || bon) and the win rate in ``evaluation.json`` under "exact" are exact. On 2 CPU cores it
 takes about 2 minutes; expect an exact KL(policy || bon) near 0.1 nats (4.91 before training) and
 0.99 of best-of-8's win rate.
+
+    vbon run --config=configs/tabular.py:sweep
+
+holds every method against its own optimum at n = 2, 8, 32 (``tabular.json``, ``report.html``).
 """
 
 import ml_collections
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant not in ("", "sweep"):
+        raise ValueError(f"configs/tabular.py has no variant {variant!r}: use none, or :sweep")
     model = {"layers": 2, "width": 64, "heads": 4, "positions": 8}
     fit = {
         "epochs": 4,
@@ -21,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         "weight_decay": 0.0,
         "max_tokens": 8,
     }
-    return ml_collections.ConfigDict(
+    config = ml_collections.ConfigDict(
         {
             "seed": 0,
             "stages": ("sft", "reward", "sample", "train", "export", "evaluate"),
@@ -31,12 +37,15 @@ def get_config() -> ml_collections.ConfigDict:
                 "test_path": "",
                 "train": 12_000,
                 "test": 1_000,
+                "ood": 0,
             },
             "prompts": {
                 "path": "",
                 "test_path": "",
+                "ood_path": "",
                 "train": 1,
                 "test": 16,
+                "ood": 0,
                 "min_tokens": 1,
                 "max_tokens": 1,
             },
@@ -45,6 +54,15 @@ def get_config() -> ml_collections.ConfigDict:
             "reward": {
                 "path": "",
                 "function": "vbon_jax.data.tabular:reward",
+                "label": "POSITIVE",
+                "score": "logit",
+                "model": model,
+                "fit": fit,
+            },
+            "evaluator": {
+                "train": False,
+                "path": "",
+                "function": "",
                 "label": "POSITIVE",
                 "score": "logit",
                 "model": model,
@@ -63,7 +81,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "n": 8.0,
                 "beta": 1 / 7,
                 "estimator": "interval",
+                "ties": "random",
             },
+            "bond": {"form": "jeffreys", "jeffreys": 0.5, "anchor_rate": 0.02, "beta": 0.1},
             "train": {
                 "iterations": 1_200,
                 "batch_size": 512,
@@ -83,7 +103,37 @@ def get_config() -> ml_collections.ConfigDict:
                 "checkpoint_every": 400,
                 "keep": 2,
             },
+            "offline": {
+                "responses": 200,
+                "pairs": 6_400,
+                "labels": "soft",
+                "epochs": 4,
+                "batch_size": 64,
+                "learning_rate": 3e-4,
+            },
             "evaluate": {"temperatures": (1.0,), "m": 200, "samples_per_prompt": 64},
+            "convergence": {
+                "prompts": 1,
+                "m": (5, 20, 50, 100, 200, 250, 400),
+                "m_full": 600,
+                "level": 0.05,
+            },
+            "sweep": {
+                "bon": (),
+                "vbon": (),
+                "lower_bound": (),
+                "lower_bound_estimator": "harmonic",
+                "ppo": (),
+                "dpo": (),
+                "bonbon": (),
+                "bon_sft": (),
+                "bond": (),
+                "m": (),
+                "temperatures": (),
+                "seeds": 1,
+                "at_once": 1,
+                "stale_seconds": 60.0,
+            },
             "generate": {
                 "model": "policy",
                 "count": 1,
@@ -94,3 +144,19 @@ def get_config() -> ml_collections.ConfigDict:
             "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
         }
     )
+    if variant == "sweep":
+        config.stages = ("sft", "reward", "sample", "sweep", "report")
+        config.samples.m = 20_000  # so that stored samples are as good as the distribution
+        config.offline.update(responses=2_000, pairs=80_000, epochs=2, learning_rate=1e-3)
+        config.train.update(iterations=600, batch_size=512)
+        config.sweep.update(
+            bon=(2, 8, 32),
+            vbon=(2, 8, 32),
+            lower_bound=(2, 8, 32),
+            ppo=(1.0, 1 / 7, 1 / 31),
+            dpo=(1.0, 1 / 7, 1 / 31),
+            bonbon=(2, 8, 32),
+            bon_sft=(2, 8, 32),
+            bond=(2, 8, 32),
+        )
+    return config

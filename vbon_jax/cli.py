@@ -22,10 +22,15 @@ COMMANDS = {
     "run": "every stage the config lists, in order; what is complete is skipped",
     "sft": "tokenizer and reference model",
     "reward": "reward model",
+    "evaluator": "a second reward model, which only measures",
     "sample": "prompts and scored reference samples",
-    "train": "PPO on the objective",
+    "train": "the policy, by the chosen method",
     "export": "the trained policy as a Hugging Face directory",
     "evaluate": "reference, best-of-n and policy on held-out prompts: table and figures",
+    "convergence": "how many reference samples this task needs",
+    "sweep": "every method over its grid; several workers may share one workdir",
+    "report": "report.html: all that is there on one page",
+    "bench": "times of log F and of the Kolmogorov-Smirnov test; needs no --config",
     "generate": "responses to --prompt on standard output",
 }
 
@@ -145,6 +150,11 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
 
 def execute(argv: Sequence[str]) -> None:
     """Parses and runs; raises what ``main`` turns into an exit code."""
+    if [word for word in argv if not word.startswith("-")] == ["bench"]:
+        from vbon_jax import bench
+
+        bench.main()
+        return
     command = parse(argv)
     logging.set_verbosity(logging.ERROR)  # libraries' remarks would stand between our own lines
     if command.coordinator is not None:
@@ -166,7 +176,8 @@ def execute(argv: Sequence[str]) -> None:
             raise InputError('no --prompt: give at least one, --prompt="the film"')
         stages.generate(run, command.prompts)
         return
-    with run.workdir.locked():
+    several = command.stage == "sweep" or (command.stage == "run" and "sweep" in settings.stages)
+    with run.workdir.locked(wait=several):
         if command.stage == "run":
             for name in settings.stages:
                 stages.perform(run, name, again=False)

@@ -4,18 +4,23 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import sharding
+from vbon_jax.bon import log_f
+from vbon_jax.bon import references as bon_references
+from vbon_jax.bon.references import References
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import tabular, text
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.reference import PromptSamples, SampleWriter, sorted_rewards
+from vbon_jax.data.reference import rewards as sample_rewards
 from vbon_jax.data.text import Example
 from vbon_jax.errors import InputError
 from vbon_jax.models import hf
@@ -23,7 +28,7 @@ from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.rewards.classifier import ClassifierReward
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.sampling.engine import Sampling
-from vbon_jax.settings import Settings
+from vbon_jax.settings import Evaluator, Reward, Settings
 from vbon_jax.workdir import Workdir
 
 HELD_OUT = 10  # without a test file, every tenth text is held out
@@ -37,10 +42,12 @@ class Run:
     workdir: Workdir
     mesh: Mesh
 
-    def key(self, stage: str) -> jax.Array:
-        """The random key of a stage: a function of the seed and the stage's name."""
+    def key(self, stage: str, seed: int | None = None) -> jax.Array:
+        """The random key of a stage: a function of the seed (the run's own unless another is
+        given) and the stage's name."""
         return jax.random.fold_in(
-            jax.random.key(self.settings.seed), zlib.crc32(stage.encode()) & 0x7FFFFFFF
+            jax.random.key(self.settings.seed if seed is None else seed),
+            zlib.crc32(stage.encode()) & 0x7FFFFFFF,
         )
 
 
@@ -52,20 +59,28 @@ class Decoder:
     params: Any
 
 
-def texts(run: Run) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) labelled texts: the user's file or the embedded corpus."""
-    data, seed = run.settings.data, run.settings.seed
+class Texts(NamedTuple):
+    """Labelled texts: of training, held out, out of distribution (empty where there are none)."""
+
+    train: list[Example]
+    test: list[Example]
+    ood: list[Example]
+
+
+def texts(run: Run, seed: int | None = None) -> Texts:
+    """The user's labelled texts, or the embedded corpus of the run's seed or another."""
+    data, seed = run.settings.data, run.settings.seed if seed is None else seed
     if data.path and data.test_path:
-        return text.read_jsonl(data.path), text.read_jsonl(data.test_path)
+        return Texts(text.read_jsonl(data.path), text.read_jsonl(data.test_path), [])
     if data.path:
         examples = text.read_jsonl(data.path)
         held_out = examples[::HELD_OUT]
-        return [e for i, e in enumerate(examples) if i % HELD_OUT], held_out
+        return Texts([e for i, e in enumerate(examples) if i % HELD_OUT], held_out, [])
     if data.corpus == "tabular":
-        return tabular.corpus(seed, data.train), tabular.corpus(seed + 1, data.test)
+        return Texts(tabular.corpus(seed, data.train), tabular.corpus(seed + 1, data.test), [])
     from vbon_jax.data import reviews  # imports tensorflow_datasets, which takes seconds
 
-    return reviews.load(run.workdir.data, seed, data.train, data.test)
+    return Texts(*reviews.load(run.workdir.data, seed, data.train, data.test, data.ood))
 
 
 def make_tokenizer(run: Run, train: Sequence[Example]) -> PreTrainedTokenizerFast:
@@ -126,15 +141,17 @@ def sampling(
 def make_prompts(
     run: Run,
     tokenizer: PreTrainedTokenizerFast,
-    train: Sequence[Example],
-    test: Sequence[Example],
+    found: Texts,
     adopted: list[Prompt] | None,
 ) -> dict[str, list[Prompt]]:
-    """{"train", "test"}: the prompts of the run; ``adopted`` ones stand in for the first."""
+    """{"train", "test"} and, where asked for, "ood": the prompts of the run, ids of their own in
+    each; ``adopted`` ones stand in for the first."""
     p, s = run.settings.prompts, run.settings
     tabular_world = s.data.corpus == "tabular" and not s.data.path
 
-    def of(path: str, examples: Sequence[Example], count: int, seed: int):
+    def of(
+        path: str, examples: Sequence[Example], count: int, seed: int, naming: Sequence[str] = ()
+    ) -> list[Prompt]:
         if path:
             return prompt_files.read_texts(path, tokenizer)
         if tabular_world:  # its few prompts are all there are: held out means drawn anew
@@ -143,14 +160,23 @@ def make_prompts(
                 [letters[i % len(letters)] for i in range(count)], tokenizer
             )
         return prompt_files.prefix_prompts(
-            [e.text for e in examples], tokenizer, count, p.min_tokens, p.max_tokens, seed
+            [e.text for e in examples], tokenizer, count, p.min_tokens, p.max_tokens, seed, naming
         )
 
     prompts = {
         # Samples made elsewhere bring their prompts along.
-        "train": adopted or of(p.path, train, p.train, s.seed),
-        "test": of(p.test_path, test, p.test, s.seed + 1),
+        "train": adopted or of(p.path, found.train, p.train, s.seed),
+        "test": of(p.test_path, found.test, p.test, s.seed + 1),
     }
+    if p.ood_path or p.ood:
+        if not p.ood_path and not found.ood:
+            raise InputError(
+                f"prompts.ood={p.ood}, but there are no out-of-distribution texts: give "
+                "prompts.ood_path, or of the embedded reviews data.ood of them"
+            )
+        from vbon_jax.data import reviews
+
+        prompts["ood"] = of(p.ood_path, found.ood, p.ood, s.seed + 2, reviews.HELD_OUT_GENRES)
     if len(prompts["test"]) < 2:
         raise InputError(
             f"prompts.test_path={p.test_path!r} has {len(prompts['test'])} prompt: intervals are "
@@ -227,26 +253,78 @@ def load_policy(run: Run) -> Decoder:
     return load_decoder(run, run.workdir.policy)
 
 
+def references(
+    run: Run,
+    tokenizer: PreTrainedTokenizerFast,
+    samples: Sequence[PromptSamples],
+    m: int,
+    estimator: str,
+) -> References:
+    """The first m reference rewards of each prompt as the density of best-of-n is read off them."""
+    rewards_PxM = sample_rewards(samples, m)
+    if run.settings.method.ties == "random":
+        return bon_references.references(rewards_PxM, estimator)
+    return bon_references.references(rewards_PxM, estimator, orders(run, tokenizer, samples, m))
+
+
+def orders(
+    run: Run, tokenizer: PreTrainedTokenizerFast, samples: Sequence[PromptSamples], m: int
+) -> np.ndarray:
+    """The place of each prompt's first m responses in the total order of responses, uint32 [P, M].
+
+    The order is over token ids; a file without them has its texts encoded.
+    """
+    end, longest = eos_id(run, tokenizer), run.settings.sampling.max_new_tokens
+    tokens = np.zeros((len(samples) * m, longest), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for p, of_prompt in enumerate(samples):
+        for i in range(m):
+            if of_prompt.response_tokens is not None:
+                ids = of_prompt.response_tokens[i]
+            else:
+                tail = () if end is None else (end,)
+                ids = (*tokenizers.encode(tokenizer, of_prompt.responses[i]), *tail)
+            ids = ids[:longest]
+            tokens[p * m + i, : len(ids)] = ids
+            mask[p * m + i, : len(ids)] = True
+    return np.asarray(log_f.response_order(tokens, mask)).reshape(len(samples), m)
+
+
 def load_reward(run: Run, tokenizer: PreTrainedTokenizerFast) -> ClassifierReward | FunctionReward:
     """The reward: a callable, the user's classifier, or what stage ``reward`` trained."""
-    r = run.settings.reward
+    return _load_score(run, tokenizer, "reward", run.settings.reward, run.workdir.reward)
+
+
+def load_evaluator(
+    run: Run, tokenizer: PreTrainedTokenizerFast
+) -> ClassifierReward | FunctionReward | None:
+    """The reward that only measures, from where stage ``evaluator`` has it; None without one."""
+    e = run.settings.evaluator
+    if not (e.train or e.path or e.function):
+        return None
+    return _load_score(run, tokenizer, "evaluator", e, run.workdir.evaluator)
+
+
+def _load_score(
+    run: Run, tokenizer: PreTrainedTokenizerFast, stage: str, r: Reward | Evaluator, made: Path
+) -> ClassifierReward | FunctionReward:
     end = eos_id(run, tokenizer)
     if r.function:
         return FunctionReward(
             r.function, lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=False), end
         )
-    run.workdir.require("reward", "the reward model")
-    path = Path(r.path or run.workdir.reward)
+    run.workdir.require(stage, f"the {stage} model")
+    path = Path(r.path or made)
     config, params, labels = hf.load_classifier(path)
     if config.vocab_size < len(tokenizer):
         raise InputError(
-            f"reward model {path} has {config.vocab_size} embeddings, the tokenizer "
-            f"{len(tokenizer)} tokens: the reward must read the policy's tokens"
+            f"{stage} model {path} has {config.vocab_size} embeddings, the tokenizer "
+            f"{len(tokenizer)} tokens: the {stage} must read the policy's tokens"
         )
     own = tokenizers.load(path) if (path / "tokenizer.json").exists() else tokenizer
     if own.get_vocab() != tokenizer.get_vocab():
         raise InputError(
-            f"reward model {path} has another vocabulary than the policy's tokenizer: "
+            f"{stage} model {path} has another vocabulary than the policy's tokenizer: "
             "give one trained with the same tokenizer"
         )
     return ClassifierReward(sharding.place(params, run.mesh), config, labels, r.label, r.score, end)

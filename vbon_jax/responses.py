@@ -84,7 +84,7 @@ def scored(
     batch_size: int,
     reward: Reward,
     tokenizer: PreTrainedTokenizerFast,
-    also: Callable[[engine.Batch], dict[str, jax.Array]] | None = None,
+    also: "Also | None" = None,
 ) -> Iterator[list[Response]]:
     """Draws and scores every request, in order, a batch at a time.
 
@@ -126,6 +126,24 @@ def scored(
         ]
 
 
+Also = Callable[[engine.Batch], dict[str, jax.Array]]
+
+
+def also_evaluator(evaluator: Reward | None, prompts: Sequence[Prompt]) -> Also | None:
+    """What ``scored`` is to measure besides: the evaluator's reward, as "evaluator"."""
+    if evaluator is None:
+        return None
+    texts = {p.id: p.text for p in prompts}
+
+    def also(batch: engine.Batch) -> dict[str, jax.Array]:
+        scores = score_batch(evaluator, batch, texts)
+        check_rewards(np.asarray(scores)[: batch.size], [texts[r.prompt_id] for r in batch.requests],
+                      lambda row: f"number {row} of the batch (by the evaluator)")  # fmt: skip
+        return {"evaluator": scores}
+
+    return also
+
+
 def write_samples(
     path: Path,
     title: str,
@@ -138,6 +156,7 @@ def write_samples(
     batch_size: int,
     reward: Reward,
     tokenizer: PreTrainedTokenizerFast,
+    evaluator: Reward | None = None,
 ) -> None:
     """Draws m responses a prompt and writes a line a prompt to ``path``; continues what is there.
 
@@ -168,6 +187,7 @@ def write_samples(
                 batch_size,
                 reward,
                 tokenizer,
+                also_evaluator(evaluator, todo),
             ):
                 pending += responses
                 while len(pending) >= m:
@@ -191,4 +211,7 @@ def _prompt_samples(prompt: Prompt, responses: Sequence[Response]) -> PromptSamp
         response_tokens=tuple(r.tokens for r in responses),
         log_probs=tuple(r.log_prob for r in responses),
         finished=tuple(r.finished for r in responses),
+        evaluator_rewards=tuple(r.extra["evaluator"] for r in responses)
+        if "evaluator" in responses[0].extra
+        else None,
     )

@@ -7,15 +7,21 @@ line turns it into these frozen dataclasses, and nothing below the stages sees t
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
-from vbon_jax.bon.distribution import OBJECTIVES
-from vbon_jax.bon.log_f import ESTIMATORS
+from vbon_jax.bon.log_f import ESTIMATORS, TIES
 from vbon_jax.data import tokenizer
 from vbon_jax.errors import InputError
 from vbon_jax.rewards import classifier
 
-STAGES = ("sft", "reward", "sample", "train", "export", "evaluate")
+STAGES = (
+    "sft", "reward", "evaluator", "sample", "train", "export", "evaluate", "convergence", "sweep",
+    "report",
+)  # fmt: skip
+ONLINE = ("vbon", "ppo", "bond")
+OFFLINE = ("bon_sft", "dpo", "bonbon")
+METHODS = ("bon", *ONLINE, *OFFLINE)
 CORPORA = ("reviews", "tabular")
 HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as uniform
 
@@ -40,14 +46,18 @@ class Data:
     test_path: str = key("held-out text of the same form; empty holds out a tenth of `data.path`")
     train: int = key("texts the corpus writes for training", least=1)
     test: int = key("texts the corpus writes for the held-out split", least=1)
+    ood: int = key("reviews of film genres that no other split has; 0 for none", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
     path: str = key('training prompts, one `{"prompt"}` a line; empty takes prefixes of the texts')
     test_path: str = key("held-out prompts of the same form; empty takes prefixes of held-out text")
+    ood_path: str = key("out-of-distribution prompts of the same form; empty takes prefixes that "
+                        "name a genre no training text has")  # fmt: skip
     train: int = key("number of training prompts", least=1)
     test: int = key("number of held-out prompts", least=2)
+    ood: int = key("number of out-of-distribution prompts; 0 for none", least=0)
     min_tokens: int = key("shortest prefix, tokens", least=1)
     max_tokens: int = key("longest prefix, tokens", least=1)
 
@@ -96,6 +106,18 @@ class Reward:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluator:
+    train: bool = key("train one, on texts and a seed of its own; without path or function, False "
+                      "means none")  # fmt: skip
+    path: str = key("a second reward that only measures: Hugging Face GPT-2 sequence classifier")
+    function: str = key('or a Python callable "module:function"')
+    label: str = key("the label whose score it gives")
+    score: str = key("as `reward.score`", choices=classifier.KINDS)
+    model: Model = group()
+    fit: Fit = group()
+
+
+@dataclasses.dataclass(frozen=True)
 class Sampling:
     temperature: float = key("of rollouts and reference samples, and so of every log-prob", above=0)
     max_new_tokens: int = key("longest response, tokens, EOS included", least=1)
@@ -111,12 +133,37 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    name: str = key("name of the trained policy in tables and figures")
-    objective: str = key("exact, lower_bound, jensen_bound or reward", choices=OBJECTIVES)
-    n: float = key("n of best-of-n; any real number at least 1", least=1)
-    beta: float = key("KL coefficient of the `reward` objective; 1/(n-1) matches n", above=0)
+    name: str = key("vbon, ppo, bond, bon_sft, dpo or bonbon; bon trains nothing", choices=METHODS)
+    objective: str = key("of vbon: the exact one or one of its bounds",
+                         choices=("exact", "lower_bound", "jensen_bound"))  # fmt: skip
+    n: float = key("n of best-of-n; any real number at least 1 (whole for bon_sft and bonbon)",
+                   least=1)  # fmt: skip
+    beta: float = key("KL coefficient of ppo and dpo; 1/(n-1) matches n", above=0)
     estimator: str = key("of log F, or for `interval` of the density ratio itself",
                          choices=ESTIMATORS)  # fmt: skip
+    ties: str = key("how best-of-n chooses among equal rewards: at random, or by a fixed order",
+                    choices=TIES)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Bond:
+    form: str = key("jeffreys: iterated, with a moving anchor; backward: against the reference",
+                    choices=("jeffreys", "backward"))  # fmt: skip
+    jeffreys: float = key("weight of the forward KL; the backward KL has the rest", least=0, most=1)
+    anchor_rate: float = key("the anchor moves this share of the way to the policy, each iteration",
+                             least=0, most=1)  # fmt: skip
+    beta: float = key("KL coefficient towards the anchor", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Offline:
+    responses: int = key("of dpo: responses a prompt that its pairs are made of", least=2)
+    pairs: int = key("pairs (of bon_sft: winners) a prompt and pass over them", least=1)
+    labels: str = key("of dpo: hard, or soft with sigmoid(reward difference)",
+                      choices=("hard", "soft"))  # fmt: skip
+    epochs: int = key("passes over the pairs", least=1)
+    batch_size: int = key("pairs a gradient step", least=1)
+    learning_rate: float = key("AdamW rate, falling linearly to 0", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +196,36 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convergence:
+    prompts: int = key("held-out prompts that are looked at", least=1)
+    m: tuple[int, ...] = key("numbers of samples held against `convergence.m_full`")
+    m_full: int = key("samples a prompt that stand for the truth", least=2)
+    level: float = key("level of the Kolmogorov-Smirnov test", above=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    bon: tuple[int, ...] = key("n of best-of-n itself, read off the pool of fresh samples")
+    vbon: tuple[float, ...] = key("n of vbon, exact objective; empty leaves a method out")
+    lower_bound: tuple[float, ...] = key("n of vbon, lower bound")
+    lower_bound_estimator: str = key("of its log F, which must be finite",
+                                     choices=("smoothed", "harmonic", "exponential"))  # fmt: skip
+    ppo: tuple[float, ...] = key("beta of ppo")
+    dpo: tuple[float, ...] = key("beta of dpo")
+    bonbon: tuple[int, ...] = key("n of bonbon")
+    bon_sft: tuple[int, ...] = key("n of bon_sft")
+    bond: tuple[float, ...] = key("n of bond")
+    m: tuple[int, ...] = key("m of vbon at `method.n`, all but `samples.m` trained once more")
+    temperatures: tuple[float, ...] = key(
+        "each method, matched to `method.n`, is measured at these"
+    )
+    seeds: int = key("seeds of each setting", least=1)
+    at_once: int = key("policies vmapped on a device, the others following in the same program; "
+                       "0 for all: best on GPU and TPU, 1 on CPU", least=0)  # fmt: skip
+    stale_seconds: float = key("a worker unheard of for so long has lost its piece", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Generate:
     model: str = key(
         "policy, reference or bon (true best-of-n)", choices=("policy", "reference", "bon")
@@ -175,11 +252,16 @@ class Settings:
     tokenizer: Tokenizer = group()
     reference: Reference = group()
     reward: Reward = group()
+    evaluator: Evaluator = group()
     sampling: Sampling = group()
     samples: Samples = group()
     method: Method = group()
+    bond: Bond = group()
     train: Train = group()
+    offline: Offline = group()
     evaluate: Evaluate = group()
+    convergence: Convergence = group()
+    sweep: Sweep = group()
     generate: Generate = group()
     mesh: MeshShape = group()
 
@@ -221,6 +303,12 @@ def _build(cls: type, values: Any, where: str) -> Any:
 def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
     rules = f.metadata
     value = _coerced(f, value)
+    if f.type in (tuple[int, ...], tuple[float, ...]) and isinstance(value, tuple):
+        for entry in value:
+            right = _is_int(entry) if f.type == tuple[int, ...] else isinstance(entry, float)
+            if not right or not math.isfinite(entry):
+                kind = "whole numbers" if f.type == tuple[int, ...] else "finite numbers"
+                raise InputError(f"{where} has {entry!r}: it must hold {kind}")
     expected = f.type if isinstance(f.type, type) else tuple
     if not isinstance(value, expected) or (expected is int and not _is_int(value)):
         raise InputError(f"{where}={value!r}: must be {getattr(expected, '__name__', expected)}")
@@ -273,10 +361,11 @@ def _check_across(s: Settings) -> None:
         f"prompts.min_tokens={p.min_tokens} is more than prompts.max_tokens={p.max_tokens}",
     )
     refuse(
-        m.estimator not in ("strict", "interval") or m.objective in ("exact", "reward"),
+        m.estimator not in ("strict", "interval") or m.objective == "exact",
         f"method.estimator={m.estimator} gives no finite log F for "
-        f"method.objective={m.objective}: choose smoothed or harmonic",
+        f"method.objective={m.objective}: choose smoothed, harmonic or exponential",
     )
+    _check_methods(s, refuse)
     refuse(len(s.stages) > 0, f"stages is empty: choose from {', '.join(STAGES)}")
     temperatures = s.evaluate.temperatures
     refuse(len(temperatures) > 0, "evaluate.temperatures is empty: give at least one")
@@ -291,20 +380,80 @@ def _check_across(s: Settings) -> None:
             f"evaluate.temperatures has {temperature!r}: each must be a number above 0, "
             f"at most {HOTTEST:g}",
         )
-    for name, model in (("reference", s.reference.model), ("reward", s.reward.model)):
+    for name, model in (
+        ("reference", s.reference.model),
+        ("reward", s.reward.model),
+        ("evaluator", s.evaluator.model),
+    ):
         refuse(
             model.width % model.heads == 0,
             f"{name}.model.width={model.width} is not a multiple of "
             f"{name}.model.heads={model.heads}",
         )
-    refuse(
-        not (s.reward.path and s.reward.function),
-        f"reward.path={s.reward.path!r} and reward.function={s.reward.function!r}: set one of them",
-    )
+    for name, r in (("reward", s.reward), ("evaluator", s.evaluator)):
+        refuse(
+            not (r.path and r.function),
+            f"{name}.path={r.path!r} and {name}.function={r.function!r}: set one of them",
+        )
     refuse(
         not s.data.test_path or bool(s.data.path),
         f"data.test_path={s.data.test_path!r} is set but data.path is empty: set both",
     )
+
+
+def _check_methods(s: Settings, refuse: Callable[[bool, str], None]) -> None:
+    """What the methods, and a sweep over them, cannot do."""
+    m, o, w = s.method, s.offline, s.sweep
+    if m.name in ("bon_sft", "bonbon"):
+        refuse(
+            m.n.is_integer() and m.n <= s.samples.m,
+            f"method.n={m.n:g}: {m.name} takes the best of a whole number n of the samples.m="
+            f"{s.samples.m} stored ones",
+        )
+    for name, n in (("method.n", m.n if m.name == "bonbon" else 2), *_named("sweep.bonbon", w)):
+        refuse(n >= 2, f"{name}={n:g}: bonbon needs a best and a worst, n of at least 2")
+    for name, n in (("method.n", m.n if m.name == "bond" else 2), *_named("sweep.bond", w)):
+        refuse(n > 1, f"{name}={n:g}: bond has the KL coefficient 1/(n-1), so n must be above 1")
+    for key in ("sweep.bonbon", "sweep.bon_sft"):
+        for name, n in _named(key, w):
+            refuse(n <= s.samples.m, f"{name} has {n}, more than samples.m={s.samples.m}")
+    for name, n in _named("sweep.bon", w):
+        refuse(n <= s.evaluate.m, f"{name} has {n}, more than evaluate.m={s.evaluate.m}")
+    for key in ("sweep.bon", "sweep.vbon", "sweep.lower_bound", "sweep.bon_sft", "sweep.m"):
+        for name, n in _named(key, w):
+            refuse(n >= 1, f"{name} has {n}: it must be at least 1")
+    for name, m_less in _named("sweep.m", w):
+        refuse(m_less <= s.samples.m, f"{name} has {m_less}, more than samples.m={s.samples.m}")
+    for key in ("sweep.ppo", "sweep.dpo", "sweep.temperatures"):
+        for name, value in _named(key, w):
+            refuse(value > 0, f"{name} has {value}: it must be above 0")
+    most = o.responses * (o.responses - 1) // 2
+    refuse(
+        o.pairs <= most or (m.name != "dpo" and not w.dpo),
+        f"offline.pairs={o.pairs} is more than the {most} pairs of offline.responses={o.responses}",
+    )
+    refuse(
+        o.responses <= s.samples.m,
+        f"offline.responses={o.responses} is more than samples.m={s.samples.m}",
+    )
+    offline = m.name in OFFLINE or w.dpo or w.bonbon or w.bon_sft
+    # Samples made elsewhere bring their own number of prompts.
+    examples = o.pairs * s.prompts.train
+    refuse(
+        not offline or bool(s.samples.path or s.prompts.path) or examples >= o.batch_size,
+        f"offline.batch_size={o.batch_size} is more than the {examples} examples of "
+        f"prompts.train={s.prompts.train} x offline.pairs={o.pairs}: lower it",
+    )
+    for m_less in s.convergence.m:
+        refuse(
+            1 <= m_less < s.convergence.m_full,
+            f"convergence.m has {m_less}: each must be at least 1 and below "
+            f"convergence.m_full={s.convergence.m_full}",
+        )
+
+
+def _named(key: str, sweep: Sweep) -> list[tuple[str, Any]]:
+    return [(key, value) for value in getattr(sweep, key.removeprefix("sweep."))]
 
 
 def as_dict(settings: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ BATCH = ("data", "fsdp")
 # "blocks" leaves carry a leading layer axis. Everything unnamed (norms, biases, counters) is
 # replicated.
 TABLE: tuple[tuple[str, P], ...] = (
+    (r"^population\b", P(BATCH)),  # members first: each device has whole ones
     (r"decoder/wte$", P("tensor", "fsdp")),
     (r"decoder/wpe$", P(None, "fsdp")),
     (r"attention/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),  # [L, D, 3, H, K]
@@ -118,7 +119,7 @@ def constrain(tree: Any, prefix: str) -> Any:
     Without a mesh (a plain unit test) it returns the tree as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:  # under shard_map all is local
         return tree
     lead = [prefix] if prefix else []
     return jax.tree_util.tree_map_with_path(

@@ -3,182 +3,28 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
-from vbon_jax import inputs, responses, sharding
+from vbon_jax import inputs, methods, pretrain, responses, sharding, sweep
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import reference as reference_files
-from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare, heldout, measure
 from vbon_jax.inputs import Decoder, Run
-from vbon_jax.models import decoder, heads, hf
-from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.models import hf
 from vbon_jax.progress import log
 from vbon_jax.sampling import engine
-from vbon_jax.settings import Fit, Model, as_dict
-from vbon_jax.training import loop, ppo, state, supervised
+from vbon_jax.settings import as_dict
+from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.metrics import MetricsWriter
 
-LABELS = ("NEGATIVE", "POSITIVE")  # of label 0 and label 1
 SAMPLES_SHOWN = 5  # prompts in evaluation.md, with a response of each policy
-INIT = jax.jit(decoder.init, static_argnums=0)
-
-
-def _decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=vocab_size,
-        positions=model.positions,
-        layers=model.layers,
-        width=model.width,
-        heads=model.heads,
-        mlp_width=4 * model.width,
-    )
-
-
-def _fit(
-    run: Run,
-    stage: str,
-    params: Any,
-    loss: supervised.Loss,
-    fit: Fit,
-    tokens: dict[str, list[tuple[int, ...]]],
-    labels: dict[str, list[int]],
-    pad_id: int,
-) -> tuple[Any, float]:
-    """Fits on tokens["train"]; returns (parameters on the host, mean nats on tokens["test"])."""
-    plan = supervised.FitPlan(fit.epochs, fit.batch_size, fit.learning_rate, fit.weight_decay)
-    checkpointer = Checkpointer(run.workdir.checkpoints(stage), keep=1)
-    try:
-        params = supervised.fit(
-            stage, params, loss, tokens["train"], labels["train"], plan, pad_id, run.mesh,
-            run.settings.seed, checkpointer,
-        )  # fmt: skip
-    finally:
-        checkpointer.close()
-    held_out = supervised.mean_loss(
-        params, loss, tokens["test"], labels["test"], fit.batch_size, pad_id, run.mesh
-    )
-    return jax.device_get(params), held_out
-
-
-def sft(run: Run) -> None:
-    """Tokenizer and reference model: learned from the texts, or the user's own, checked."""
-    s, workdir = run.settings, run.workdir
-    own = bool(s.reference.path)
-    train, test = ([], []) if own else inputs.texts(run)
-    tokenizer = inputs.make_tokenizer(run, train)
-    inputs.eos_id(run, tokenizer)  # refuses a tokenizer without EOS before any work
-    if own:
-        config = hf.load_decoder(s.reference.path)[0]
-        if config.vocab_size < len(tokenizer):
-            raise InputError(
-                f"reference.path={s.reference.path!r} has {config.vocab_size} embeddings, its "
-                f"tokenizer {len(tokenizer)} tokens: the directory does not fit together"
-            )
-        tokenizers.save(tokenizer, workdir.tokenizer)
-        return
-    fit = s.reference.fit
-    _check_positions("reference", fit.max_tokens, s.reference.model.positions)
-    config = _decoder_config(s.reference.model, len(tokenizer))
-    params = sharding.place({"decoder": INIT(config, run.key("sft"))}, run.mesh)
-    tokens = {
-        split: inputs.encode_texts(run, tokenizer, examples, fit.max_tokens)
-        for split, examples in (("train", train), ("test", test))
-    }
-    zeros = {split: [0] * len(rows) for split, rows in tokens.items()}
-    params, held_out = _fit(
-        run, "sft", params, partial(supervised.language_model_loss, config=config), fit, tokens,
-        zeros, inputs.pad_id(tokenizer),
-    )  # fmt: skip
-    tokenizers.save(tokenizer, workdir.tokenizer)
-    _save_policy(run, workdir.reference, config, params["decoder"], tokenizer)
-    workdir.write_json(
-        workdir.reference / "fit.json", {"held_out_nats_per_token": held_out, "texts": len(train)}
-    )
-    log(
-        f"sft: {len(train)} texts, {len(tokenizer)} tokens in the vocabulary; held out "
-        f"{held_out:.3f} nats a token (perplexity {np.exp(held_out):.1f})"
-    )
-
-
-def _save_policy(
-    run: Run, path: Path, config: DecoderConfig, params: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """A Hugging Face directory whose defaults for generation are the distribution of this run."""
-    hf.save_decoder(
-        path, config, params, bos_id=tokenizer.bos_token_id,
-        eos_id=inputs.eos_id(run, tokenizer), pad_id=tokenizer.pad_token_id,
-        temperature=run.settings.sampling.temperature,
-    )  # fmt: skip
-    tokenizers.save(tokenizer, path)
-
-
-def _check_positions(name: str, max_tokens: int, positions: int) -> None:
-    if max_tokens > positions:
-        raise InputError(
-            f"{name}.fit.max_tokens={max_tokens} is more than {name}.model.positions={positions}"
-        )
-
-
-def reward(run: Run) -> None:
-    """The reward model: trained on the labels, or the user's own, checked."""
-    s, workdir = run.settings, run.workdir
-    tokenizer = inputs.load_tokenizer(run)
-    if s.reward.function:
-        inputs.load_reward(run, tokenizer)
-        return
-    if s.reward.path:
-        hf.load_classifier(s.reward.path)
-        return
-    fit = s.reward.fit
-    _check_positions("reward", fit.max_tokens, s.reward.model.positions)
-    if s.reward.label not in LABELS:
-        raise InputError(f"reward.label={s.reward.label!r}: label 0 is NEGATIVE, label 1 POSITIVE")
-    end = inputs.eos_id(run, tokenizer)
-    splits = dict(zip(("train", "test"), inputs.texts(run), strict=True))
-    # The texts of the reference without their EOS: it is part of no reward.
-    tokens = {
-        split: [
-            tuple(t for t in row if t != end)
-            for row in inputs.encode_texts(run, tokenizer, examples, fit.max_tokens)
-        ]
-        for split, examples in splits.items()
-    }
-    labels = {split: [e.label for e in examples] for split, examples in splits.items()}
-    config = _decoder_config(s.reward.model, len(tokenizer))
-    body_key, head_key = jax.random.split(run.key("reward"))
-    params = sharding.place(
-        {"decoder": INIT(config, body_key),
-         "score": heads.init_score(config, len(LABELS), head_key)},
-        run.mesh,
-    )  # fmt: skip
-    params, held_out = _fit(
-        run, "reward", params, partial(supervised.classifier_loss, config=config), fit, tokens,
-        labels, inputs.pad_id(tokenizer),
-    )  # fmt: skip
-    hf.save_classifier(
-        workdir.reward, config, params, LABELS,
-        bos_id=tokenizer.bos_token_id, eos_id=end, pad_id=inputs.pad_id(tokenizer),
-    )  # fmt: skip
-    tokenizers.save(tokenizer, workdir.reward)
-    accuracy = supervised.accuracy(
-        sharding.place(params, run.mesh), config, tokens["test"], labels["test"], fit.batch_size,
-        inputs.pad_id(tokenizer), run.mesh,
-    )  # fmt: skip
-    workdir.write_json(
-        workdir.reward / "fit.json", {"held_out_nats": held_out, "held_out_accuracy": accuracy}
-    )
-    log(f"reward: held out {held_out:.3f} nats a text, accuracy {accuracy:.3f}")
 
 
 def sample(run: Run) -> None:
@@ -187,11 +33,12 @@ def sample(run: Run) -> None:
     tokenizer = inputs.load_tokenizer(run)
     reference = inputs.load_reference(run)
     score = inputs.load_reward(run, tokenizer)
-    own_prompts = (s.prompts.path or s.samples.path) and s.prompts.test_path
-    train, test = ([], []) if own_prompts else inputs.texts(run)
+    own = bool(s.prompts.path or s.samples.path) and bool(s.prompts.test_path)
+    own = own and (bool(s.prompts.ood_path) or not s.prompts.ood)
+    texts = inputs.Texts([], [], []) if own else inputs.texts(run)
     found = reference_files.read(s.samples.path) if s.samples.path else None
     adopted = None if found is None else inputs.prompts_of(found, tokenizer, s.samples.m)
-    prompts = inputs.make_prompts(run, tokenizer, train, test, adopted)
+    prompts = inputs.make_prompts(run, tokenizer, texts, adopted)
     for split, chosen in prompts.items():
         inputs.check_lengths(run, chosen, reference, score)
         workdir.prompts(split).parent.mkdir(parents=True, exist_ok=True)
@@ -215,77 +62,28 @@ def sample(run: Run) -> None:
     )
 
 
-def _train_state(
-    run: Run, reference: Decoder
-) -> tuple[state.TrainState, optax.GradientTransformation, optax.Schedule]:
-    """The policy before its first step: the reference's weights and a value head of zeros."""
-    t = run.settings.train
-    updates = t.iterations * t.ppo_epochs * (t.batch_size // t.minibatch_size)
-    schedule = optax.linear_schedule(t.learning_rate, 0.0, updates)
-    optimizer = state.adamw(schedule, t.adam_eps, t.weight_decay, t.max_grad_norm)
-    key = run.key("train")
-    params = {
-        "decoder": jax.tree.map(np.array, jax.device_get(reference.params["decoder"])),
-        "value": heads.init_value(reference.config, key),
-    }
-    fresh = state.create(sharding.place(params, run.mesh), optimizer, key)
-    return sharding.place(fresh, run.mesh), optimizer, schedule
-
-
 def train(run: Run) -> None:
-    """PPO on the chosen objective, from the newest checkpoint if there is one."""
+    """The method's training, from the newest checkpoint if there is one."""
     s, workdir = run.settings, run.workdir
-    tokenizer = inputs.load_tokenizer(run)
-    prompts = inputs.load_prompts(run, "train")
-    table = reference_files.sorted_rewards_of(workdir.train_samples, prompts, s.samples.m)
-    reference = inputs.load_reference(run)
-    score = inputs.load_reward(run, tokenizer)
-    sampling = inputs.sampling(run, tokenizer)
-    t = s.train
-    plan = ppo.PPOPlan(
-        objective=s.method.objective,
-        estimator=s.method.estimator,
-        epochs=t.ppo_epochs,
-        minibatch_size=t.minibatch_size,
-        clip_policy=t.clip_policy,
-        clip_value=t.clip_value,
-        value_coef=t.value_coef,
-        gamma=t.gamma,
-        lam=t.lam,
-        whiten=t.whiten,
-        penalty=t.penalty,
-        temperature=s.sampling.temperature,
-    )
-    fresh, optimizer, schedule = _train_state(run, reference)
-    checkpointer = Checkpointer(workdir.checkpoints("train"), t.keep)
+    method = methods.spec(s)
+    if method.name == "bon":
+        log("train: best-of-n itself (method.name=bon) trains nothing")
+        return
+    world = methods.world(run, method)
+    fresh, step = methods.single(run, world)
+    total = methods.iterations(s, method, len(world.prompts))
+    checkpointer = Checkpointer(workdir.checkpoints("train"), s.train.keep)
     try:
+        start = checkpointer.latest_step or 0
         restored = checkpointer.restore(fresh)
         if restored is not None:
             fresh = restored[0]
-            log(f"train: going on after iteration {int(fresh.step)} of {t.iterations}")
-        writer = MetricsWriter(workdir.root, int(fresh.step))
+            log(f"train: going on after iteration {start} of {total}")
+        writer = MetricsWriter(workdir.root, start)
         try:
-            loop.train(
-                fresh,
-                reference.params,
-                reference.config,
-                prompts,
-                table,
-                score,
-                lambda ids: responses.response_text(tokenizer, ids, sampling.eos_id),
-                sampling,
-                plan,
-                loop.LoopPlan(
-                    t.iterations, t.batch_size, t.checkpoint_every, s.seed, s.method.n,
-                    s.method.beta,
-                ),
-                optimizer,
-                schedule,
-                run.mesh,
-                run.key("rollout"),
-                checkpointer,
-                writer,
-                {"config": as_dict(s)},
+            loop.run(
+                fresh, start, step, loop.LoopPlan("train", total, s.train.checkpoint_every),
+                checkpointer, writer, {"config": as_dict(s)},
             )  # fmt: skip
         finally:
             writer.close()
@@ -295,19 +93,24 @@ def train(run: Run) -> None:
 
 def export(run: Run) -> None:
     """``policy/``: the newest checkpoint as a Hugging Face directory that transformers loads."""
+    s = run.settings
+    if s.method.name == "bon":
+        log("export: best-of-n itself (method.name=bon) has no policy to export")
+        return
     run.workdir.require("train", "a trained policy")
     tokenizer = inputs.load_tokenizer(run)
     reference = inputs.load_reference(run)
-    like, _, _ = _train_state(run, reference)
-    checkpointer = Checkpointer(run.workdir.checkpoints("train"), run.settings.train.keep)
+    prompts = len(inputs.load_prompts(run, "train"))
+    like = methods.first_state(s, methods.spec(s), reference, run.key("train"), prompts)
+    checkpointer = Checkpointer(run.workdir.checkpoints("train"), s.train.keep)
     try:
-        restored = checkpointer.restore(like)
+        restored = checkpointer.restore(sharding.place(like, run.mesh))
     finally:
         checkpointer.close()
     if restored is None:
         raise InputError(f"no checkpoint in {checkpointer.directory}: run `vbon train` first")
     params = jax.device_get(restored[0].params["decoder"])
-    _save_policy(run, run.workdir.policy, reference.config, params, tokenizer)
+    pretrain.save_policy(run, run.workdir.policy, reference.config, params, tokenizer)
 
 
 def evaluate(run: Run) -> None:
@@ -315,31 +118,17 @@ def evaluate(run: Run) -> None:
     from vbon_jax.evaluation import figures, table
 
     s, workdir = run.settings, run.workdir
-    tokenizer = inputs.load_tokenizer(run)
-    prompts = inputs.load_prompts(run, "test")
-    reference, policy = inputs.load_reference(run), inputs.load_policy(run)
-    score = inputs.load_reward(run, tokenizer)
+    loaded = heldout.models(run)
+    policy = None if s.method.name == "bon" else inputs.load_policy(run)
     rows: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     for temperature in s.evaluate.temperatures:
-        new = heldout.evaluate_at(run, temperature, tokenizer, prompts, reference, policy, score)
-        for row, measured in new:
-            rows.append(row)
-            lines += [
-                {
-                    "policy": row["policy"],
-                    "temperature": temperature,
-                    "prompt_id": r.request.prompt_id,
-                    "prompt": prompts[r.request.prompt_id].text,
-                    "response": r.text,
-                    "reward": r.reward,
-                }
-                for group in measured.responses
-                for r in group
-            ]
+        new_rows, new_lines = _evaluated(run, loaded, policy, temperature)
+        rows += new_rows
+        lines += new_lines
     result: dict[str, Any] = {"rows": rows}
-    if s.data.corpus == "tabular" and not s.data.path:
-        result["exact"] = heldout.enumerate_world(run, tokenizer, reference, policy)
+    if sweep.tabular(s) and policy is not None:
+        result["exact"] = heldout.enumerate_world(run, loaded, policy, s.method.n)
     path = workdir.root / "evaluation_samples.jsonl"
     _write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     workdir.write_json(workdir.evaluation, result)
@@ -351,8 +140,44 @@ def evaluate(run: Run) -> None:
     console.print(table.results_table(rows))
     if "exact" in result:
         console.print(table.exact_table(result["exact"]))
-    for figure in figures.all_figures(workdir.root):
-        log(f"evaluate: {figure}")
+    if policy is not None:
+        for figure in figures.all_figures(workdir.root):
+            log(f"evaluate: {figure}")
+
+
+def _evaluated(
+    run: Run, loaded: heldout.Models, policy: Decoder | None, temperature: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and sample lines of one temperature."""
+    s = run.settings
+    n = s.method.n
+    held = heldout.open_split(run, loaded, "test", temperature, n)
+
+    def fast(row: dict[str, Any], model: Decoder, calls: int, scoring: bool) -> dict[str, Any]:
+        responses_a_second, tokens_a_second = held.speed(model, calls, scoring)
+        return row | {
+            "responses_per_second": responses_a_second, "tokens_per_second": tokens_a_second,
+        }  # fmt: skip
+
+    each = s.evaluate.samples_per_prompt
+    rows = [fast(held.reference(), loaded.reference, 1, False)]
+    texts = {"reference": [[(x.responses[i], x.rewards[i]) for i in range(each)]
+                           for x in held.pool_samples]}  # fmt: skip
+    if not n.is_integer() or n > s.evaluate.m:
+        log(
+            f"evaluate: method.n={n:g} is not a whole number of at most evaluate.m="
+            f"{s.evaluate.m}, so best-of-n itself is not measured"
+        )
+    else:
+        rows.append(fast(held.bon(int(n)), loaded.reference, int(n), True))
+        texts["bon"] = held.winners(int(n))
+    if policy is not None:
+        name = s.method.name
+        row, drawn = held.policy(name, n, policy, f"{name} at T={temperature:g}")
+        rows.append(fast(row, policy, 1, False))
+        texts[name] = [[(r.text, r.reward) for r in group] for group in drawn]
+    lines = heldout.sample_lines(held, texts)
+    return rows, lines
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -403,15 +228,58 @@ def _generated(run: Run, texts: Sequence[str]) -> list[list[responses.Response]]
     return rows
 
 
+def convergence(run: Run) -> None:
+    """``convergence.json``: how many reference samples this task needs (Fig. 3, Table 1)."""
+    from vbon_jax.evaluation import convergence as study
+
+    s = run.settings
+    c = s.convergence
+    loaded = heldout.models(run)
+    prompts = inputs.load_prompts(run, "test")[: c.prompts]
+    if len(prompts) < c.prompts:
+        raise InputError(
+            f"convergence.prompts={c.prompts} is more than the {len(prompts)} held-out prompts: "
+            "lower it or raise prompts.test"
+        )
+    path = run.workdir.held_out("convergence", "test", s.sampling.temperature, c.m_full)
+    responses.write_samples(
+        path, "convergence", loaded.reference, inputs.sampling(run, loaded.tokenizer), run.mesh,
+        run.key("convergence"), prompts, c.m_full, s.sampling.batch_size, loaded.reward,
+        loaded.tokenizer,
+    )  # fmt: skip
+    samples = reference_files.samples_of(path, prompts, c.m_full)
+    result = study.convergence(
+        [p.text for p in prompts], reference_files.rewards(samples, c.m_full), c.m, c.level,
+        s.sampling.temperature,
+    )  # fmt: skip
+    run.workdir.write_json(run.workdir.root / "convergence.json", result)
+    Console().print(study.convergence_table(result))
+    log(f"convergence: {result['why']}")
+
+
+def report(run: Run) -> None:
+    """``report.html``: everything the workdir holds, on one page that needs no other file."""
+    from vbon_jax.evaluation import report as page
+
+    log(f"report: {page.write(run.workdir.root)}")
+
+
 STAGES: dict[str, Callable[[Run], None]] = {
-    "sft": sft,
-    "reward": reward,
+    "sft": pretrain.sft,
+    "reward": pretrain.reward,
+    "evaluator": pretrain.evaluator,
     "sample": sample,
     "train": train,
     "export": export,
     "evaluate": evaluate,
+    "convergence": convergence,
+    "sweep": sweep.sweep,
+    "report": report,
 }
-REDONE = ("export", "evaluate")  # asked for by name, these overwrite what is there
+# Asked for by name, these overwrite what is there.
+REDONE = ("export", "evaluate", "convergence", "sweep", "report")
+# These look at what is there every time: a sweep leaves alone what is done, a page is quickly made.
+ALWAYS = ("sweep", "report")
 
 
 def perform(run: Run, stage: str, again: bool) -> None:
@@ -422,7 +290,7 @@ def perform(run: Run, stage: str, again: bool) -> None:
         completed under other settings.
     """
     workdir = run.workdir
-    if again and stage in REDONE:
+    if stage in REDONE and (again or stage in ALWAYS):
         workdir.forget(stage)
     if workdir.begin(stage):
         log(f"{stage}: complete already in {workdir.root}")

@@ -11,31 +11,50 @@ from typing import Any
 
 from vbon_jax import settings as st
 from vbon_jax.errors import InputError
+from vbon_jax.progress import log
 
 # The settings a stage's results follow from: keys, or groups of keys. Later stages add to those of
 # the ones they read.
 _SFT = ("seed", "data", "tokenizer", "reference", "sampling.stop_at_eos")
 _REWARD = (*_SFT, "reward.path", "reward.function", "reward.model", "reward.fit")
 _SAMPLE = (*_REWARD, "reward", "prompts", "sampling", "samples")
-_TRAIN = (*_SAMPLE, "method", "train")
+_TRAIN = (*_SAMPLE, "method", "bond", "train", "offline")
 _DEPENDS = {
     "sft": _SFT,
     "reward": _REWARD,
+    "evaluator": (
+        *_SFT,
+        "evaluator.train",
+        "evaluator.path",
+        "evaluator.function",
+        "evaluator.model",
+        "evaluator.fit",
+    ),
     "sample": _SAMPLE,
     "train": _TRAIN,
     "export": _TRAIN,
-    "evaluate": (*_TRAIN, "evaluate"),
+    "evaluate": (*_TRAIN, "evaluate", "evaluator"),
+    "convergence": (*_SAMPLE, "convergence"),
+    "sweep": (*_TRAIN, "evaluate", "evaluator", "sweep"),
+    "report": (*_TRAIN, "evaluate", "evaluator", "sweep", "convergence"),
 }
 # Settings that change how fast a result comes, not what it is.
-_FREE = ("sampling.batch_size", "train.checkpoint_every", "train.keep")
+_FREE = (
+    "sampling.batch_size", "train.checkpoint_every", "train.keep", "sweep.at_once",
+    "sweep.stale_seconds",
+)  # fmt: skip
 # What holds a stage's results, to be removed to do it again.
 _RESULTS = {
     "sft": ("tokenizer", "reference", "checkpoints/sft"),
     "reward": ("reward", "checkpoints/reward"),
+    "evaluator": ("evaluator", "checkpoints/evaluator"),
     "sample": ("samples/train.jsonl", "prompts"),
     "train": ("checkpoints/train", "metrics.jsonl"),
     "export": ("policy",),
     "evaluate": ("evaluation.json",),
+    "convergence": ("convergence.json",),
+    "sweep": ("sweep", "sweep.jsonl"),
+    "report": ("report.html",),
 }
 
 
@@ -59,6 +78,7 @@ class Workdir:
         self.tokenizer = self.root / "tokenizer"
         self.reference = self.root / "reference"
         self.reward = self.root / "reward"
+        self.evaluator = self.root / "evaluator"
         self.policy = self.root / "policy"
         self.data = self.root / "data"
         self.evaluation = self.root / "evaluation.json"
@@ -70,22 +90,27 @@ class Workdir:
     def train_samples(self) -> Path:
         return self.root / "samples" / "train.jsonl"
 
-    def opponents(self, temperature: float, m: int) -> Path:
-        """The held-out reference samples of a temperature.
+    def held_out(self, role: str, split: str, temperature: float, m: int) -> Path:
+        """The reference samples of a split at a temperature: "opponents" or "pool".
 
         Their name carries a digest of what they follow from, so that samples of another reference,
-        reward or prompt set are never taken for these.
+        reward, evaluator or prompt set are never taken for these.
         """
-        origin = json.dumps(relevant("sample", self._settings), sort_keys=True)
-        digest = hashlib.sha256(origin.encode()).hexdigest()[:8]
-        return self.root / "samples" / f"test_t{temperature:g}_m{m}_{digest}.jsonl"
+        follows = relevant("sample", self._settings) | st.flatten(
+            {"evaluator": st.as_dict(self._settings.evaluator)}
+        )
+        digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
+        return self.root / "samples" / f"{split}_{role}_t{temperature:g}_m{m}_{digest}.jsonl"
 
     def checkpoints(self, stage: str) -> Path:
         return self.root / "checkpoints" / stage
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait: bool = False) -> Iterator[None]:
         """Makes the folder and holds it for this process.
+
+        Args:
+          wait: until another process lets go of it, instead of raising.
 
         Raises InputError where it cannot be made or written, or another process holds it.
         """
@@ -100,10 +125,24 @@ class Workdir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on a kill
             except BlockingIOError as error:
-                raise InputError(
-                    f"--workdir={self.root}: another vbon is at work there; wait for it or stop it"
-                ) from error
+                if not wait:
+                    raise InputError(
+                        f"--workdir={self.root}: another vbon is at work there; wait for it or "
+                        "stop it"
+                    ) from error
+                log(f"waiting for another vbon at work in {self.root}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            self._lock = file
             yield
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside `locked`: lets other workers in, and takes the folder back on the way out."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def _note(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"

@@ -5,7 +5,8 @@ import mpmath
 import numpy as np
 import pytest
 
-from vbon_jax.bon import enumeration, theory
+from vbon_jax.bon import enumeration, pool, theory
+from vbon_jax.bon.distribution import log_bon_ratio
 
 N = [1.0, 1.5, 2.0, 8.0, 100.0, 1000.0]
 LOG_E = np.float32([-300, -104, -100, -90, -87, -40, -20, -10, -5, -2, -1, -0.5, -0.1, -1e-3, 0])
@@ -82,3 +83,32 @@ def test_the_estimate_is_near_the_exact_kl_where_the_bound_is_not():
     estimate = float(np.sum(np.exp(log_bon_S) * np.asarray(theory.kl_estimate(np.log(ref_S), 8.0))))
     assert exact < 0.11 < 1 < float(theory.kl_upper_bound(8.0))
     np.testing.assert_allclose(estimate, exact, atol=0.01)
+
+
+def test_direct_kl_golden():
+    got = theory.direct_kl([[0.0, 2.0], [-np.inf, 3.0]], np.float64([[0.25, 0.75], [0, 1]]))
+    np.testing.assert_allclose(got, [1.5, 3.0])
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(jax.jit(theory.direct_kl)([[1.0, 3.0]], [[0.5, 0.5]]), [2.0])
+
+
+def test_direct_kl_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"got shapes \(1, 2\) and \(1, 3\)"):
+        theory.direct_kl(np.zeros((1, 2)), np.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"got shapes \(2,\) and \(2,\)"):
+        theory.direct_kl(np.zeros(2), np.zeros(2))
+
+
+@pytest.mark.parametrize("levels", [4, 40])
+def test_direct_kl_of_pools_is_the_exact_kl_on_average(levels):
+    # Weights from a pool without replacement estimate any expectation under best-of-n unbiasedly.
+    rng, n = np.random.default_rng(levels), 8
+    log_ref_S = np.log(rng.dirichlet(np.ones(40)))
+    rewards_S = rng.permutation(40) * levels // 40
+    log_bon_S = enumeration.log_bon(log_ref_S, rewards_S, n)
+    ratio_S = log_bon_ratio(*enumeration.log_f_and_mass(log_ref_S, rewards_S), n)
+    drawn_PxM = rng.choice(40, size=(4000, 30), p=np.exp(log_ref_S))
+    weights_PxM = pool.winner_weights(rewards_S[drawn_PxM], n)
+    got_P = np.asarray(theory.direct_kl(np.asarray(ratio_S)[drawn_PxM], weights_PxM))
+    exact = enumeration.kl(log_bon_S, log_ref_S)
+    assert abs(got_P.mean() - exact) < 4 * got_P.std() / np.sqrt(4000) < 0.05

@@ -70,6 +70,60 @@ def test_a_cut_within_a_character_is_passed_over(bpe):
     assert prompts.prefix_prompts(["漢漢"], bpe, 1, 3, 3, seed=0)[0].text == "漢"
     with pytest.raises(InputError, match="only 0"):
         prompts.prefix_prompts(["漢漢"], bpe, 1, 2, 2, seed=0)
+    passed = 0  # of lengths 2 and 3, a 2 is passed over, not made a 3
+    for seed in range(20):
+        try:
+            assert prompts.prefix_prompts(["漢漢"], bpe, 1, 2, 3, seed)[0].text == "漢"
+        except InputError:
+            passed += 1
+    assert 3 < passed < 17
+
+
+def test_prompts_must_contain_a_phrase_whole(letters):
+    def cut(texts, low, high, *phrases, count=1):
+        made = prompts.prefix_prompts(texts, letters, count, low, high, 0, must_contain=phrases)
+        return [prompt.text for prompt in made]
+
+    text = "so a war film plays"
+    assert cut([text], 2, 13, "war film") == ["so a war film"]  # 13 tokens, as short as may be
+    assert cut([text], 13, 13, "war film") == ["so a war film"]
+    assert cut([text], 15, 15, "war film") == ["so a war film p"]  # longer where it was drawn so
+    assert cut([text], 1, 4, "musical", "a", "war film") == ["so a"]  # any of them
+    made = prompts.prefix_prompts([text] * 9, letters, 9, 1, 8, 0, must_contain=["war"])
+    assert {prompt.tokens for prompt in made} == {tuple(letters.encode("so a war"))}
+    assert [prompt.id for prompt in made] == list(range(9))
+
+    for texts, low, high, phrase in (
+        ([text], 2, 12, "war film"),  # it does not fit
+        (["so a war film"], 2, 20, "war film"),  # no token would be left
+        (["a musicality plays"], 2, 9, "musical"),  # a beginning of a word of the text
+        (["unmusical plays"], 2, 14, "musical"),
+        (["we warm films"], 2, 12, "war film"),
+        (["a musical plays"], 2, 14, "m.sical"),  # no pattern
+    ):
+        with pytest.raises(
+            InputError, match=rf"only 0 .*must contain one of '{phrase}'.*raise max"
+        ):
+            cut(texts, low, high, phrase)
+    # Texts that will not do are passed over, and a later mention counts.
+    assert cut(["we warm films"] * 5 + [text], 2, 13, "war film") == ["so a war film"]
+    assert cut(["warm war film"], 1, 8, "war") == ["warm war"]
+
+
+def test_prompts_of_held_out_genres_name_one(bpe):
+    texts = [
+        e.text
+        for e in reviews.examples(2, 300, genres=reviews.HELD_OUT_GENRES, must_name_genre=True)
+    ]
+    made = prompts.prefix_prompts(texts, bpe, 60, 2, 12, 0, must_contain=reviews.HELD_OUT_GENRES)
+    for prompt in made:
+        assert set(prompt.text.split()) & set(reviews.HELD_OUT_GENRES)
+        assert any(text.startswith(prompt.text) and text != prompt.text for text in texts)
+        assert bpe.decode(prompt.tokens) == prompt.text
+        assert 2 <= len(prompt.tokens) <= 12
+    assert made == prompts.prefix_prompts(
+        texts, bpe, 60, 2, 12, 0, must_contain=list(reviews.HELD_OUT_GENRES)
+    )
 
 
 @pytest.mark.parametrize(("count", "low", "high"), [(0, 2, 8), (1, 0, 8), (1, 5, 4)])

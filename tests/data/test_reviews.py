@@ -1,4 +1,5 @@
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +25,12 @@ def test_examples_are_a_pure_function_of_seed_and_count(corpus):
 def test_grammar_is_the_one_of_this_version():
     # If the grammar was changed on purpose, raise EmbeddedReviews.VERSION with this digest:
     # else prepared data of the old grammar would be read as if it were of the new one.
-    text = "\n".join(f"{e.label} {e.text}" for e in reviews.examples(0, 1000))
+    written = reviews.examples(0, 1000) + ood_examples(0, 100)
+    text = "\n".join(f"{e.label} {e.text}" for e in written)
     from vbon_jax.data.reviews_builder import EmbeddedReviews
 
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    assert (str(EmbeddedReviews.VERSION), digest) == ("1.0.0", "13c4477ee639ca36")
+    assert (str(EmbeddedReviews.VERSION), digest) == ("2.0.0", "b9f478816b1fc170")
 
 
 def test_shape_of_the_corpus(corpus):
@@ -78,32 +80,61 @@ def test_sentiment_is_graded_and_openings_leave_it_open(corpus):
     assert sum(len(labels) == 2 for labels in mixed.values()) >= 15
 
 
+def names(text, genres):
+    return any(re.search(rf"\b{genre}\b", text) for genre in genres)
+
+
+def ood_examples(seed, count):
+    return reviews.examples(seed, count, genres=reviews.HELD_OUT_GENRES, must_name_genre=True)
+
+
+def test_held_out_genres_are_named_in_their_split_only(corpus):
+    assert set(reviews.HELD_OUT_GENRES) | set(reviews.SEEN_GENRES) == set(reviews.GENRES)
+    assert len(reviews.HELD_OUT_GENRES) + len(reviews.SEEN_GENRES) == len(reviews.GENRES) == 19
+    assert not any(names(example.text, reviews.HELD_OUT_GENRES) for example in corpus)
+    ood = ood_examples(0, 400)
+    assert all(names(example.text, reviews.HELD_OUT_GENRES) for example in ood)
+    for genre in reviews.HELD_OUT_GENRES:
+        assert 0.2 < np.mean([names(example.text, [genre]) for example in ood]) < 0.5
+    assert ood_examples(0, 50) == ood[:50]
+    # The same seed with and without the demand, so that it is the demand that makes the difference.
+    free = reviews.examples(0, 400, genres=reviews.HELD_OUT_GENRES)
+    assert 0.2 < np.mean([names(example.text, reviews.HELD_OUT_GENRES) for example in free]) < 0.5
+    # Genres are the only words that tell them from the rest.
+    seen = {word for example in corpus for word in example.text.split()}
+    ours = {word for example in ood for word in example.text.split()}
+    assert ours - seen == set(reviews.HELD_OUT_GENRES)
+    assert 0.4 < np.mean([example.label for example in ood]) < 0.6
+
+
 def test_load_prepares_once_and_keeps_seeds_and_sizes_apart(tmp_path, monkeypatch):
-    train, test = reviews.load(tmp_path, seed=3, train=40, test=20)
-    assert train == reviews.examples(6, 40)
-    assert len(test) == 20
-    assert not {e.text for e in train} & {e.text for e in test}
+    splits = reviews.load(tmp_path, seed=3, train=40, test=20, ood=10)
+    train, test, ood = splits
+    assert train == reviews.examples(9, 40)
+    assert test == reviews.examples(10, 20)
+    assert ood == ood_examples(11, 10)
+    assert len({e.text for split in splits for e in split}) == 70
 
     monkeypatch.setattr(reviews, "examples", None)  # a second preparation would call it
-    assert reviews.load(tmp_path, seed=3, train=40, test=20) == (train, test)
+    assert reviews.load(tmp_path, seed=3, train=40, test=20, ood=10) == splits
     with pytest.raises(TypeError, match="not callable"):
-        reviews.load(tmp_path, seed=3, train=41, test=20)
+        reviews.load(tmp_path, seed=3, train=40, test=20, ood=11)
     monkeypatch.undo()
 
-    for seed, sizes in ((4, (40, 20)), (3, (30, 20)), (3, (40, 10))):
+    for seed, sizes in ((4, (40, 20, 10)), (3, (30, 20, 10)), (3, (40, 10, 10)), (3, (40, 20, 5))):
         other = reviews.load(tmp_path, seed, *sizes)
-        assert (len(other[0]), len(other[1])) == sizes
-        assert other[0] == reviews.examples(2 * seed, sizes[0])
+        assert tuple(map(len, other)) == sizes
+        assert other[0] == reviews.examples(3 * seed, sizes[0])
 
 
 def test_no_text_is_in_both_splits_even_if_the_test_seed_would_write_it(tmp_path, monkeypatch):
     real = reviews.examples
 
-    def same_seed(seed, count, exclude=()):
-        return real(0, count, exclude)
+    def same_seed(seed, count, exclude=(), **options):
+        return real(0, count, exclude, **options)
 
     monkeypatch.setattr(reviews, "examples", same_seed)
-    train, test = reviews.load(tmp_path, seed=0, train=30, test=30)
+    train, test, _ = reviews.load(tmp_path, seed=0, train=30, test=30, ood=1)
     assert train == real(0, 30) and test == real(0, 60)[30:]
 
 
@@ -117,7 +148,7 @@ def killed(self, examples):
             os.kill(os.getpid(), signal.SIGKILL)
         yield index, example
 reviews_builder.EmbeddedReviews._generate_examples = killed
-reviews_builder.load(sys.argv[1], seed=0, train=40, test=20)
+reviews_builder.load(sys.argv[1], seed=0, train=40, test=20, ood=10)
 """
 
 
@@ -125,22 +156,22 @@ def test_a_killed_preparation_does_not_poison_the_next(tmp_path):
     run = subprocess.run([sys.executable, "-c", INTERRUPTED, tmp_path], capture_output=True)
     assert run.returncode == -9
     assert list(tmp_path.rglob("incomplete*"))  # it did leave something
-    train, test = reviews.load(tmp_path, seed=0, train=40, test=20)
-    assert train == reviews.examples(0, 40) and len(test) == 20
+    train, test, ood = reviews.load(tmp_path, seed=0, train=40, test=20, ood=10)
+    assert train == reviews.examples(0, 40) and (len(test), len(ood)) == (20, 10)
 
 
 def test_damaged_files_and_wrong_numbers_are_named(tmp_path):
-    reviews.load(tmp_path, seed=0, train=40, test=20)
-    (file,) = Path(tmp_path).rglob("*-test.array_record*")
+    reviews.load(tmp_path, seed=0, train=40, test=20, ood=10)
+    (file,) = Path(tmp_path).rglob("*-ood.array_record*")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(
-        InputError, match=r"prepared reviews in .*seed0_train40_test20.* are damaged"
+        InputError, match=r"prepared reviews in .*seed0_train40_test20_ood10.* are damaged"
     ):
-        reviews.load(tmp_path, seed=0, train=40, test=20)
-    with pytest.raises(InputError, match="seed = 0, train = 0, test = 1"):
-        reviews.load(tmp_path, 0, 0, 1)
-    with pytest.raises(InputError, match="seed = -1"):
-        reviews.load(tmp_path, -1, 1, 1)
+        reviews.load(tmp_path, seed=0, train=40, test=20, ood=10)
+    for wrong in ((-1, 1, 1, 1), (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0)):
+        text = "seed = {}, train = {}, test = {}, ood = {}".format(*wrong)
+        with pytest.raises(InputError, match=text):
+            reviews.load(tmp_path, *wrong)
 
 
 def test_importing_reviews_does_not_import_tensorflow_datasets():

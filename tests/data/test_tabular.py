@@ -61,13 +61,36 @@ def test_rewards_are_the_same_in_another_process():
     ],
 )
 def test_rewards_outside_the_world_are_refused(prompt, response, message):
-    with pytest.raises(ValueError, match=message):
-        tabular.reward(["a", prompt], ["abcd", response])
+    for reward in (tabular.reward, tabular.verifier):
+        with pytest.raises(ValueError, match=message):
+            reward(["a", prompt], ["abcd", response])
 
 
 def test_unequal_numbers_are_refused():
-    with pytest.raises(ValueError, match="2 prompts but 1 responses"):
-        tabular.reward(["a", "b"], ["abcd"])
+    for reward in (tabular.reward, tabular.verifier):
+        with pytest.raises(ValueError, match="2 prompts but 1 responses"):
+            reward(["a", "b"], ["abcd"])
+
+
+def test_verifier_by_hand():
+    responses = ["abca", "abcb", "ffff", "aaab", "baab"]
+    made = tabular.verifier(["a", "a", "c", "b", "f"], responses)
+    assert made == [1.0, 0.0, 1.0, 0.0, 1.0] and all(type(value) is float for value in made)
+    assert sum(tabular.verifier(["a"] * 1296, tabular.strings())) == 6**3
+
+
+def test_verifier_passes_a_tenth_to_a_quarter_of_each_prompt():
+    # P(x1 x2 x3 x4 | prompt) = P(x1 | prompt) P(x2 | x1) P(x3 | x1 x2) P(x4 | x2 x3), where x2
+    # follows the pair (prompt, x1) and so on.
+    t = tabular._transitions()
+    mass = np.einsum("pa,pab,abc,bcd->pabcd", t[6], t[:6], t[:6], t[:6])
+    np.testing.assert_allclose(mass.sum((1, 2, 3, 4)), 1)
+    share = np.einsum("pabca->p", mass)
+    assert np.all((share > 0.1) & (share < 0.25)), share
+    texts = [example.text for example in tabular.corpus(seed=1, count=24_000)]
+    passed = np.array(tabular.verifier([x[0] for x in texts], [x[1:] for x in texts]))
+    found = passed.reshape(-1, 6).mean(axis=0)  # text i begins with letter i modulo 6
+    np.testing.assert_allclose(found, share, atol=5 * np.sqrt(0.25 * 0.75 / 4000))
 
 
 def test_corpus_has_equal_prompts_labels_by_median_and_the_process_of_the_world():

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from vbon_jax.bon.checks import check_beta, check_choice, check_n
 
-OBJECTIVES = ("exact", "lower_bound", "jensen_bound", "reward")
+OBJECTIVES = ("exact", "lower_bound", "jensen_bound", "backward", "reward")
 
 # Below this, u^2 is lost beside u in float32, and one term of the series is exact.
 _TINY = 1e-6
@@ -135,6 +135,7 @@ def sequence_reward(
     log_f: ArrayLike | None = None,
     log_mass: ArrayLike | None = None,
     log_ratio: ArrayLike | None = None,
+    log_up_to: ArrayLike | None = None,
     reward: ArrayLike | None = None,
 ) -> jax.Array:
     """The reward R(y) of a whole response under an objective of the form
@@ -150,9 +151,11 @@ def sequence_reward(
     | `exact`        | n          | log ratio (1) / n          | 1/n | 0                        |
     | `lower_bound`  | n          | (n-1) log F / n            | 1/n | 0                        |
     | `jensen_bound` | n(n+1)/2   | (n-1) log F / (n+1)        | 1   | -(n+2)(n-1) / (n(n+1))   |
+    | `backward`     | n - 1      | log P_ref(r(y') <= r(y))   | 1/(n-1) | 0                    |
     | `reward`       | 1          | r(y)                       | beta| 0                        |
 
-    Eq. 5, Eq. 8 with Theorem 2, Theorem 3, and Eq. 1 of the paper. For `jensen_bound`,
+    Eq. 5, Eq. 8 with Theorem 2, Theorem 3, the non-iterative backward KL of BOND (Sessa et al.,
+    2024), and Eq. 1 of the paper. For `jensen_bound`,
     L1 = gamma E[log F] - alpha H - beta KL with gamma = n(n-1)/2, alpha = (n+2)(n-1)/2 = beta - 1
     and beta = n(n+1)/2; c is that beta, so at n = 1 it agrees with the others.
 
@@ -164,6 +167,7 @@ def sequence_reward(
             estimator that is finite.
         log_mass: log g in nats; for `exact` without log_ratio.
         log_ratio: log(pi_bon / pi_ref) already computed; `exact` prefers it to log_f and log_mass.
+        log_up_to: log P_ref(r(y') <= r(y)) in nats; for `backward`.
         reward: r(y); for `reward`.
         Arguments that the objective does not use are ignored.
 
@@ -176,6 +180,8 @@ def sequence_reward(
     check_choice("objective", objective, OBJECTIVES)
     if objective == "reward":
         return jnp.asarray(_need(objective, "reward", reward), jnp.float32)
+    if objective == "backward":
+        return jnp.asarray(_need(objective, "log_up_to", log_up_to), jnp.float32)
     check_n(n)
     n_f32 = jnp.asarray(n, jnp.float32)
     if objective == "exact":
@@ -199,7 +205,7 @@ def kl_coefficient(
 
     Args:
         objective: one of `OBJECTIVES`.
-        n: the N of best-of-N, for all but `reward`.
+        n: the N of best-of-N, for all but `reward`; above 1 for `backward` (at 1 it is inf).
         beta: the weight itself, for `reward` only; 1 / (n - 1) is comparable to best-of-n.
 
     Returns:
@@ -215,6 +221,8 @@ def kl_coefficient(
         return jnp.asarray(beta, jnp.float32)
     check_n(n)
     n_f32 = jnp.asarray(n, jnp.float32)
+    if objective == "backward":
+        return 1 / (n_f32 - 1)
     return jnp.ones_like(n_f32) if objective == "jensen_bound" else 1 / n_f32
 
 

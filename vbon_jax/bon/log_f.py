@@ -3,7 +3,12 @@
 A response y with reward r has k = #{reference rewards < r} (`num_below`) and
 e = #{reference rewards = r} (`num_equal`) among the m rewards of reference samples of the same
 prompt. F(y) = P_ref(r(y') < r(y)). Only ranks are used, so a strictly increasing transform of the
-rewards changes nothing, bit for bit.
+rewards changes nothing, bit for bit. (Not so for `exponential`, which fits a curve to the rewards:
+see `vbon_jax.bon.exponential`.)
+
+Ties may be broken at random, which F and formula (1) describe with g the mass of the tie group, or
+by a fixed total order of responses that extends `<` (App. C of the paper), with g = pi_ref(y):
+`ordered_ranks` ranks by `response_order`, and `log_mass` is log g in either case.
 """
 
 import functools
@@ -18,7 +23,8 @@ from vbon_jax.bon.checks import check_choice, check_m, check_n, is_readable
 from vbon_jax.bon.distribution import log1mexp, log_bon_ratio
 
 LOG_F_ESTIMATORS = ("smoothed", "strict", "harmonic")
-ESTIMATORS = (*LOG_F_ESTIMATORS, "interval")
+ESTIMATORS = (*LOG_F_ESTIMATORS, "interval", "exponential")
+TIES = ("random", "order")
 
 # From this rank on, three terms of the digamma series are exact in float32.
 _SERIES_FROM = 8
@@ -45,6 +51,23 @@ def _check_rewards(name: str, rewards: ArrayLike) -> None:
         )
 
 
+def _check_shapes(
+    name: str, references_PxM: ArrayLike, other_name: str, rewards_PxB: ArrayLike
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shape, other = np.shape(references_PxM), np.shape(rewards_PxB)
+    if len(shape) != 2 or len(other) != 2 or shape[0] != other[0]:
+        raise ValueError(
+            f"{name} and {other_name} must be matrices with one row a prompt, "
+            f"got shapes {shape} and {other}"
+        )
+    if shape[1] == 0:
+        raise ValueError(
+            f"{name} has m=0 reference rewards a prompt (shape {shape}); "
+            "draw at least one reference sample"
+        )
+    return shape, other
+
+
 def reference_ranks(
     sorted_rewards_PxM: ArrayLike, rewards_PxB: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
@@ -67,17 +90,7 @@ def reference_ranks(
         ValueError: shapes do not fit, M = 0, a NaN reward (they are counted), or a row of
             references that is not ascending.
     """
-    shape, other = np.shape(sorted_rewards_PxM), np.shape(rewards_PxB)
-    if len(shape) != 2 or len(other) != 2 or shape[0] != other[0]:
-        raise ValueError(
-            "sorted_rewards_PxM and rewards_PxB must be matrices with one row a prompt, "
-            f"got shapes {shape} and {other}"
-        )
-    if shape[1] == 0:
-        raise ValueError(
-            f"sorted_rewards_PxM has m=0 reference rewards a prompt (shape {shape}); "
-            "draw at least one reference sample"
-        )
+    shape, _ = _check_shapes("sorted_rewards_PxM", sorted_rewards_PxM, "rewards_PxB", rewards_PxB)
     _check_rewards("sorted_rewards_PxM", sorted_rewards_PxM)
     _check_rewards("rewards_PxB", rewards_PxB)
     if is_readable(sorted_rewards_PxM):
@@ -92,6 +105,107 @@ def reference_ranks(
     return _reference_ranks(
         jnp.asarray(sorted_rewards_PxM, jnp.float32), jnp.asarray(rewards_PxB, jnp.float32)
     )
+
+
+@jax.jit
+def _ordered_ranks(
+    rewards_PxM: jax.Array, order_PxM: jax.Array, reward_PxB: jax.Array, order_PxB: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rewards_Px1xM, order_Px1xM = rewards_PxM[:, None], order_PxM[:, None]
+    reward_PxBx1, order_PxBx1 = reward_PxB[..., None], order_PxB[..., None]
+    tied = rewards_Px1xM == reward_PxBx1
+    below = (rewards_Px1xM < reward_PxBx1) | (tied & (order_Px1xM < order_PxBx1))
+    equal = tied & (order_Px1xM == order_PxBx1)
+    return below.sum(axis=-1, dtype=jnp.int32), equal.sum(axis=-1, dtype=jnp.int32)
+
+
+def _order_keys(name: str, order: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    if np.shape(order) != shape:
+        raise ValueError(
+            f"{name} must have one key a reward, shape {shape}, got shape {np.shape(order)}"
+        )
+    dtype = order.dtype if hasattr(order, "dtype") else np.asarray(order).dtype
+    if dtype != np.uint32:
+        raise ValueError(f"{name} must be uint32 (see response_order), got dtype {dtype}")
+    return jnp.asarray(order)
+
+
+def ordered_ranks(
+    rewards_PxM: ArrayLike, order_PxM: ArrayLike, reward_PxB: ArrayLike, order_PxB: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """`reference_ranks` with ties broken by a total order (App. C of the paper).
+
+    A reference y' is below y if r' < r, or r' = r and order' < order; it is equal if both are
+    equal, which is to say (but for a collision of keys) that y' is y. References need no sorting:
+    each is compared with each reward. Rewards are compared in float32; values are checked only
+    where they can be read, as in `reference_ranks`.
+
+    Args:
+        rewards_PxM: reference rewards of P prompts, M >= 1; +inf may pad a row as there.
+        order_PxM: uint32 keys of the reference responses, of `response_order`.
+        reward_PxB: the rewards to rank, B of each prompt.
+        order_PxB: uint32 keys of their responses.
+
+    Returns:
+        (num_below_PxB, num_equal_PxB), int32.
+
+    Raises:
+        ValueError: shapes do not fit, M = 0, a NaN reward (they are counted), or keys that are not
+            uint32.
+    """
+    shape, other = _check_shapes("rewards_PxM", rewards_PxM, "reward_PxB", reward_PxB)
+    _check_rewards("rewards_PxM", rewards_PxM)
+    _check_rewards("reward_PxB", reward_PxB)
+    return _ordered_ranks(
+        jnp.asarray(rewards_PxM, jnp.float32),
+        _order_keys("order_PxM", order_PxM, shape),
+        jnp.asarray(reward_PxB, jnp.float32),
+        _order_keys("order_PxB", order_PxB, other),
+    )
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every bit depends on every bit (MurmurHash3's finaliser)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+@jax.jit
+def _response_order(tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    place_BxT = jnp.cumsum(mask_BxT, axis=-1, dtype=jnp.uint32)
+    # Mixed once each before they meet: a small token id and a place must not stand in for another.
+    hash_BxT = _mix(_mix(tokens_BxT + jnp.uint32(0x9E3779B9)) + _mix(place_BxT))
+    return _mix(jnp.sum(jnp.where(mask_BxT, hash_BxT, 0), axis=-1, dtype=jnp.uint32))
+
+
+def response_order(tokens_BxT: ArrayLike, mask_BxT: ArrayLike) -> jax.Array:
+    """A key for each response, by which ties of the reward are broken: a fixed total order.
+
+    A well-mixed 32-bit hash of the tokens inside the mask and of their places among them, so the
+    same in every process and whatever the padding. The order says nothing about quality. Two given
+    responses share a key with probability 2^-32; they then count as one.
+
+    Args:
+        tokens_BxT: integer token ids, B responses.
+        mask_BxT: True (or 1) for the tokens of the response; same shape.
+
+    Returns:
+        uint32 [B].
+
+    Raises:
+        ValueError: shapes that differ or are no matrices, or tokens that are not integers.
+    """
+    shape, other = np.shape(tokens_BxT), np.shape(mask_BxT)
+    if len(shape) != 2 or shape != other:
+        raise ValueError(
+            "tokens_BxT and mask_BxT must be matrices of the same shape, one row a response, "
+            f"got shapes {shape} and {other}"
+        )
+    tokens_BxT = jnp.asarray(tokens_BxT)
+    if not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
+        raise ValueError(f"tokens_BxT must be integer token ids, got dtype {tokens_BxT.dtype}")
+    return _response_order(tokens_BxT.astype(jnp.uint32), jnp.asarray(mask_BxT).astype(bool))
 
 
 def _log_fraction(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -123,6 +237,11 @@ def _log_f(k: jax.Array, m: jax.Array, estimator: str) -> jax.Array:
     return _harmonic(k, m)
 
 
+def _rank_log_f(num_below: ArrayLike, m: ArrayLike, estimator: str) -> jax.Array:
+    check_m(m)
+    return _log_f(jnp.asarray(num_below, jnp.int32), jnp.asarray(m, jnp.int32), estimator)
+
+
 def log_f(num_below: ArrayLike, m: ArrayLike, estimator: str) -> jax.Array:
     """Estimates log F from a rank, elementwise. With k = num_below:
 
@@ -144,8 +263,37 @@ def log_f(num_below: ArrayLike, m: ArrayLike, estimator: str) -> jax.Array:
         ValueError: unknown estimator, or a concrete m below 1.
     """
     check_choice("estimator", estimator, LOG_F_ESTIMATORS)
+    return _rank_log_f(num_below, m, estimator)
+
+
+def log_mass(ties: str, num_equal: ArrayLike, m: ArrayLike, log_ref: ArrayLike) -> jax.Array:
+    """log g for formula (1), elementwise: the mass of all that ties with y.
+
+    * `random`, ties broken uniformly at random: log max(pi_ref(y), e / m) with e = num_equal. The
+      tie group holds y itself and about e / m of the reference samples, so this tends to log g as
+      m grows, and stays right where no reference sample was drawn from the group.
+    * `order`, ties broken by a fixed total order: log pi_ref(y). Take the ranks from
+      `ordered_ranks` then.
+
+    Args:
+        ties: one of `TIES`.
+        num_equal: e, integers in [0, m], any shape; not used by `order`.
+        m: the number of reference rewards, >= 1, concrete or traced; broadcasts.
+        log_ref: log pi_ref(y) of the whole response, in nats; broadcasts.
+
+    Returns:
+        float32 array of the broadcast shape, in nats.
+
+    Raises:
+        ValueError: unknown ties, or a concrete m below 1.
+    """
+    check_choice("ties", ties, TIES)
     check_m(m)
-    return _log_f(jnp.asarray(num_below, jnp.int32), jnp.asarray(m, jnp.int32), estimator)
+    e, m = jnp.asarray(num_equal, jnp.int32), jnp.asarray(m, jnp.int32)
+    log_ref = jnp.asarray(log_ref, jnp.float32)
+    if ties == "order":
+        return jnp.broadcast_to(log_ref, jnp.broadcast_shapes(e.shape, m.shape, log_ref.shape))
+    return jnp.maximum(log_ref, _log_fraction(e, m))
 
 
 @jax.jit
@@ -198,26 +346,37 @@ def log_ratio(
     m: ArrayLike,
     n: ArrayLike,
     log_mass: ArrayLike | None = None,
+    log_f: ArrayLike | None = None,
 ) -> jax.Array:
     """The estimated log(pi_bon / pi_ref) for any of `ESTIMATORS`, elementwise.
 
     `interval` estimates the ratio itself from the rank; the others put their log F and log_mass
-    into formula (1), where log_mass = log pi_ref(y) means that ties are taken as broken by order.
+    into formula (1). `exponential` has no log F of a rank: it is computed from the reward before.
 
     Args:
         estimator: one of `ESTIMATORS`.
         num_below, num_equal, m, n: as in `log_ratio_interval`.
-        log_mass: log g in nats; not used by `interval`, needed by the others.
+        log_mass: log g in nats, of the function `log_mass`; not used by `interval`, needed by the
+            others.
+        log_f: log F in nats for `exponential`, which needs it (of
+            `vbon_jax.bon.exponential.log_f_with_fallback`); not used by the others.
 
     Returns:
         float32 array of the broadcast shape, in nats.
 
     Raises:
-        ValueError: unknown estimator, a missing log_mass, or a bad concrete m or n.
+        ValueError: unknown estimator, a missing log_mass or log_f, or a bad concrete m or n.
     """
     check_choice("estimator", estimator, ESTIMATORS)
     if estimator == "interval":
         return log_ratio_interval(num_below, num_equal, m, n)
     if log_mass is None:
         raise ValueError(f"estimator {estimator!r} needs log_mass, got log_mass=None")
-    return log_bon_ratio(log_f(num_below, m, estimator), log_mass, n)
+    if estimator != "exponential":
+        log_f = _rank_log_f(num_below, m, estimator)
+    elif log_f is None:
+        raise ValueError(
+            "estimator 'exponential' needs log_f, got log_f=None; fit the curve and compute log F "
+            "with vbon_jax.bon.exponential"
+        )
+    return log_bon_ratio(log_f, log_mass, n)

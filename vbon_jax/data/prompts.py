@@ -1,8 +1,9 @@
 """Prompts: a number, a text and its token ids. Everything downstream goes by the number."""
 
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,30 @@ class Prompt:
     tokens: tuple[int, ...]
 
 
+def _cut(
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    min_tokens: int,
+    max_tokens: int,
+    wanted: re.Pattern[str] | None,
+) -> Prompt | None:
+    """The shortest allowed beginning that contains what is wanted, with id 0; None if none does."""
+    tokens = tokenizers.encode(tokenizer, text)
+    end = 0
+    if wanted is not None:
+        # Looked for in the whole text: a cut may make a word of the first half of another.
+        found = wanted.search(tokenizer.decode(tokens))
+        if found is None:
+            return None
+        end = found.end()
+    for length in range(min_tokens, min(max_tokens, len(tokens) - 1) + 1):
+        cut = tokenizer.decode(tokens[:length])
+        splits_character = "\ufffd" in cut and "\ufffd" not in text
+        if not splits_character and len(cut) >= end:
+            return Prompt(0, cut, tokens[:length])
+    return None
+
+
 def prefix_prompts(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerFast,
@@ -32,6 +57,7 @@ def prefix_prompts(
     min_tokens: int,
     max_tokens: int,
     seed: int,
+    must_contain: Sequence[str] = (),
 ) -> list[Prompt]:
     """Cuts prompts from the beginnings of texts, as the paper does for its sentiment task.
 
@@ -39,12 +65,16 @@ def prefix_prompts(
     uniformly from {min_tokens, ..., max_tokens}. A text is passed over when it has no token left
     beyond the prompt, or when the cut would split a character.
 
+    With must_contain, a prompt is made longer than the length drawn where it takes that to contain
+    one of the phrases, and a text is passed over when even max_tokens do not.
+
     Args:
       texts: the held-out texts.
       tokenizer: counts and cuts the tokens; no special token is added.
       count: number of prompts.
       min_tokens, max_tokens: the range of lengths in tokens, both ends included.
       seed: decides the texts and the lengths.
+      must_contain: phrases of which each prompt must contain one, as whole words of the text.
 
     Returns:
       `count` prompts with ids 0 to count - 1.
@@ -57,6 +87,9 @@ def prefix_prompts(
             f"prompts need count >= 1 and 1 <= min_tokens <= max_tokens, not count = {count}, "
             f"min_tokens = {min_tokens}, max_tokens = {max_tokens}"
         )
+    wanted = None
+    if must_contain:
+        wanted = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, must_contain))})(?!\w)")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(texts))
     lengths = rng.integers(min_tokens, max_tokens, size=count, endpoint=True)
@@ -66,16 +99,20 @@ def prefix_prompts(
             break
         # The length waits for a text that is long enough, so that lengths stay uniform.
         length = int(lengths[len(prompts)])
-        tokens = tokenizers.encode(tokenizer, texts[index])
-        text = tokenizer.decode(tokens[:length])
-        splits_character = "\ufffd" in text and "\ufffd" not in texts[index]
-        if len(tokens) > length and not splits_character:
-            prompts.append(Prompt(len(prompts), text, tokens[:length]))
+        longest = length if wanted is None else max_tokens
+        prompt = _cut(tokenizer, texts[index], length, longest, wanted)
+        if prompt is not None:
+            prompts.append(replace(prompt, id=len(prompts)))
     if len(prompts) < count:
+        reason = "a text must be longer than its prompt"
+        advice = "ask for fewer or shorter prompts, or give more text"
+        if must_contain:
+            names = ", ".join(map(repr, must_contain))
+            reason += f", which must contain one of {names}"
+            advice = "ask for fewer prompts, raise max_tokens, or give more text"
         raise InputError(
             f"asked for {count} prompts of {min_tokens} to {max_tokens} tokens, but only "
-            f"{len(prompts)} could be cut from the {len(texts)} texts (a text must be longer than "
-            "its prompt); ask for fewer or shorter prompts, or give more text"
+            f"{len(prompts)} could be cut from the {len(texts)} texts ({reason}); {advice}"
         )
     return prompts
 

@@ -36,6 +36,7 @@ class PromptSamples:
       response_tokens: for each response the sampled ids, EOS included where it was sampled.
       log_probs: for each response log pi_ref(y | x) in nats, summed over its tokens.
       finished: for each response whether EOS was sampled before the length limit.
+      evaluator_rewards: the rewards of a second reward model, which only measures.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class PromptSamples:
     response_tokens: tuple[tuple[int, ...], ...] | None = None
     log_probs: tuple[float, ...] | None = None
     finished: tuple[bool, ...] | None = None
+    evaluator_rewards: tuple[float, ...] | None = None
 
 
 def _is_number(value: Any) -> bool:
@@ -88,13 +90,13 @@ def _parse_optional(record: dict[str, Any], count: int, where: str) -> dict[str,
         if not _is_ids(record["prompt_tokens"]):
             raise InputError(f"{where}: 'prompt_tokens' must be a list of token ids")
         fields["prompt_tokens"] = tuple(record["prompt_tokens"])
-    for key in ("response_tokens", "log_probs", "finished"):
+    for key in ("response_tokens", "log_probs", "finished", "evaluator_rewards"):
         if record.get(key) is None:
             continue
         values = _list(record, key, where)
         if len(values) != count:
             raise InputError(f"{where}: {count} responses but {len(values)} {key!r}")
-        if key == "log_probs":
+        if key in ("log_probs", "evaluator_rewards"):
             _check_numbers(values, key, where)
             fields[key] = tuple(map(float, values))
         elif key == "finished":
@@ -148,6 +150,8 @@ def to_record(samples: PromptSamples) -> dict[str, Any]:
         record["log_probs"] = [float(log_prob) for log_prob in samples.log_probs]
     if samples.finished is not None:
         record["finished"] = [bool(finished) for finished in samples.finished]
+    if samples.evaluator_rewards is not None:
+        record["evaluator_rewards"] = [float(reward) for reward in samples.evaluator_rewards]
     return record
 
 
@@ -201,15 +205,15 @@ def read(path: str | os.PathLike[str]) -> list[PromptSamples]:
     return samples
 
 
-def sorted_rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np.ndarray:
-    """The rewards of each prompt in ascending order: what ranks are counted against.
+def rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np.ndarray:
+    """The rewards of each prompt in the order drawn.
 
     Args:
       samples: P prompts.
       m: takes the first m rewards of each prompt; None takes all, which must be equally many.
 
     Returns:
-      float32 [P, M], each row ascending.
+      float32 [P, M].
 
     Raises:
       InputError: no prompts, m < 1, a prompt with fewer than m rewards, or, without m, prompts with
@@ -221,32 +225,36 @@ def sorted_rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np
         raise InputError(f"m = {m} reference samples per prompt; m must be at least 1")
     wanted = len(samples[0].rewards) if m is None else m
     for index, sample in enumerate(samples):
-        found = len(sample.rewards)
+        count = len(sample.rewards)
         name = f"prompt {index if sample.prompt_id is None else sample.prompt_id}"
-        if m is None and found != wanted:
+        if m is None and count != wanted:
             raise InputError(
-                f"{name} ({sample.prompt!r}) has {found} rewards, the first prompt has {wanted}; "
+                f"{name} ({sample.prompt!r}) has {count} rewards, the first prompt has {wanted}; "
                 "set m to take equally many of each"
             )
-        if found < wanted:
+        if count < wanted:
             raise InputError(
-                f"{name} ({sample.prompt!r}) has {found} rewards, m = {wanted} are needed; "
+                f"{name} ({sample.prompt!r}) has {count} rewards, m = {wanted} are needed; "
                 "sample more or lower m"
             )
         if not all(map(math.isfinite, sample.rewards[:wanted])):
             raise InputError(f"{name} ({sample.prompt!r}) has rewards that are not finite")
-    rewards_PxM = np.asarray([sample.rewards[:wanted] for sample in samples], np.float32)
-    return np.sort(rewards_PxM, axis=1)
+    return np.asarray([sample.rewards[:wanted] for sample in samples], np.float32)
 
 
-def sorted_rewards_of(
+def sorted_rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np.ndarray:
+    """`rewards` with each row ascending: what ranks are counted against."""
+    return np.sort(rewards(samples, m), axis=1)
+
+
+def samples_of(
     path: str | os.PathLike[str], prompts: Sequence[Prompt], m: int
-) -> np.ndarray:
-    """`sorted_rewards` of a file's first m samples of each prompt, in the order of ``prompts``.
+) -> list[PromptSamples]:
+    """A file's samples of each of ``prompts``, in their order; at least m of each.
 
     Raises:
       InputError: a prompt has no samples in the file, or samples of another text under its id; or
-        as `read` and `sorted_rewards`.
+        as `read` and `rewards`.
     """
     by_id = {samples.prompt_id: samples for samples in read(path)}
     for prompt in prompts:
@@ -257,7 +265,16 @@ def sorted_rewards_of(
                 f"{path}: prompt {prompt.id} is {prompt.text!r}, the file has {found} under its "
                 "id: remove the file and sample anew"
             )
-    return sorted_rewards([by_id[p.id] for p in prompts], m)
+    ordered = [by_id[p.id] for p in prompts]
+    rewards(ordered, m)  # refuses fewer than m
+    return ordered
+
+
+def sorted_rewards_of(
+    path: str | os.PathLike[str], prompts: Sequence[Prompt], m: int
+) -> np.ndarray:
+    """`sorted_rewards` of the first m of `samples_of`."""
+    return sorted_rewards(samples_of(path, prompts, m), m)
 
 
 class SampleWriter:

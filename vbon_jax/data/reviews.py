@@ -8,7 +8,7 @@ nearly balance, so sentiment is graded and a review is not classified by any one
 import math
 import os
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from vbon_jax.data.text import Example
@@ -26,6 +26,9 @@ GENRES = _list(
     "comedy|drama|thriller|western|musical|sequel|remake|mystery|romance|documentary|picture|movie|"
     "film|horror film|crime story|war film|road movie|love story|fairy tale"
 )
+# Genres that only the split out of the distribution speaks of; no other phrase has these words.
+HELD_OUT_GENRES = ("western", "musical", "documentary")
+SEEN_GENRES = tuple(genre for genre in GENRES if genre not in HELD_OUT_GENRES)
 
 PLACES = _list(
     "a small fishing town|the streets of new york|a boarding school|an old hotel|the last days of "
@@ -197,14 +200,14 @@ def _join(rng: random.Random, clauses: list[str], degrees: list[int]) -> str:
     return text
 
 
-def _review(rng: random.Random) -> tuple[str, int]:
+def _review(rng: random.Random, genres: Sequence[str]) -> tuple[str, int]:
     """Writes one review of any length; returns it with the sum of its degrees."""
     lean, opening = 0, ""
     if rng.random() < 0.75:
         lean, template = _pick(rng, OPENINGS)
         opening = template.format(
             place=_pick(rng, PLACES),
-            genre=_pick(rng, GENRES),
+            genre=_pick(rng, genres),
             topic=_pick(rng, TOPICS),
             company=_pick(rng, COMPANY),
             time=_pick(rng, TIMES),
@@ -224,7 +227,17 @@ def _review(rng: random.Random) -> tuple[str, int]:
     return text, total
 
 
-def examples(seed: int, count: int, exclude: Collection[str] = ()) -> list[Example]:
+def _names_one(text: str, genres: Collection[str]) -> bool:
+    return any(f" {genre} " in text for genre in genres)  # no review begins or ends with one
+
+
+def examples(
+    seed: int,
+    count: int,
+    exclude: Collection[str] = (),
+    genres: Sequence[str] = SEEN_GENRES,
+    must_name_genre: bool = False,
+) -> list[Example]:
     """Writes labelled reviews, all different; the first k of more are the same as k.
 
     The label is 1 with probability 1 / (1 + exp(-2 s)), s being the sum of the clauses' degrees.
@@ -233,6 +246,8 @@ def examples(seed: int, count: int, exclude: Collection[str] = ()) -> list[Examp
       seed: decides everything.
       count: number of reviews.
       exclude: texts not to write.
+      genres: the film genres spoken of, in an order that matters.
+      must_name_genre: write only reviews that name one of the genres; else about a third do.
 
     Returns:
       Lower-case reviews of 8 to 28 words, punctuation set off by spaces.
@@ -241,9 +256,11 @@ def examples(seed: int, count: int, exclude: Collection[str] = ()) -> list[Examp
     seen = set(exclude)
     written: list[Example] = []
     while len(written) < count:
-        text, total = _review(rng)
+        text, total = _review(rng, genres)
         label = int(rng.random() < 1 / (1 + math.exp(-2.0 * total)))
         words = sum(word[0].isalpha() for word in text.split())
+        if must_name_genre and not _names_one(text, genres):
+            continue
         if MIN_WORDS <= words <= MAX_WORDS and text not in seen:
             seen.add(text)
             written.append(Example(text, label))
@@ -251,21 +268,22 @@ def examples(seed: int, count: int, exclude: Collection[str] = ()) -> list[Examp
 
 
 def load(
-    data_dir: str | os.PathLike[str], seed: int, train: int, test: int
-) -> tuple[list[Example], list[Example]]:
-    """The two splits of the corpus: prepared on disk with TFDS once, then read from there.
+    data_dir: str | os.PathLike[str], seed: int, train: int, test: int, ood: int
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """The three splits of the corpus: prepared on disk with TFDS once, then read from there.
 
     Args:
       data_dir: where TFDS keeps the prepared files.
       seed: decides the reviews.
-      train, test: numbers of reviews; no text is in both splits.
+      train, test, ood: numbers of reviews; no text is in two splits. Each review of ood, and none
+        of the others, names one of HELD_OUT_GENRES: it is out of the training distribution.
 
     Returns:
-      (train examples, test examples).
+      (train examples, test examples, ood examples).
 
     Raises:
       InputError: see `reviews_builder.load`.
     """
     from vbon_jax.data import reviews_builder  # imports tensorflow_datasets, which is slow
 
-    return reviews_builder.load(data_dir, seed, train, test)
+    return reviews_builder.load(data_dir, seed, train, test, ood)

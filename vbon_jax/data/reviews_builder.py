@@ -19,12 +19,13 @@ class ReviewsConfig(tfds.core.BuilderConfig):
     seed: int
     train: int
     test: int
+    ood: int
 
 
 class EmbeddedReviews(tfds.core.GeneratorBasedBuilder):
-    """Reviews of the grammar in `reviews`, in splits train and test that share no text."""
+    """Reviews of the grammar in `reviews`, in splits train, test and ood that share no text."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when the grammar changes
+    VERSION = tfds.core.Version("2.0.0")  # raise it when the grammar changes
     # TFDS would find this path with importlib_resources, which it does not require.
     code_path = tfds.core.Path(__file__)
 
@@ -45,11 +46,17 @@ class EmbeddedReviews(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager
         config = self.builder_config
-        # Even and odd, so that no split of any seed is the other split of another.
-        train = reviews.examples(2 * config.seed, config.train)
-        shared = {example.text for example in train}
-        test = reviews.examples(2 * config.seed + 1, config.test, exclude=shared)
-        return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
+        # Three seeds a corpus, so that no split of any seed is another split of another.
+        seed = 3 * config.seed
+        train = reviews.examples(seed, config.train)
+        written = {example.text for example in train}
+        test = reviews.examples(seed + 1, config.test, exclude=written)
+        # The held-out genres tell it from both.
+        ood = reviews.examples(
+            seed + 2, config.ood, genres=reviews.HELD_OUT_GENRES, must_name_genre=True
+        )
+        splits = {"train": train, "test": test, "ood": ood}
+        return {name: self._generate_examples(split) for name, split in splits.items()}
 
     def _generate_examples(self, examples: list[Example]) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, example in enumerate(examples):
@@ -57,23 +64,27 @@ class EmbeddedReviews(tfds.core.GeneratorBasedBuilder):
 
 
 def load(
-    data_dir: str | os.PathLike[str], seed: int, train: int, test: int
-) -> tuple[list[Example], list[Example]]:
+    data_dir: str | os.PathLike[str], seed: int, train: int, test: int, ood: int
+) -> tuple[list[Example], list[Example], list[Example]]:
     """Prepares the corpus under data_dir unless it is there, and reads it; see `reviews.load`.
 
     TFDS writes to a directory named `incomplete.*` and renames it when all is written, so what an
     interrupted preparation leaves is never read.
 
     Raises:
-      InputError: seed, train or test is out of range, or the prepared files are damaged.
+      InputError: seed, train, test or ood is out of range, or the prepared files are damaged.
     """
-    if seed < 0 or train < 1 or test < 1:
+    if seed < 0 or min(train, test, ood) < 1:
         raise InputError(
-            "the embedded reviews need seed >= 0, train >= 1 and test >= 1, not "
-            f"seed = {seed}, train = {train}, test = {test}"
+            "the embedded reviews need seed >= 0 and train, test and ood >= 1, not "
+            f"seed = {seed}, train = {train}, test = {test}, ood = {ood}"
         )
     config = ReviewsConfig(
-        name=f"seed{seed}_train{train}_test{test}", seed=seed, train=train, test=test
+        name=f"seed{seed}_train{train}_test{test}_ood{ood}",
+        seed=seed,
+        train=train,
+        test=test,
+        ood=ood,
     )
     tfds.disable_progress_bar()  # it takes a second
     builder = EmbeddedReviews(data_dir=data_dir, config=config)
@@ -81,7 +92,7 @@ def load(
         download_dir=os.path.join(data_dir, "downloads"), file_format="array_record"
     )
     splits = []
-    for split, count in (("train", train), ("test", test)):
+    for split, count in (("train", train), ("test", test), ("ood", ood)):
         try:
             source = builder.as_data_source(split=split)
             records = [source[index] for index in range(count)]
@@ -91,4 +102,4 @@ def load(
                 "directory and run again"
             ) from error
         splits.append([Example(r["text"].decode(), int(r["label"])) for r in records])
-    return splits[0], splits[1]
+    return splits[0], splits[1], splits[2]

@@ -1,7 +1,8 @@
 """An enumerable world: 6 letters, responses of 4, so that everything about it is an exact number.
 
 A prompt is one letter and a response is 4 letters, hence 1296 responses to each of 6 prompts. The
-corpus is drawn from a fixed second-order Markov process; the reward is a fixed table.
+corpus is drawn from a fixed second-order Markov process; the reward is a fixed table, or 0 or 1 by
+a fixed rule, as of a verifier.
 """
 
 import functools
@@ -65,10 +66,37 @@ def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     Raises:
       ValueError: the numbers of prompts and responses differ, or one is not of this world.
     """
+    _check_world(prompts, responses)
+    table, columns = reward_table(), _columns()
+    return [
+        float(table[ALPHABET.index(prompt), columns[response]])
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def verifier(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """A reward of 0 or 1, so that nearly all responses are tied: 1 where first letter = last.
+
+    Of the process that the corpus is drawn from, 14% to 19% pass, by the prompt.
+
+    Args:
+      prompts: one letter of ALPHABET each; the rule does not look at them.
+      responses: LENGTH letters of ALPHABET each, as many as prompts.
+
+    Returns:
+      1.0 for a response that passes, else 0.0.
+
+    Raises:
+      ValueError: the numbers of prompts and responses differ, or one is not of this world.
+    """
+    _check_world(prompts, responses)
+    return [float(response[0] == response[-1]) for response in responses]
+
+
+def _check_world(prompts: Sequence[str], responses: Sequence[str]) -> None:
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
-    table, columns = reward_table(), _columns()
-    rewards = []
+    columns = _columns()
     for prompt, response in zip(prompts, responses, strict=True):
         if len(prompt) != 1 or prompt not in ALPHABET:
             raise ValueError(f"prompt {prompt!r} is not one letter of {ALPHABET!r}")
@@ -77,8 +105,6 @@ def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
                 f"response {response!r} to {prompt!r} is not {LENGTH} letters of {ALPHABET!r}; "
                 f"sample exactly {LENGTH} tokens with the tokenizer of kind 'characters'"
             )
-        rewards.append(float(table[ALPHABET.index(prompt), columns[response]]))
-    return rewards
 
 
 def corpus(seed: int, count: int) -> list[Example]:

@@ -23,18 +23,16 @@ from vbon_jax.evaluation.results import (
     read_samples,
     run_n,
 )
+from vbon_jax.evaluation.style import BON_COLOUR, REFERENCE_COLOUR, dress, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REFERENCE_COLOUR = "#7f7f7f"
-BON_COLOUR = "#d55e00"
 POLICY_COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00")  # the first method, the second, ...
 SECOND_COLOUR = "#009e73"  # the other line of a training panel
 PHASE_COLOURS = {"rollout": "#56b4e9", "reward": "#f0e442", "update": "#cc79a7"}
 MARKERS = "osD^vP*X"  # one shape a temperature
-DPI = 130
 BINS = 40
 
 
@@ -48,32 +46,6 @@ def role_colours(policies: Iterable[str]) -> dict[str, str]:
 
 
 # --- Shared pieces -----------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: "Figure", workdir: Path, name: str) -> Path:
-    path = Path(workdir) / "figures" / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    return path
-
-
-def _dress(ax: "Axes", title: str, xlabel: str, ylabel: str) -> None:
-    ax.set_title(title, fontsize=11, loc="left")
-    ax.set_xlabel(xlabel, fontsize=9.5)
-    ax.set_ylabel(ylabel, fontsize=9.5)
-    ax.tick_params(labelsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.set_axisbelow(True)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -102,7 +74,7 @@ class _Panels:
         self._metrics = metrics
         self.step = self.column("step")
         self.window = max(1, len(self.step) // 20) | 1  # odd, about a twentieth of the run
-        self.figure = _figure(13.5, 10)
+        self.figure = new_figure(13.5, 10)
         self._axes = iter(self.figure.subplots(3, 3, sharex=True).flat)
         self._locator = lambda: MaxNLocator(6, integer=True, min_n_ticks=1)
 
@@ -113,7 +85,7 @@ class _Panels:
 
     def panel(self, title: str, ylabel: str) -> "Axes":
         ax = next(self._axes)
-        _dress(ax, title, "training step", ylabel)
+        dress(ax, title, "training step", ylabel)
         ax.xaxis.set_major_locator(self._locator())
         ax.tick_params(labelbottom=True)
         return ax
@@ -237,7 +209,7 @@ def training_curves(workdir: Path, n: float | None = None) -> Path:
     metrics = read_metrics(workdir)
     if n is None:
         n = run_n(read_evaluation(workdir)["rows"])
-    return _save(draw_training_curves(metrics, n), workdir, "training_curves")
+    return save(draw_training_curves(metrics, n), workdir, "training_curves")
 
 
 # --- Rewards -----------------------------------------------------------------------------------
@@ -262,7 +234,7 @@ def draw_reward_histograms(samples: Sequence[dict[str, Any]]) -> "Figure":
         len(temperatures) if len(temperatures) <= 3 else int(np.ceil(len(temperatures) ** 0.5))
     )
     lines = -(-len(temperatures) // columns)
-    figure = _figure(max(6.0, 5.0 * columns), 4.2 * lines + 0.3)
+    figure = new_figure(max(6.0, 5.0 * columns), 4.2 * lines + 0.3)
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     head = 1.15 + 0.08 * len(policies)  # room for the legend above the highest density
     highest = 0.0
@@ -279,7 +251,7 @@ def draw_reward_histograms(samples: Sequence[dict[str, Any]]) -> "Figure":
             _steps(ax, density, edges, name, colours[name], label)
             style = "--" if name == "bon" else ":"
             ax.axvline(own.mean(), 0, 1 / head, color=colours[name], lw=1.3, ls=style)
-        _dress(ax, f"T = {temperature:g}", "reward of a response", "density")
+        dress(ax, f"T = {temperature:g}", "reward of a response", "density")
         ax.tick_params(labelbottom=True, labelleft=True)
         ax.legend(fontsize=9, framealpha=0.85, edgecolor="none", loc="upper left")
     for ax in axes[len(temperatures) :]:
@@ -304,7 +276,7 @@ def reward_histograms(workdir: Path) -> Path:
 
     Raises InputError: the file is missing, or a line of it is at fault.
     """
-    return _save(draw_reward_histograms(read_samples(workdir)), workdir, "reward_histograms")
+    return save(draw_reward_histograms(read_samples(workdir)), workdir, "reward_histograms")
 
 
 # --- Win rate against KL -----------------------------------------------------------------------
@@ -324,7 +296,7 @@ def draw_win_rate_vs_kl(rows: Sequence[dict[str, Any]]) -> "Figure":
     shapes = {t: MARKERS[i % len(MARKERS)] for i, t in enumerate(temperatures)}
     colours = role_colours(row["policy"] for row in rows)
 
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     ax = figure.subplots()
     largest = 4 * max(float(row["n"]) for row in rows)
     curve_n = np.geomspace(1.0, largest, 400)
@@ -347,7 +319,7 @@ def draw_win_rate_vs_kl(rows: Sequence[dict[str, Any]]) -> "Figure":
         obstacles += _cross(x, y, **bars)
     for temperature, shape in shapes.items():
         ax.plot([], [], shape, color="#333333", ms=7, label=f"T = {temperature:g}")
-    _dress(ax, "Win rate against KL divergence", "KL(· ‖ reference), nats a response",
+    dress(ax, "Win rate against KL divergence", "KL(· ‖ reference), nats a response",
            "win rate over the reference (a tie is half)")  # fmt: skip
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
@@ -403,7 +375,7 @@ def win_rate_vs_kl(workdir: Path) -> Path:
 
     Raises InputError: the file is missing or a row lacks a key.
     """
-    return _save(draw_win_rate_vs_kl(read_evaluation(workdir)["rows"]), workdir, "win_rate_vs_kl")
+    return save(draw_win_rate_vs_kl(read_evaluation(workdir)["rows"]), workdir, "win_rate_vs_kl")
 
 
 def all_figures(workdir: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """Measuring a policy on held-out prompts: against the reference, and against true best-of-n."""
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vbon_jax.bon import enumeration, theory
-from vbon_jax.bon import log_f as lf
+from vbon_jax.bon import pool as bon_pool
+from vbon_jax.bon import references as bon_references
+from vbon_jax.bon.references import References
+from vbon_jax.data.reference import PromptSamples
+from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.responses import Response
@@ -25,42 +28,54 @@ REPEATS = 5  # of each timing; the median counts
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """What rewards are held against at one temperature.
+    """What the responses of a split are held against at one temperature.
 
-    sorted_rewards_PxM: float32, m reference rewards of each held-out prompt, ascending.
+    references: m rewards of fresh reference responses to each prompt.
+    evaluator_PxM: those of a second reward model, ascending; None without one.
     n, estimator: of best-of-n, and of the density ratio in the estimated KL(policy || bon).
     """
 
-    sorted_rewards_PxM: np.ndarray
+    references: References
+    evaluator_PxM: np.ndarray | None
     n: float
     estimator: str
     temperature: float
 
-    def log_ratios(self, rewards_PxS: np.ndarray, log_ref_PxS: np.ndarray) -> np.ndarray:
+    def log_ratios(
+        self, rewards_PxS: np.ndarray, order_PxS: np.ndarray | None, log_ref_PxS: np.ndarray,
+        n: float,
+    ) -> np.ndarray:  # fmt: skip
         """Estimated log(pi_bon / pi_ref) of responses, float64 nats [P, S]."""
-        below, equal = lf.reference_ranks(
-            self.sorted_rewards_PxM, np.asarray(rewards_PxS, np.float32)
+        prompts, each = rewards_PxS.shape
+        density = bon_references.density(
+            self.references,
+            np.repeat(np.arange(prompts), each),
+            np.asarray(rewards_PxS, np.float32).ravel(),
+            None if order_PxS is None else order_PxS.ravel(),
+            np.asarray(log_ref_PxS, np.float32).ravel(),
+            n,
+            estimator=self.estimator,
         )
-        m = self.sorted_rewards_PxM.shape[1]
-        ratio = lf.log_ratio(self.estimator, below, equal, m, self.n, log_mass=log_ref_PxS)
-        return np.asarray(ratio, np.float64)
+        return np.asarray(density.log_ratio_B, np.float64).reshape(prompts, each)
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """P prompts x S responses of one policy, and each response's KL(policy || ref) in nats.
+class Responses:
+    """S responses to each of P prompts, float64 [P, S] each.
 
-    kl_PxS is the estimate that counts; kl_k1_PxS is the plain log-ratio, None where there is none.
+    log_ref in nats; order: uint32 places in the total order of responses, None where ties are
+    broken at random; evaluator: rewards of the second model, None without one; kl: each response's
+    estimate of KL(policy || ref) that counts, kl_k1 the plain log-ratio, None where there is none.
     """
 
-    responses: list[list[Response]]
-    log_ref_PxS: np.ndarray
-    kl_PxS: np.ndarray
-    kl_k1_PxS: np.ndarray | None
-
-    @property
-    def rewards_PxS(self) -> np.ndarray:
-        return np.array([[r.reward for r in row] for row in self.responses], np.float32)
+    rewards: np.ndarray
+    order: np.ndarray | None
+    evaluator: np.ndarray | None
+    log_ref: np.ndarray
+    finished: np.ndarray
+    length: np.ndarray
+    kl: np.ndarray
+    kl_k1: np.ndarray | None
 
 
 @partial(jax.jit, static_argnames=("config", "ref_config"))
@@ -105,66 +120,148 @@ def grouped(responses: Sequence[Response], size: int) -> list[list[Response]]:
     return [list(responses[i : i + size]) for i in range(0, len(responses), size)]
 
 
-def of_policy(rows: list[list[Response]]) -> Measured:
+def of_policy(rows: list[list[Response]], order: np.ndarray | None) -> Responses:
     """Responses drawn with ``sequence_kls`` beside them."""
 
     def extra(name: str) -> np.ndarray:
         return np.array([[r.extra[name] for r in row] for row in rows])
 
-    return Measured(rows, extra("log_ref"), extra("kl"), extra("kl_k1"))
+    return Responses(
+        np.array([[r.reward for r in row] for row in rows]),
+        order,
+        extra("evaluator") if "evaluator" in rows[0][0].extra else None,
+        extra("log_ref"),
+        np.array([[r.finished for r in row] for row in rows], float),
+        np.array([[len(r.tokens) for r in row] for row in rows], float),
+        extra("kl"),
+        extra("kl_k1"),
+    )
 
 
-def of_reference(rows: list[list[Response]]) -> Measured:
-    """Responses of the reference itself: its KL to itself is 0, exactly."""
-    log_ref = np.array([[r.log_prob for r in row] for row in rows])
-    return Measured(rows, log_ref, np.zeros_like(log_ref), np.zeros_like(log_ref))
+def of_reference(
+    samples: Sequence[PromptSamples], order: np.ndarray | None, count: int | None = None
+) -> Responses:
+    """The first ``count`` responses (all where None) of the reference itself: its KL to itself is
+    0, exactly.
 
+    Raises InputError: samples without log-probs, which are none of ours.
+    """
 
-def of_bon(rows: list[list[Response]], n: int) -> Measured:
-    """Best of each n consecutive reference responses; KL by Beirami et al. from log pi_ref(y*)."""
-    rewards = np.array([[r.reward for r in row] for row in rows])
-    winners = [[row[i] for i in columns] for row, columns in zip(rows, compare.best_of(rewards, n))]
-    log_ref = np.array([[r.log_prob for r in row] for row in winners])
-    return Measured(winners, log_ref, np.asarray(theory.kl_estimate(log_ref, n), np.float64), None)
+    def matrix(name: str, of: Callable[[Any], float] = float) -> np.ndarray:
+        values = [getattr(x, name) for x in samples]
+        if any(v is None for v in values):
+            raise InputError(
+                f"the held-out samples have no {name!r}: remove the file and sample anew"
+            )
+        return np.array([[of(v) for v in row[:count]] for row in values], np.float64)
+
+    rewards = matrix("rewards")
+    evaluated = samples[0].evaluator_rewards is not None
+    return Responses(
+        rewards,
+        None if order is None else order[:, :count],
+        matrix("evaluator_rewards") if evaluated else None,
+        matrix("log_probs"),
+        matrix("finished"),
+        matrix("response_tokens", len),
+        np.zeros_like(rewards),
+        np.zeros_like(rewards),
+    )
 
 
 def row(
-    policy: str, n: float, measured: Measured, yardstick: Yardstick, speed: tuple[float, float]
+    policy: str,
+    n: float,
+    responses: Responses,
+    yardstick: Yardstick,
+    speed: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """One row of evaluation.json.
 
     kl_bon is the mean of KL(policy || ref) - log ratio, that is KL(policy || bon) by the
-    estimator of the yardstick. For best-of-n itself the true value is 0, so what stands there is
-    the bias of the estimate.
+    estimator of the yardstick, bon being best-of-n of the yardstick's n.
     """
-    rewards = measured.rewards_PxS
-    reward = compare.over_prompts(rewards)
-    win = compare.over_prompts(compare.win_rates(rewards, yardstick.sorted_rewards_PxM))
-    kl_ref = compare.over_prompts(measured.kl_PxS)
-    kl_bon = compare.over_prompts(
-        measured.kl_PxS - yardstick.log_ratios(rewards, measured.log_ref_PxS)
+    ratios = yardstick.log_ratios(
+        responses.rewards, responses.order, responses.log_ref, yardstick.n
     )
-    k1 = None if measured.kl_k1_PxS is None else compare.over_prompts(measured.kl_k1_PxS)
-    flat = list(itertools.chain.from_iterable(measured.responses))
+    columns = _columns(responses, yardstick) | {
+        "kl_ref": responses.kl,
+        "kl_ref_k1": responses.kl_k1,
+        "kl_bon": responses.kl - ratios,
+    }
     return {
         "policy": policy,
         "n": n,
         "temperature": yardstick.temperature,
-        "reward": reward.mean,
-        "reward_ci95": reward.ci95,
-        "win_rate": win.mean,
-        "win_rate_ci95": win.ci95,
-        "kl_ref": kl_ref.mean,
-        "kl_ref_ci95": kl_ref.ci95,
-        "kl_ref_k1": None if k1 is None else k1.mean,
-        "kl_ref_k1_ci95": None if k1 is None else k1.ci95,
-        "kl_bon": kl_bon.mean,
-        "kl_bon_ci95": kl_bon.ci95,
-        "eos_rate": float(np.mean([r.finished for r in flat])),
-        "length": float(np.mean([len(r.tokens) for r in flat])),
-        "responses_per_second": speed[0],
-        "tokens_per_second": speed[1],
+        **_estimates(columns),
+        "eos_rate": float(responses.finished.mean()),
+        "length": float(responses.length.mean()),
+        "responses_per_second": None if speed is None else speed[0],
+        "tokens_per_second": None if speed is None else speed[1],
     }
+
+
+def bon_row(
+    n: int, pool: Responses, yardstick: Yardstick, speed: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """The row of best-of-n read off a pool of reference samples by the order-statistics weights.
+
+    KL(bon || ref) three ways: "kl_bound", log n - (n-1)/n; "kl_beirami", Beirami et al.'s estimate
+    from log g of the winner (log pi_ref without ties), which is also "kl_ref"; "kl_direct", the mean of the estimated
+    log ratio. kl_bon is what the estimator says of best-of-n's distance to itself, 0 in truth:
+    Beirami's KL less the direct one, where n is the yardstick's; null for any other.
+    """
+    weights = bon_pool.winner_weights(pool.rewards, n, pool.order)
+    direct, log_mass = yardstick.density(pool, float(n))
+    beirami = np.asarray(theory.kl_estimate(log_mass, float(n)), np.float64)
+    columns = _columns(pool, yardstick) | {
+        "kl_ref": beirami,
+        "kl_ref_k1": None,
+        "kl_direct": direct,
+        "kl_bon": beirami - direct if n == yardstick.n else None,
+    }
+    means = {k: None if v is None else bon_pool.best_mean(v, weights) for k, v in columns.items()}
+    estimates = _estimates(means)
+    return {
+        "policy": "bon",
+        "n": float(n),
+        "temperature": yardstick.temperature,
+        **estimates,
+        "kl_bound": float(theory.kl_upper_bound(float(n))),
+        "kl_beirami": estimates["kl_ref"],
+        "eos_rate": float(bon_pool.best_mean(pool.finished, weights).mean()),
+        "length": float(bon_pool.best_mean(pool.length, weights).mean()),
+        "responses_per_second": None if speed is None else speed[0],
+        "tokens_per_second": None if speed is None else speed[1],
+    }
+
+
+def _columns(responses: Responses, yardstick: Yardstick) -> dict[str, np.ndarray | None]:
+    """Rewards and comparisons won, by the reward and by the evaluator, [P, S] each."""
+    columns: dict[str, np.ndarray | None] = {
+        "reward": responses.rewards,
+        "win_rate": compare.win_rates(
+            np.asarray(responses.rewards, np.float32), np.asarray(yardstick.references.rewards_PxM)
+        ),
+        "evaluator_reward": None,
+        "evaluator_win_rate": None,
+    }
+    if responses.evaluator is not None and yardstick.evaluator_PxM is not None:
+        columns["evaluator_reward"] = responses.evaluator
+        columns["evaluator_win_rate"] = compare.win_rates(
+            np.asarray(responses.evaluator, np.float32), yardstick.evaluator_PxM
+        )
+    return columns
+
+
+def _estimates(columns: dict[str, np.ndarray | None]) -> dict[str, Any]:
+    """name and name_ci95 of each column: mean over prompts and its interval; null for None."""
+    out: dict[str, Any] = {}
+    for name, values in columns.items():
+        estimate = None if values is None else compare.over_prompts(values)
+        out[name] = None if estimate is None else estimate.mean
+        out[f"{name}_ci95"] = None if estimate is None else estimate.ci95
+    return out
 
 
 def throughput(
@@ -206,6 +303,7 @@ def exact(
     *,
     config: DecoderConfig,
     ref_config: DecoderConfig,
+    order_S: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Exact figures of a world small enough to enumerate, averaged over its prompts; nats.
 
@@ -214,6 +312,8 @@ def exact(
       prompt_tokens: P prompts of one length.
       strings_SxT: int32, every possible response, all of T tokens.
       rewards_PxS: the reward of each response to each prompt.
+      order_S: the responses' places in the total order that breaks ties; None breaks them at
+        random.
 
     Returns:
       "kl_bon" KL(policy || bon), "kl_ref" KL(policy || ref), "win_rate" of the policy over the
@@ -223,10 +323,11 @@ def exact(
     sums: dict[str, float] = {}
     for tokens, rewards in zip(prompt_tokens, rewards_PxS, strict=True):
         log_p, log_ref = (
-            _string_log_probs(p, c, tokens, strings_SxT, temperature)
+            string_log_probs(p, c, tokens, strings_SxT, temperature)
             for p, c in ((params, config), (ref_params, ref_config))
         )
-        log_bon = enumeration.log_bon(log_ref, rewards, n)
+        ranked = rewards if order_S is None else np.argsort(np.lexsort((order_S, rewards)))
+        log_bon = enumeration.log_bon(log_ref, ranked, n)
         for name, value in {
             "kl_bon": enumeration.kl(log_p, log_bon),
             "kl_ref": enumeration.kl(log_p, log_ref),
@@ -247,7 +348,7 @@ def _teacher_forced(params, tokens_SxL, length, temperature, *, config):
     return jnp.sum(lg.log_prob(logits, tokens_SxL[:, -length:]), axis=-1)
 
 
-def _string_log_probs(
+def string_log_probs(
     params: Any,
     config: DecoderConfig,
     prompt: tuple[int, ...],

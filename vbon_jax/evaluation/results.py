@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,28 +39,75 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
+def _read_object(path: Path, stage: str, key: str) -> dict[str, Any]:
+    """The JSON object of a file, in which the value of ``key`` is not empty."""
+    path = _made_by(path, stage)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"file {path} is not JSON ({error}); run `vbon {stage}` again") from error
+    if not isinstance(value, dict) or not value.get(key):
+        raise InputError(f'file {path} has no "{key}"; run `vbon {stage}` again')
+    return value
+
+
 def read_evaluation(workdir: Path) -> dict[str, Any]:
     """``evaluation.json`` as it stands.
 
     Raises InputError: the file is missing, is not JSON, or has no "rows".
     """
-    path = _made_by(Path(workdir) / "evaluation.json", "evaluate")
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"file {path} is not JSON ({error}); run `vbon evaluate` again") from error
-    if not isinstance(evaluation, dict) or not evaluation.get("rows"):
-        raise InputError(f'file {path} has no "rows"; run `vbon evaluate` again')
-    return evaluation
+    return _read_object(Path(workdir) / "evaluation.json", "evaluate", "rows")
 
 
-def read_samples(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of ``evaluation_samples.jsonl``.
+def read_config(workdir: Path) -> dict[str, Any]:
+    """``config.json``: the settings of the run.
+
+    Raises InputError: the file is missing, is not JSON, or has no "method".
+    """
+    return _read_object(Path(workdir) / "config.json", "run", "method")
+
+
+def read_convergence(workdir: Path) -> dict[str, Any]:
+    """``convergence.json``: Table 1 and the curves of Figure 3.
+
+    Raises InputError: the file is missing or not JSON, or a key of it or of its rows is missing.
+    """
+    path = Path(workdir) / "convergence.json"
+    convergence = _read_object(path, "convergence", "rows")
+    for key in ("m_full", "prompts", "level", "temperature", "recommended", "why", "examples"):
+        jsonl.field(convergence, key, str(path))
+    for number, row in enumerate(convergence["rows"]):
+        for key in ("m", "rejected", "statistic", "p_value", "mean_statistic"):
+            jsonl.field(row, key, f"row {number} of {path}")
+    return convergence
+
+
+def read_tabular(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of ``tabular.json``: exact figures of each method where all can be enumerated.
+
+    Raises InputError: the file is missing or not JSON, or a row lacks a key.
+    """
+    path = Path(workdir) / "tabular.json"
+    rows = _read_object(path, "sweep", "rows")["rows"]
+    for number, row in enumerate(rows):
+        for key in ("method", "n", "beta", "kl_target", "kl_bon", "kl_ref", "win_rate", "target"):
+            jsonl.field(row, key, f"row {number} of {path}")
+    return rows
+
+
+def read_samples(
+    workdir: Path, name: str = "evaluation_samples.jsonl", stage: str = "evaluate"
+) -> list[dict[str, Any]]:
+    """The lines of ``evaluation_samples.jsonl``, or of a file of the same form.
+
+    Args:
+      name: the file's name in the workdir.
+      stage: what makes it, for the messages.
 
     Raises InputError: the file is missing or has no line, a line lacks a key, or a reward is not a
     finite number.
     """
-    path = _made_by(Path(workdir) / "evaluation_samples.jsonl", "evaluate")
+    path = _made_by(Path(workdir) / name, stage)
     samples = []
     for where, record in jsonl.read(path):
         for key in ("policy", "temperature", "prompt_id", "prompt", "response", "reward"):
@@ -70,7 +117,7 @@ def read_samples(workdir: Path) -> list[dict[str, Any]]:
             raise InputError(f"{where}: reward {reward!r} is no finite number; score it again")
         samples.append(record)
     if not samples:
-        raise InputError(f"file {path} has no sample; run `vbon evaluate` again")
+        raise InputError(f"file {path} has no sample; run `vbon {stage}` again")
     return samples
 
 
@@ -81,3 +128,103 @@ def run_n(rows: Sequence[dict[str, Any]]) -> float:
             if wanted(row["policy"]):
                 return float(row["n"])
     raise InputError("evaluation.json has rows of the reference only: no n to draw the bound for")
+
+
+# --- The sweep ---------------------------------------------------------------------------------
+
+_NUMBERS = ("seed", "temperature", "reward", "win_rate", "kl_ref")
+_MAY_BE_NULL = (
+    "n",
+    "beta",
+    "m",
+    "kl_bon",
+    "evaluator_reward",
+    "evaluator_win_rate",
+    "eos_rate",
+    "length",
+    "seconds",
+    "sample_seconds",
+)
+_BON_KL = ("kl_bound", "kl_beirami", "kl_direct")  # of BoN in the study "front"
+_INTERVALS = ("reward", "win_rate", "kl_ref", "kl_bon", "evaluator_reward", "evaluator_win_rate")
+
+
+def read_sweep(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of ``sweep.jsonl``, one a (member of the sweep, temperature, split).
+
+    Raises InputError: the file is missing or has no row, or a row lacks a key, or has something
+    else than a finite number (or null, where that means "not measured") for a figure.
+    """
+    path = _made_by(Path(workdir) / "sweep.jsonl", "sweep")
+    rows = [_sweep_row(record, where) for where, record in jsonl.read(path)]
+    if not rows:
+        raise InputError(f"file {path} has no row; run `vbon sweep`")
+    return rows
+
+
+def _sweep_row(record: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in ("method", "split", "study"):
+        jsonl.text_field(record, key, where)
+    bon = record["method"] == "bon"
+    needed = (*_NUMBERS, "n") if bon else _NUMBERS
+    others = (*_MAY_BE_NULL, *(_BON_KL if bon and record["study"] == "front" else ()))
+    for key in (*needed, *others):
+        value = jsonl.field(record, key, where)
+        if value is None and key not in needed:
+            continue
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise InputError(f"{where}: {key} is {value!r}, not a finite number; delete the line "
+                             "and run `vbon sweep` again")  # fmt: skip
+    for key in _INTERVALS:
+        jsonl.field(record, f"{key}_ci95", where)
+    return record
+
+
+def chosen(rows: Sequence[dict[str, Any]], **where: Any) -> list[dict[str, Any]]:
+    """The rows whose values are these: ``chosen(rows, study="front", split="test")``."""
+    return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def effective_n(row: dict[str, Any]) -> float | None:
+    """The n a member stands for: its own, or 1 / beta + 1 where it is steered by beta, whose
+    KL-constrained objective then has the coefficient of best-of-n's lower bound (Section 4)."""
+    if row["n"] is not None:
+        return float(row["n"])
+    return 1 / row["beta"] + 1 if row["beta"] else None
+
+
+def matched(rows: Sequence[dict[str, Any]], n: float) -> dict[str, list[dict[str, Any]]]:
+    """For each method, the rows (one a seed) of its setting nearest to n, on the scale of log n.
+
+    Args:
+      rows: of one study, split and temperature.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        setting = (row["method"], row["n"], row["beta"], row["m"])
+        groups.setdefault(setting, []).append(row)
+    nearest: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+    for (method, *_), group in groups.items():
+        own_n = effective_n(group[0])
+        if own_n is not None:
+            distance = abs(float(np.log(own_n) - np.log(n)))
+            if method not in nearest or distance < nearest[method][0]:
+                nearest[method] = (distance, group)
+    return {method: group for method, (_, group) in nearest.items()}
+
+
+class Spread(NamedTuple):
+    """Mean over seeds, and their standard deviation (divided by seeds - 1; NaN of a single one)."""
+
+    mean: float
+    sd: float
+    seeds: int
+
+
+def over_seeds(rows: Sequence[dict[str, Any]], key: str) -> Spread | None:
+    """Mean and standard deviation of a column over rows; None where no row has a number."""
+    values = np.array([row[key] for row in rows if row[key] is not None], dtype=float)
+    if not len(values):
+        return None
+    sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    return Spread(float(values.mean()), sd, len(values))

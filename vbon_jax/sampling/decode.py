@@ -41,7 +41,7 @@ def identity_keys(
 
 @partial(
     jax.jit,
-    static_argnames=("config", "max_new_tokens", "eos_id", "pad_id", "top_k", "top_p"),
+    static_argnames=("config", "max_new_tokens", "eos_id", "pad_id", "top_k", "top_p", "together"),
 )
 def rollout(
     params: Any,
@@ -56,6 +56,7 @@ def rollout(
     pad_id: int,
     top_k: int = 0,
     top_p: float = 1.0,
+    together: str | None = None,
 ) -> Rollout:
     """Samples one response a row: prefill and decode loop in one program.
 
@@ -71,6 +72,8 @@ def rollout(
       pad_id: fills the slots after EOS.
       top_k, top_p: filters, for generation only: they change the distribution sampled from, while
         ``log_probs_BxT`` stays that of the unfiltered one.
+      together: under ``jax.vmap(..., axis_name=together)``, that axis: its members leave the loop
+        together. A loop that each left by itself would copy every cache at every step.
 
     Returns:
       Rollout with T = max_new_tokens slots a row.
@@ -99,21 +102,27 @@ def rollout(
     log_probs = jnp.zeros((max_new_tokens, batch), jnp.float32).at[0].set(first_log_prob)
     mask = jnp.zeros((max_new_tokens, batch), bool).at[0].set(True)
 
+    def someone_goes_on(done_B: jax.Array) -> jax.Array:
+        here = ~jnp.all(done_B)
+        return here if together is None else jax.lax.pmax(here.astype(jnp.int32), together) > 0
+
     def cond(carry):
-        t, _, done, *_ = carry
-        return (t < max_new_tokens) & ~jnp.all(done)
+        t, goes_on, *_ = carry
+        return (t < max_new_tokens) & goes_on
 
     def body(carry):
-        t, token, done, cache, tokens, log_probs, mask = carry
+        t, _, token, done, cache, tokens, log_probs, mask = carry
         hidden, cache = decoder.step(params, config, token, prompt_lengths + t - 1, cache)
         token, log_prob = pick(hidden, t)
         tokens = tokens.at[t].set(jnp.where(done, pad_id, token))
         log_probs = log_probs.at[t].set(jnp.where(done, 0.0, log_prob))
         mask = mask.at[t].set(~done)
-        return t + 1, token, done | is_eos(token), cache, tokens, log_probs, mask
+        done |= is_eos(token)
+        return t + 1, someone_goes_on(done), token, done, cache, tokens, log_probs, mask
 
-    carry = (jnp.int32(1), first, is_eos(first), cache, tokens, log_probs, mask)
-    _, _, done, _, tokens, log_probs, mask = jax.lax.while_loop(cond, body, carry)
+    done = is_eos(first)
+    carry = (jnp.int32(1), someone_goes_on(done), first, done, cache, tokens, log_probs, mask)
+    _, _, _, done, _, tokens, log_probs, mask = jax.lax.while_loop(cond, body, carry)
     return sharding.constrain(Rollout(tokens.T, mask.T, log_probs.T, done), "batch")
 
 

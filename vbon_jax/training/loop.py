@@ -5,40 +5,100 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from vbon_jax import sharding
+from vbon_jax.bon.references import References
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.progress import Stopped, StopSignal, reporting
-from vbon_jax.responses import check_rewards
+from vbon_jax.responses import Reward, check_rewards
 from vbon_jax.sampling import engine
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.engine import Request, Sampling
 from vbon_jax.training import ppo
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.metrics import MetricsWriter
-from vbon_jax.training.state import TrainState
+
+POLICY = ("decoder",)
+
+
+class World(NamedTuple):
+    """What online training reads and never changes.
+
+    prompts: P of them; row i of ``references`` holds the reference rewards of prompts[i].
+    reward: (prompt texts, prompt ids and mask, response ids and mask) -> float rewards [B].
+    response_text: token ids -> text, for messages.
+    reference: params {"decoder"} on ``mesh``, of ``config``.
+    """
+
+    prompts: Sequence[Prompt]
+    references: References
+    reward: Reward
+    response_text: Callable[[Sequence[int]], str]
+    sampling: Sampling
+    mesh: Mesh
+    reference: Any
+    config: DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopPlan:
-    """iterations of batch_size rollouts; a checkpoint every checkpoint_every iterations; seed of
-    the order of prompts; n and beta of the objective."""
+    """iterations: passes of the loop; a checkpoint every checkpoint_every of them."""
 
+    title: str
     iterations: int
-    batch_size: int
     checkpoint_every: int
-    seed: int
-    n: float
-    beta: float
+
+
+# (state, step) -> (state one step on, what to write, a few words for the progress line)
+Step = Callable[[Any, int], tuple[Any, dict[str, Any], str]]
+
+
+def run(
+    state: Any,
+    start: int,
+    one: Step,
+    plan: LoopPlan,
+    checkpointer: Checkpointer,
+    writer: MetricsWriter,
+    metadata: dict[str, Any],
+) -> Any:
+    """The one loop of every method: from ``start`` to ``plan.iterations``.
+
+    Args:
+      one: does an iteration; the state may be donated. What it writes are numbers, or lists of
+        numbers where several policies are trained at once.
+      metadata: JSON saved with every checkpoint.
+
+    Returns the final state, which is also the newest checkpoint.
+    Raises Stopped after a signal, once the state is saved; InputError on a loss or gradient that is
+    not finite, naming the step and the last good checkpoint.
+    """
+    with reporting(plan.title, plan.iterations, start) as report, StopSignal() as stop:
+        for step in range(start, plan.iterations):
+            state, values, note = one(state, step)
+            writer.write(step + 1, values)
+            _refuse_not_finite(values, step + 1, checkpointer)
+            report.update(step + 1, note)
+            last = step + 1 == plan.iterations
+            if last or (step + 1) % plan.checkpoint_every == 0 or stop.signum is not None:
+                checkpointer.save(step + 1, state, {**metadata, "step": step + 1})
+            if stop.signum is not None:
+                checkpointer.wait()
+                raise Stopped(
+                    stop.signum,
+                    f"the state after iteration {step + 1} of {plan.iterations} is saved in "
+                    f"{checkpointer.directory}; the same command goes on from it",
+                )
+    checkpointer.wait()
+    return state
 
 
 def batch_requests(
@@ -68,122 +128,107 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def train(
-    state: TrainState,
-    reference: Any,
-    config: DecoderConfig,
-    prompts: Sequence[Prompt],
-    sorted_rewards_PxM: np.ndarray,
-    reward: Callable[..., Any],
-    response_text: Callable[[Sequence[int]], str],
-    sampling: Sampling,
-    plan: ppo.PPOPlan,
-    loop: LoopPlan,
-    optimizer: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
-    mesh: Mesh,
-    rollout_key: jax.Array,
-    checkpointer: Checkpointer,
-    writer: MetricsWriter,
-    metadata: dict[str, Any],
-) -> TrainState:
-    """Algorithm 1 of the paper, from the state's step to ``loop.iterations``.
+def scored_batch(
+    world: World, params: Any, key: jax.Array, step: int, requests: Sequence[Request]
+) -> tuple[ppo.RolloutBatch, dict[str, float]]:
+    """Draws and scores one batch; the seconds each took, and the number of tokens drawn.
+
+    Raises InputError on a NaN reward.
+    """
+    began = time.monotonic()
+    length = engine.bucket_length(max(len(p.tokens) for p in world.prompts))
+    rows, rollout = engine.draw(
+        params, world.config, world.sampling, world.mesh, key, step, requests, length
+    )
+    tokens_drawn = int(jnp.sum(rollout.mask_BxT))  # waits for the rollout
+    drawn = time.monotonic()
+    texts, row_of = index(world.prompts)
+    names = [texts[r.prompt_id] for r in requests]
+    rewards = np.asarray(
+        world.reward(names, *rows, rollout.tokens_BxT, rollout.mask_BxT), np.float32
+    )
+    check_rewards(rewards, names, functools.partial(_text, rollout, world.response_text))
+    numbers = np.array([row_of[r.prompt_id] for r in requests], np.int32)
+    batch = ppo.RolloutBatch(
+        rows.tokens_BxP,
+        rows.mask_BxP,
+        rollout,
+        *sharding.place((rewards, numbers), world.mesh, "batch"),
+    )
+    return batch, {
+        "seconds_rollout": drawn - began,
+        "seconds_reward": time.monotonic() - drawn,
+        "tokens": tokens_drawn,
+    }
+
+
+def index(prompts: Sequence[Prompt]) -> tuple[dict[int, str], dict[int, int]]:
+    """Text and row of each prompt by its id."""
+    return {p.id: p.text for p in prompts}, {p.id: i for i, p in enumerate(prompts)}
+
+
+def online(
+    world: World,
+    update: Callable[[Any, tuple[ppo.RolloutBatch, ...]], tuple[Any, dict[str, jax.Array]]],
+    sources: Sequence[str],
+    batch_size: int,
+    seed: int,
+    key: jax.Array,
+    learning_rate: Callable[[int], float],
+) -> Step:
+    """The step of an online method: a rollout from each of ``sources``, rewards, an update.
 
     Args:
-      state: on ``mesh``; donated. reference: params {"decoder"} on ``mesh``.
-      prompts: P of them, row i of sorted_rewards_PxM (float32, ascending) holding the reference
-        rewards of prompts[i].
-      reward: (prompt texts, prompt ids and mask, response ids and mask) -> float rewards [B].
-      response_text: token ids -> text, for messages.
-      learning_rate: the optimizer's schedule, for the log.
-      metadata: JSON saved with every checkpoint.
-
-    Returns the final state, which is also the newest checkpoint.
-    Raises Stopped after a signal, once the state is saved; InputError on a NaN reward, and on a
-    loss or gradient that is not finite, naming the step and the last good checkpoint.
+      update: (state, one scored batch a source) -> (state, metrics); the state is donated.
+      sources: the entries of ``state.params`` that respond to the iteration's prompts, in order:
+        the policy alone for PPO.
+      batch_size: responses of each source; seed: of the order of prompts; key: of the rollouts.
+      learning_rate: iteration -> rate, for the log.
     """
-    texts = {p.id: p.text for p in prompts}
-    row_of = {p.id: i for i, p in enumerate(prompts)}
-    length = engine.bucket_length(max(len(p.tokens) for p in prompts))
-    table = sharding.place(jnp.asarray(sorted_rewards_PxM), mesh)
-    n, beta = (sharding.place(jnp.float32(value), mesh) for value in (loop.n, loop.beta))
-    updates_a_step = plan.epochs * (loop.batch_size // plan.minibatch_size)
-    start = int(state.step)
 
-    def save(step: int, state: TrainState) -> None:
-        checkpointer.save(
-            step, state, {**metadata, "step": step, "data_position": step * loop.batch_size}
-        )
+    def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
+        began = time.monotonic()
+        requests = batch_requests(world.prompts, batch_size, step, seed)
+        batches, seconds = [], {"seconds_rollout": 0.0, "seconds_reward": 0.0, "tokens": 0.0}
+        for i, source in enumerate(sources):
+            own = [Request(r.prompt_id, r.sample * len(sources) + i, r.tokens) for r in requests]
+            batch, took = scored_batch(world, state.params[source], key, step, own)
+            batches.append(batch)
+            seconds = {name: value + took[name] for name, value in seconds.items()}
+        scored = time.monotonic()
+        state, metrics = update(state, tuple(batches))
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        updated = time.monotonic()
+        tokens = seconds.pop("tokens")
+        values |= {
+            "learning_rate": learning_rate(step),
+            **seconds,
+            "seconds_update": updated - scored,
+            "tokens_per_second": tokens / (updated - began),
+        }
+        return state, values, note(values)
 
-    with reporting("train", loop.iterations, start) as report, StopSignal() as stop:
-        for step in range(start, loop.iterations):
-            began = time.monotonic()
-            requests = batch_requests(prompts, loop.batch_size, step, loop.seed)
-            rows, rollout = engine.draw(
-                state.params["decoder"], config, sampling, mesh, rollout_key, step, requests, length
-            )
-            tokens_drawn = int(jnp.sum(rollout.mask_BxT))  # waits for the rollout
-            drawn = time.monotonic()
+    return one
 
-            names = [texts[r.prompt_id] for r in requests]
-            rewards = np.asarray(
-                reward(names, *rows, rollout.tokens_BxT, rollout.mask_BxT), np.float32
-            )
-            check_rewards(rewards, names, functools.partial(_text, rollout, response_text))
-            scored = time.monotonic()
 
-            batch = ppo.RolloutBatch(
-                rows.tokens_BxP,
-                rows.mask_BxP,
-                rollout,
-                *sharding.place(
-                    (rewards, np.array([row_of[r.prompt_id] for r in requests], np.int32)),
-                    mesh,
-                    "batch",
-                ),
-            )
-            state, metrics = ppo.iteration(
-                state, reference, batch, table, n, beta,
-                config=config, plan=plan, optimizer=optimizer,
-            )  # fmt: skip
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            updated = time.monotonic()
+def note(values: dict[str, Any]) -> str:
+    """The words of the progress line; of several policies, the means."""
 
-            values |= {
-                "learning_rate": float(learning_rate(step * updates_a_step)),
-                "seconds_rollout": drawn - began,
-                "seconds_reward": scored - drawn,
-                "seconds_update": updated - scored,
-                "tokens_per_second": tokens_drawn / (updated - began),
-            }
-            writer.write(step + 1, values)
-            _refuse_not_finite(values, step + 1, checkpointer)
-            report.update(
-                step + 1,
-                f"reward {values['reward']:.3f}  KL to ref {values['kl_ref']:.3f}  "
-                f"to BoN {values['kl_bon']:.3f} nats",
-            )
-            last = step + 1 == loop.iterations
-            if last or (step + 1) % loop.checkpoint_every == 0 or stop.signum is not None:
-                save(step + 1, state)
-            if stop.signum is not None:
-                checkpointer.wait()
-                raise Stopped(
-                    stop.signum,
-                    f"the state after iteration {step + 1} of {loop.iterations} is saved in "
-                    f"{checkpointer.directory}; the same command goes on from it",
-                )
-    checkpointer.wait()
-    return state
+    def mean(name: str) -> float:
+        return float(np.mean(values[name]))
+
+    text = f"reward {mean('reward'):.3f}  KL to ref {mean('kl_ref'):.3f}"
+    return f"{text}  to BoN {mean('kl_bon'):.3f} nats" if "kl_bon" in values else f"{text} nats"
 
 
 def _text(rollout: Rollout, response_text: Callable[[Sequence[int]], str], row: int) -> str:
     return response_text(rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist())
 
 
-def _refuse_not_finite(values: dict[str, float], step: int, checkpointer: Checkpointer) -> None:
+def _refuse_not_finite(values: dict[str, Any], step: int, checkpointer: Checkpointer) -> None:
     for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
+        bad = [v for v in np.atleast_1d(values[name]).tolist() if not math.isfinite(v)]
+        if bad:
             checkpointer.wait()
             good = checkpointer.latest_step
             where = (
@@ -192,7 +237,6 @@ def _refuse_not_finite(values: dict[str, float], step: int, checkpointer: Checkp
                 else "there is no checkpoint yet"
             )
             raise InputError(
-                f"{name} is {values[name]} at iteration {step}; {where}: lower "
-                "train.learning_rate or train.max_grad_norm and train anew, or look for rewards "
-                "that are not finite"
+                f"{name} is {bad[0]} at iteration {step}; {where}: lower the learning rate or "
+                "train.max_grad_norm and train anew, or look for rewards that are not finite"
             )

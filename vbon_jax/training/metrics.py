@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 class MetricsWriter:
@@ -24,12 +27,14 @@ class MetricsWriter:
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends the finite and non-finite values of ``step`` alike (NaN is written as NaN)."""
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Appends the finite and non-finite values of ``step`` alike (NaN is written as NaN).
+
+        A value may be a list, one number a policy; TensorBoard shows its mean."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name, float(np.mean(value)), step)
 
     def close(self) -> None:
         self._file.close()

@@ -11,6 +11,8 @@ import optax
 from vbon_jax import sharding
 from vbon_jax.bon import distribution
 from vbon_jax.bon import log_f as lf
+from vbon_jax.bon import references as bon_references
+from vbon_jax.bon.references import References
 from vbon_jax.models import decoder, heads
 from vbon_jax.rl import gae, kl, ppo, shaping
 from vbon_jax.rl.masking import masked_mean
@@ -53,7 +55,7 @@ class RolloutBatch(NamedTuple):
 
     prompt_BxP, prompt_mask_BxP: int32 ids padded on the left, bool mask.
     rollout: decode.Rollout with T response slots.
-    reward_B: float32 rewards. row_B: int32, the prompt's row in the table of reference rewards.
+    reward_B: float32 rewards. row_B: int32, the prompt's row in the References.
     """
 
     prompt_BxP: jax.Array
@@ -104,7 +106,7 @@ def experience(
     params: Any,
     ref_params: Any,
     batch: RolloutBatch,
-    sorted_rewards_PxM: jax.Array,
+    references: References,
     n: jax.Array,
     beta: jax.Array,
     *,
@@ -138,15 +140,23 @@ def experience(
         entropy_BxT = ppo.token_entropy(policy_lp, mask)
 
     with jax.named_scope("log_f"):
-        below, equal = lf.reference_ranks(sorted_rewards_PxM[batch.row_B], batch.reward_B[:, None])
-        below, equal = below[:, 0], equal[:, 0]
-        m = sorted_rewards_PxM.shape[1]
-        log_ratio = lf.log_ratio(
-            plan.estimator, below, equal, m, n, log_mass=jnp.sum(log_ref, axis=-1)
+        by_order = references.order_PxM is not None
+        density = bon_references.density(
+            references,
+            batch.row_B,
+            batch.reward_B,
+            lf.response_order(rollout.tokens_BxT, mask) if by_order else None,
+            jnp.sum(log_ref, axis=-1),
+            n,
+            estimator=plan.estimator,
         )
-        log_f = None if plan.estimator == "interval" else lf.log_f(below, m, plan.estimator)
         sequence_reward = distribution.sequence_reward(
-            plan.objective, n=n, log_f=log_f, log_ratio=log_ratio, reward=batch.reward_B
+            plan.objective,
+            n=n,
+            log_f=density.log_f_B,
+            log_ratio=density.log_ratio_B,
+            log_up_to=density.log_up_to_B,
+            reward=batch.reward_B,
         )
         kl_coef = distribution.kl_coefficient(plan.objective, n, beta)
         entropy_coef = distribution.entropy_coefficient(plan.objective, n)
@@ -174,7 +184,7 @@ def experience(
         "sequence_reward": jnp.mean(sequence_reward),
         "kl_ref": jnp.mean(full_kl),
         "kl_ref_k1": jnp.mean(kl.k1(log_policy, log_ref, mask)),
-        "kl_bon": jnp.mean(full_kl) - jnp.mean(log_ratio),
+        "kl_bon": jnp.mean(full_kl) - jnp.mean(density.log_ratio_B),
         "reward": jnp.mean(batch.reward_B),
         "response_length": jnp.mean(jnp.sum(mask, axis=-1).astype(jnp.float32)),
         "eos_rate": jnp.mean(rollout.finished_B.astype(jnp.float32)),
@@ -256,7 +266,7 @@ def iteration(
     state: TrainState,
     ref_params: Any,
     batch: RolloutBatch,
-    sorted_rewards_PxM: jax.Array,
+    references: References,
     n: jax.Array,
     beta: jax.Array,
     *,
@@ -270,7 +280,7 @@ def iteration(
       state: donated. params are {"decoder", "value"}.
       ref_params: {"decoder"} of the reference.
       batch: B rows, B a multiple of plan.minibatch_size.
-      sorted_rewards_PxM: float32, each prompt's reference rewards in ascending order.
+      references: each prompt's reference rewards.
       n, beta: float32 scalars; data, not structure, so another value needs no compile.
 
     Returns:
@@ -279,7 +289,7 @@ def iteration(
       be 0).
     """
     exp, metrics = experience(
-        state.params, ref_params, batch, sorted_rewards_PxM, n, beta, config=config, plan=plan
+        state.params, ref_params, batch, references, n, beta, config=config, plan=plan
     )
     rows = exp.tokens_BxS.shape[0]
     minibatches = rows // plan.minibatch_size

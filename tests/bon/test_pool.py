@@ -1,0 +1,142 @@
+"""Best-of-n from a pool, against all subsets of n listed one by one."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from vbon_jax.bon import pool
+
+POOLS = np.array(  # no ties, a pair, 0/1, all equal
+    [[3, 1, 4, 9, 2, 6], [1, 2, 2, 0, 5, 4], [0, 1, 1, 0, 1, 0], [7, 7, 7, 7, 7, 7]], np.float32
+)
+ORDER = np.array([[5, 5, 5, 5, 5, 5], [9, 3, 8, 0, 1, 2], [2, 7, 9, 8, 7, 1], [3, 1, 4, 1, 5, 9]])
+
+
+def brute_force(rewards, n, keys=None):
+    """P(column is best) and P(best, worst) over all subsets, ties shared (or the larger key's)."""
+    best, pairs = np.zeros(6), np.zeros((6, 6))
+    subsets = list(itertools.combinations(range(6), n))
+    for subset in subsets:
+        score = [(rewards[c], 0 if keys is None else keys[c]) for c in subset]
+        tops = [c for c, s in zip(subset, score) if s == max(score)]
+        for top in tops:
+            best[top] += 1 / len(tops) / len(subsets)
+        lows = [c for c, s in zip(subset, score) if s == min(score)]
+        both = [(top, low) for top in tops for low in lows if top != low]
+        for pair in both:
+            pairs[pair] += 1 / len(both) / len(subsets)
+    return best, pairs
+
+
+def test_order_weights_golden():
+    # C(1,1), C(2,1), C(3,1) of C(4,2) = 6.
+    np.testing.assert_allclose(pool.order_weights(4, 2), [0, 1 / 6, 2 / 6, 3 / 6], rtol=1e-14)
+    np.testing.assert_allclose(pool.order_weights(4, 1), np.full(4, 1 / 4), rtol=1e-14)
+    np.testing.assert_array_equal(pool.order_weights(4, 4), [0, 0, 0, 1])
+    np.testing.assert_array_equal(pool.order_weights(1, 1), [1])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100, 2500, 9999, 10_000])
+def test_order_weights_equal_whole_numbers_at_ten_thousand(n):
+    got = pool.order_weights(10_000, n)
+    total = math.comb(10_000, n)
+    for i in {1, n - 1, n, n + 1, (n + 10_000) // 2, 9_990, 10_000} & set(range(1, 10_001)):
+        want = float(Fraction(math.comb(i - 1, n - 1), total))
+        np.testing.assert_allclose(got[i - 1], want, rtol=1e-11, atol=1e-300)
+    assert abs(got.sum() - 1) < 1e-12 and (np.diff(got) >= 0).all()
+
+
+@pytest.mark.parametrize("bad", [0, 5, 1.5, -1, None, float("nan"), "2"])
+def test_bad_n_is_refused(bad):
+    rng = np.random.default_rng(0)
+    for call in (
+        lambda: pool.order_weights(4, bad),
+        lambda: pool.winner_weights(POOLS[:, :4], bad),
+        lambda: pool.sample_winners(rng, POOLS[:, :4], bad, 1),
+        lambda: pool.sample_best_and_worst(rng, POOLS[:, :4], bad, 1),
+    ):
+        with pytest.raises(ValueError, match=rf"to m=4, .*got n={bad!r}"):
+            call()
+    with pytest.raises(ValueError, match=r"from 2 to m=4.*got n=1"):
+        pool.sample_best_and_worst(rng, POOLS[:, :4], 1, 1)
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_winner_weights_count_all_subsets(n):
+    got, ordered = pool.winner_weights(POOLS, n), pool.winner_weights(POOLS, n, ORDER)
+    assert got.dtype == np.float64
+    for row in range(len(POOLS)):
+        np.testing.assert_allclose(got[row], brute_force(POOLS[row], n)[0], atol=1e-14)
+        want = brute_force(POOLS[row], n, ORDER[row])[0]
+        np.testing.assert_allclose(ordered[row], want, atol=1e-14)
+
+
+def test_whole_floats_are_whole_numbers():
+    np.testing.assert_array_equal(pool.winner_weights(POOLS, 3.0), pool.winner_weights(POOLS, 3))
+
+
+def test_a_large_pool_of_one_tie_group_is_uniform():
+    np.testing.assert_allclose(
+        pool.winner_weights(np.zeros((1, 5000)), 600), np.full((1, 5000), 1 / 5000), rtol=1e-12
+    )
+
+
+def test_best_mean_is_the_mean_of_the_winners():
+    weights = pool.winner_weights(POOLS, 3)
+    want = [np.mean([max(s) for s in itertools.combinations(row, 3)]) for row in POOLS]
+    np.testing.assert_allclose(pool.best_mean(POOLS, weights), want, rtol=1e-7)
+    # What can never win may have any value.
+    got = pool.best_mean([[-np.inf, 1.0, 2.0]], pool.winner_weights([[0.0, 1.0, 2.0]], 2))
+    np.testing.assert_allclose(got, [(1 + 2 * 2) / 3])
+    with pytest.raises(ValueError, match=r"got shapes \(4, 6\) and \(4,\)"):
+        pool.best_mean(POOLS, weights[:, 0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 6])
+@pytest.mark.parametrize("order", [None, ORDER])
+def test_sampled_winners_come_as_often_as_their_weights(n, order):
+    count = 20_000
+    drawn = pool.sample_winners(np.random.default_rng(n), POOLS, n, count, order)
+    assert drawn.shape == (4, count) and drawn.dtype == np.int64
+    rates = (drawn[..., None] == np.arange(6)).mean(axis=1)
+    weights = pool.winner_weights(POOLS, n, order)
+    noise = np.sqrt(weights * (1 - weights) / count)
+    assert (abs(rates - weights) <= 4.5 * noise + 1e-12).all()
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_sampled_best_and_worst_come_as_often_as_all_subsets_say(n):
+    count = 20_000
+    best, worst = pool.sample_best_and_worst(np.random.default_rng(n), POOLS, n, count)
+    assert best.shape == worst.shape == (4, count) and (best != worst).all()
+    for row in range(len(POOLS)):
+        rates = np.zeros((6, 6))
+        np.add.at(rates, (best[row], worst[row]), 1 / count)
+        want = brute_force(POOLS[row], n)[1]
+        assert (abs(rates - want) <= 4.5 * np.sqrt(want * (1 - want) / count) + 1e-9).all()
+
+
+def test_draws_are_reproducible_and_may_be_none():
+    for call in (
+        lambda seed, count: pool.sample_winners(np.random.default_rng(seed), POOLS, 2, count),
+        lambda seed, count: pool.sample_best_and_worst(
+            np.random.default_rng(seed), POOLS, 2, count
+        )[0],
+    ):
+        np.testing.assert_array_equal(call(0, 50), call(0, 50))
+        assert (call(0, 50) != call(1, 50)).any()
+        assert call(0, 0).shape == (4, 0)
+
+
+def test_bad_pools_are_refused():
+    with pytest.raises(ValueError, match=r"at least one sample in it, got shape \(3,\)"):
+        pool.winner_weights(np.zeros(3), 1)
+    with pytest.raises(ValueError, match=r"got shape \(2, 0\)"):
+        pool.sample_winners(np.random.default_rng(0), np.zeros((2, 0)), 1, 1)
+    with pytest.raises(ValueError, match="rewards_PxM holds 1 NaN among 2 rewards"):
+        pool.sample_best_and_worst(np.random.default_rng(0), [[0.0, np.nan]], 2, 1)
+    with pytest.raises(ValueError, match=r"order_PxM .* shape \(4, 6\), got shape \(4, 5\)"):
+        pool.winner_weights(POOLS, 2, ORDER[:, :5])

@@ -1,0 +1,224 @@
+"""Best-of-n from a stored pool of m reference samples a prompt, for every n, without drawing anew.
+
+The winner among n of the m samples, drawn without replacement, is the i-th smallest of the pool
+with probability C(i-1, n-1) / C(m, n): the pool, weighted so, is best-of-n. This averages over all
+C(m, n) choices and is unbiased for every n <= m. float64 NumPy on the host.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def _check_n(n: Any, m: int, lowest: int = 1) -> None:
+    if not (isinstance(n, int | float | np.number) and float(n).is_integer() and lowest <= n <= m):
+        raise ValueError(
+            f"n must be a whole number from {lowest} to m={m}, the number of samples in the pool "
+            f"(n samples are drawn from it without replacement), got n={n!r}"
+        )
+
+
+def _pool(rewards_PxM: ArrayLike) -> np.ndarray:
+    rewards_PxM = np.asarray(rewards_PxM)
+    if rewards_PxM.ndim != 2 or rewards_PxM.shape[1] == 0:
+        raise ValueError(
+            "rewards_PxM must be a matrix with one row a prompt and at least one sample in it, "
+            f"got shape {rewards_PxM.shape}"
+        )
+    num_nan = int(np.isnan(rewards_PxM).sum())
+    if num_nan:
+        raise ValueError(
+            f"rewards_PxM holds {num_nan} NaN among {rewards_PxM.size} rewards; a NaN has no rank, "
+            "so find the responses that the reward cannot score"
+        )
+    return rewards_PxM
+
+
+class _Sorted(NamedTuple):
+    """Pool columns from worst to best, and the tie group [low, high) of each place."""
+
+    column_PxM: np.ndarray
+    low_PxM: np.ndarray
+    high_PxM: np.ndarray
+
+
+def _sort(rewards_PxM: np.ndarray, order_PxM: ArrayLike | None) -> _Sorted:
+    if order_PxM is None:
+        keys = [rewards_PxM]
+        column_PxM = np.argsort(rewards_PxM, axis=1)
+    else:
+        keys = [rewards_PxM, np.asarray(order_PxM)]
+        if keys[1].shape != rewards_PxM.shape:
+            raise ValueError(
+                f"order_PxM must have one key a sample, shape {rewards_PxM.shape}, "
+                f"got shape {keys[1].shape}"
+            )
+        column_PxM = np.lexsort((keys[1], keys[0]), axis=-1)
+    begins_PxM = np.zeros(rewards_PxM.shape, bool)
+    begins_PxM[:, 0] = True
+    for key_PxM in keys:
+        sorted_PxM = np.take_along_axis(key_PxM, column_PxM, axis=1)
+        begins_PxM[:, 1:] |= sorted_PxM[:, 1:] != sorted_PxM[:, :-1]
+
+    m = rewards_PxM.shape[1]
+    place_M = np.arange(m)
+    low_PxM = np.maximum.accumulate(np.where(begins_PxM, place_M, 0), axis=1)
+    ends_PxM = np.concatenate([begins_PxM[:, 1:], np.ones((len(begins_PxM), 1), bool)], axis=1)
+    ends_PxM = np.where(ends_PxM, place_M + 1, m)
+    high_PxM = np.minimum.accumulate(ends_PxM[:, ::-1], axis=1)[:, ::-1]
+    return _Sorted(column_PxM, low_PxM, high_PxM)
+
+
+def order_weights(m: int, n: int) -> np.ndarray:
+    """The probability C(i-1, n-1) / C(m, n) that the i-th smallest of m is the best of n.
+
+    Computed in log space from the top down, w_m = n / m and w_{i-1} / w_i = (i - n) / (i - 1), so
+    that no binomial coefficient is formed; relative errors stay below 1e-12 at m = 10,000.
+
+    Args:
+        m: the number of samples in the pool.
+        n: how many of them are drawn without replacement, a whole number in [1, m].
+
+    Returns:
+        float64 [m] for i = 1..m, ascending, 0 for i < n, sum 1.
+
+    Raises:
+        ValueError: n is not a whole number in [1, m].
+    """
+    _check_n(n, m)
+    n = int(n)
+    weights_M = np.zeros(m)
+    i = np.arange(m, n, -1)  # the weights below the best, as far down as they are not 0
+    log_steps = np.log1p(-(n - 1) / (i - 1))
+    weights_M[n - 1 :] = (n / m) * np.exp(np.cumsum(np.append(0.0, log_steps)))[::-1]
+    return weights_M
+
+
+def winner_weights(
+    rewards_PxM: ArrayLike, n: int, order_PxM: ArrayLike | None = None
+) -> np.ndarray:
+    """The probability that each sample of a pool is the best of n drawn without replacement.
+
+    Args:
+        rewards_PxM: the pool's rewards, M samples of each of P prompts, in any order.
+        n: the N of best-of-N, a whole number in [1, M].
+        order_PxM: None breaks ties at random: tied samples have the same weight. Or keys (of
+            `vbon_jax.bon.log_f.response_order`): the larger key wins a tie; samples with the same
+            reward and key are the same response and share.
+
+    Returns:
+        float64 [P, M] in the pool's own column order, each row adding up to 1.
+
+    Raises:
+        ValueError: rewards_PxM is no matrix or holds NaN (they are counted), order_PxM has another
+            shape, or n is not a whole number in [1, M].
+    """
+    rewards_PxM = _pool(rewards_PxM)
+    weights_M = order_weights(rewards_PxM.shape[1], n)
+    places = _sort(rewards_PxM, order_PxM)
+    below_M = np.append(0.0, np.cumsum(weights_M))
+    share_PxM = (below_M[places.high_PxM] - below_M[places.low_PxM]) / (
+        places.high_PxM - places.low_PxM
+    )
+    weights_PxM = np.empty(rewards_PxM.shape)
+    np.put_along_axis(weights_PxM, places.column_PxM, share_PxM, axis=1)
+    return weights_PxM
+
+
+def best_mean(values_PxM: ArrayLike, weights_PxM: ArrayLike) -> np.ndarray:
+    """The expectation of a quantity over best-of-n: sum of values times `winner_weights`.
+
+    Args:
+        values_PxM: any quantity of each sample in the pool.
+        weights_PxM: their winner weights. A sample of weight 0 counts for nothing, also at a value
+            that is infinite.
+
+    Returns:
+        float64 [P].
+
+    Raises:
+        ValueError: no matrices of the same shape.
+    """
+    values_PxM, weights_PxM = np.asarray(values_PxM, np.float64), np.asarray(weights_PxM)
+    if values_PxM.ndim != 2 or values_PxM.shape != weights_PxM.shape:
+        raise ValueError(
+            "values_PxM and weights_PxM must be matrices of the same shape, one row a prompt, "
+            f"got shapes {values_PxM.shape} and {weights_PxM.shape}"
+        )
+    won_PxM = weights_PxM != 0
+    return np.multiply(values_PxM, weights_PxM, out=np.zeros(values_PxM.shape), where=won_PxM).sum(
+        1
+    )
+
+
+def sample_winners(
+    rng: np.random.Generator,
+    rewards_PxM: ArrayLike,
+    n: int,
+    count: int,
+    order: ArrayLike | None = None,
+) -> np.ndarray:
+    """Draws winners of best-of-n from a pool: columns with `winner_weights`, independently.
+
+    Args:
+        rng: where the randomness comes from.
+        rewards_PxM: the pool's rewards, M samples of each of P prompts.
+        n: the N of best-of-N, a whole number in [1, M].
+        count: how many winners of each prompt; each is the best of its own n samples.
+        order: order_PxM of `winner_weights`.
+
+    Returns:
+        int64 [P, count], columns of rewards_PxM.
+
+    Raises:
+        ValueError: as `winner_weights`, or count is below 0.
+    """
+    rewards_PxM = _pool(rewards_PxM)
+    prompts, m = rewards_PxM.shape
+    cumulative_M = np.cumsum(order_weights(m, n))
+    places = _sort(rewards_PxM, order)
+    place_PxC = np.searchsorted(cumulative_M, rng.random((prompts, count)), side="right")
+    place_PxC = np.minimum(place_PxC, m - 1)  # the sum may round to just below 1
+    low_PxC = np.take_along_axis(places.low_PxM, place_PxC, axis=1)
+    high_PxC = np.take_along_axis(places.high_PxM, place_PxC, axis=1)
+    place_PxC = rng.integers(low_PxC, high_PxC)  # any of those tied with it
+    return np.take_along_axis(places.column_PxM, place_PxC, axis=1)
+
+
+def sample_best_and_worst(
+    rng: np.random.Generator, rewards_PxM: ArrayLike, n: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best and the worst of n samples drawn from a pool without replacement, ties at random.
+
+    The training pairs of BoNBoN (Gui et al., 2024).
+
+    Args:
+        rng: where the randomness comes from.
+        rewards_PxM: the pool's rewards, M samples of each of P prompts.
+        n: how many are drawn, a whole number in [2, M].
+        count: how many draws for each prompt, independent of each other.
+
+    Returns:
+        (best_PxC, worst_PxC), int64 [P, count], columns of rewards_PxM; never the same column.
+
+    Raises:
+        ValueError: rewards_PxM is no matrix or holds NaN (they are counted), n is not a whole
+            number in [2, M], or count is below 0.
+    """
+    rewards_PxM = _pool(rewards_PxM)
+    prompts, m = rewards_PxM.shape
+    _check_n(n, m, lowest=2)
+    best_PxC = np.empty((prompts, count), np.int64)
+    worst_PxC = np.empty((prompts, count), np.int64)
+    columns_PxM = np.broadcast_to(np.arange(m, dtype=np.int32), rewards_PxM.shape)
+    for draw in range(count):
+        drawn_PxN = rng.permuted(columns_PxM, axis=1)[:, : int(n)]
+        drawn_rewards_PxN = np.take_along_axis(rewards_PxM, drawn_PxN, axis=1)
+        # In random order, the first of the tied is any of them. The worst is looked for from the
+        # other end, so that two tied samples are never both the first.
+        best_P = drawn_rewards_PxN.argmax(axis=1)
+        worst_P = int(n) - 1 - drawn_rewards_PxN[:, ::-1].argmin(axis=1)
+        best_PxC[:, draw] = np.take_along_axis(drawn_PxN, best_P[:, None], axis=1)[:, 0]
+        worst_PxC[:, draw] = np.take_along_axis(drawn_PxN, worst_P[:, None], axis=1)[:, 0]
+    return best_PxC, worst_PxC

@@ -1,0 +1,313 @@
+"""Every method as the settings describe it: its first state, its optimizer, the step of its loop.
+
+A method is trained alone (``single``) or as a population of its values and seeds (``population``);
+both go through ``training.loop.run``.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vbon_jax import inputs, responses, sharding
+from vbon_jax.data import reference as reference_files
+from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.errors import InputError
+from vbon_jax.inputs import Decoder, Run
+from vbon_jax.models import heads
+from vbon_jax.rl import preference
+from vbon_jax.sampling import engine
+from vbon_jax.settings import OFFLINE, Settings
+from vbon_jax.training import bond, loop, offline, population, ppo, state
+from vbon_jax.training.loop import Step, World
+from vbon_jax.training.population import Member
+
+STEPS = 10  # gradient steps of an offline method between two looks at the host
+OBJECTIVES = {"ppo": "reward", "bond": "backward"}  # of bon.distribution; vbon chooses its own
+
+
+class Spec(NamedTuple):
+    """A method with what is structure in it: everything but n, beta, m and the seed."""
+
+    name: str
+    objective: str
+    estimator: str
+
+
+class Online(NamedTuple):
+    """iteration: (state, reference params, batches, references, n, beta) -> (state, metrics);
+    sources: which parameters respond; learning_rate: of an iteration, for the log."""
+
+    iteration: Callable[..., Any]
+    sources: tuple[str, ...]
+    learning_rate: Callable[[int], float]
+
+
+def spec(s: Settings) -> Spec:
+    """The method of ``method.name``."""
+    return Spec(s.method.name, s.method.objective, s.method.estimator)
+
+
+def _jeffreys(s: Settings, method: Spec) -> bool:
+    return method.name == "bond" and s.bond.form == "jeffreys"
+
+
+def iterations(s: Settings, method: Spec, prompts: int) -> int:
+    """Passes of the loop."""
+    if method.name not in OFFLINE:
+        return s.train.iterations
+    return offline_steps(s, prompts) // min(STEPS, offline_steps(s, prompts))
+
+
+def offline_steps(s: Settings, prompts: int) -> int:
+    """Gradient steps of an offline method.
+
+    Raises InputError where a batch is larger than all pairs together.
+    """
+    pairs = prompts * s.offline.pairs
+    if pairs < s.offline.batch_size:
+        raise InputError(
+            f"offline.batch_size={s.offline.batch_size} is more than the {pairs} pairs of "
+            f"{prompts} prompts x offline.pairs={s.offline.pairs}: lower it"
+        )
+    return s.offline.epochs * (pairs // s.offline.batch_size)
+
+
+def optimizer(
+    s: Settings, method: Spec, prompts: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with a rate that falls linearly to 0 over all gradient steps, and that schedule."""
+    t = s.train
+    epochs = 1 if _jeffreys(s, method) else t.ppo_epochs
+    updates = t.iterations * epochs * (t.batch_size // t.minibatch_size)
+    rate = t.learning_rate
+    if method.name in OFFLINE:
+        updates, rate = offline_steps(s, prompts), s.offline.learning_rate
+    schedule = optax.linear_schedule(rate, 0.0, updates)
+    return state.adamw(schedule, t.adam_eps, t.weight_decay, t.max_grad_norm), schedule
+
+
+def first_state(
+    s: Settings, method: Spec, reference: Decoder, key: jax.Array, prompts: int
+) -> state.TrainState:
+    """The policy before its first step: the reference's weights, in arrays of their own."""
+    tx, _ = optimizer(s, method, prompts)
+    decoder = jax.tree.map(np.array, jax.device_get(reference.params["decoder"]))
+    params: dict[str, Any] = {"decoder": decoder}
+    if method.name not in OFFLINE and not _jeffreys(s, method):
+        params["value"] = heads.init_value(reference.config, key)
+    fresh = state.create(params, tx, key)
+    if _jeffreys(s, method):  # the optimizer does not see the anchor
+        fresh = fresh._replace(params=params | {"anchor": jax.tree.map(np.array, decoder)})
+    return fresh
+
+
+def world(run: Run, method: Spec) -> World:
+    """What training reads from the workdir."""
+    s = run.settings
+    tokenizer = inputs.load_tokenizer(run)
+    prompts = inputs.load_prompts(run, "train")
+    reference = inputs.load_reference(run)
+    sampling = inputs.sampling(run, tokenizer)
+    samples = reference_files.samples_of(run.workdir.train_samples, prompts, s.samples.m)
+    return World(
+        prompts,
+        inputs.references(run, tokenizer, samples, s.samples.m, method.estimator),
+        inputs.load_reward(run, tokenizer),
+        lambda ids: responses.response_text(tokenizer, ids, sampling.eos_id),
+        sampling,
+        run.mesh,
+        reference.params,
+        reference.config,
+    )
+
+
+def online(s: Settings, method: Spec, config: Any, prompts: int) -> Online:
+    """An online method's iteration."""
+    t = s.train
+    tx, schedule = optimizer(s, method, prompts)
+    if _jeffreys(s, method):
+        plan = bond.BondPlan(
+            s.bond.jeffreys, s.bond.anchor_rate, s.bond.beta, t.minibatch_size,
+            s.sampling.temperature, method.estimator,
+        )  # fmt: skip
+
+        def iterate_bond(state, reference, batches, references, n, beta):
+            del beta  # J-BOND has its own
+            return bond.iteration(
+                state, reference, batches, references, n, config=config, plan=plan, optimizer=tx
+            )
+
+        a_step = t.batch_size // t.minibatch_size
+        return Online(iterate_bond, bond.SOURCES, lambda step: float(schedule(step * a_step)))
+    ppo_plan = ppo.PPOPlan(
+        objective=OBJECTIVES.get(method.name, method.objective),
+        estimator=method.estimator,
+        epochs=t.ppo_epochs,
+        minibatch_size=t.minibatch_size,
+        clip_policy=t.clip_policy,
+        clip_value=t.clip_value,
+        value_coef=t.value_coef,
+        gamma=t.gamma,
+        lam=t.lam,
+        whiten=t.whiten,
+        penalty=t.penalty,
+        temperature=s.sampling.temperature,
+    )
+
+    def iterate_ppo(state, reference, batches, references, n, beta):
+        return ppo.iteration(
+            state, reference, batches[0], references, n, beta,
+            config=config, plan=ppo_plan, optimizer=tx,
+        )  # fmt: skip
+
+    a_step = t.ppo_epochs * (t.batch_size // t.minibatch_size)
+    return Online(iterate_ppo, loop.POLICY, lambda step: float(schedule(step * a_step)))
+
+
+def single(run: Run, w: World) -> tuple[state.TrainState, Step]:
+    """First state, on the mesh, and step of the one policy of ``method``."""
+    s, method = run.settings, spec(run.settings)
+    reference = Decoder(w.config, w.reference)
+    fresh = first_state(s, method, reference, run.key("train"), len(w.prompts))
+    fresh = sharding.place(fresh, run.mesh)
+    if method.name in OFFLINE:
+        member = Member(s.method.n, s.method.beta, s.seed, s.samples.m)
+        return fresh, _offline_step(run, w, method, [member], alone=True)
+    own = online(s, method, w.config, len(w.prompts))
+    table = sharding.place(w.references, run.mesh)
+    n, beta = (sharding.place(jnp.float32(v), run.mesh) for v in (s.method.n, s.method.beta))
+
+    def update(state, batches):
+        return own.iteration(state, w.reference, batches, table, n, beta)
+
+    return fresh, loop.online(
+        w, update, own.sources, s.train.batch_size, s.seed, run.key("rollout"), own.learning_rate
+    )
+
+
+def many(
+    run: Run, w: World, method: Spec, members: Sequence[Member], at_once: int
+) -> tuple[state.TrainState, Step]:
+    """First state and step of a population; see ``training.population``.
+
+    Args:
+      w: its references may stand for each member, [K, P, M].
+      members: as many as the devices can share evenly.
+    """
+    s = run.settings
+    reference = Decoder(w.config, w.reference)
+    keys = jnp.stack([run.key("train", m.seed) for m in members])
+    one = first_state(s, method, reference, keys[0], len(w.prompts))
+    states = population.repeated(one, keys, run.mesh)
+    if method.name in OFFLINE:
+        return states, _offline_step(run, w, method, members, alone=False, at_once=at_once)
+    own = online(s, method, w.config, len(w.prompts))
+    rollout_keys = jnp.stack([run.key("rollout", m.seed) for m in members])
+    return states, population.online(
+        w, own.iteration, own.sources, members, rollout_keys, s.train.batch_size, at_once,
+        own.learning_rate,
+    )  # fmt: skip
+
+
+def _pool(run: Run, w: World) -> tuple[offline.Pool, np.ndarray, np.ndarray | None, np.ndarray]:
+    """The stored samples on the mesh; of them on the host, rewards [P, M], places in the total
+    order [P, M] (None where ties are broken at random) and log pi_ref [N]."""
+    s = run.settings
+    tokenizer = inputs.load_tokenizer(run)
+    samples = reference_files.samples_of(run.workdir.train_samples, w.prompts, s.samples.m)
+    rows = offline.build_pool(
+        samples, w.prompts, partial(tokenizers.encode, tokenizer), s.samples.m,
+        w.sampling.max_new_tokens, engine.bucket_length(max(len(p.tokens) for p in w.prompts)),
+        w.sampling.pad_id, w.sampling.eos_id,
+    )  # fmt: skip
+    if all(x.log_probs is not None and x.response_tokens is not None for x in samples):
+        log_ref = np.array([x.log_probs[: s.samples.m] for x in samples], np.float32).ravel()  # type: ignore[index]
+    else:
+        log_ref = offline.log_ref(
+            w.reference, *rows, s.sampling.batch_size, config=w.config,
+            temperature=s.sampling.temperature,
+        )  # fmt: skip
+    pool = sharding.place(offline.Pool(*rows, log_ref), run.mesh)
+    order = None
+    if s.method.ties == "order":
+        order = inputs.orders(run, tokenizer, samples, s.samples.m)
+    return pool, reference_files.rewards(samples, s.samples.m), order, log_ref
+
+
+def _offline_step(
+    run: Run,
+    w: World,
+    method: Spec,
+    members: Sequence[Member],
+    alone: bool,
+    at_once: int = 1,
+) -> Step:
+    """The step of an offline method: STEPS gradient steps on the pairs of each member."""
+    s = run.settings
+    o, prompts = s.offline, len(w.prompts)
+    pool, rewards, order_PxM, log_ref = _pool(run, w)
+    plan = offline.OfflinePlan(method.name, s.sampling.temperature)
+    tx, schedule = optimizer(s, method, prompts)
+    total = offline_steps(s, prompts)
+    width = min(STEPS, total)
+    chosen = [
+        offline.choices(
+            method.name, rewards, n=int(m.n), pairs=o.pairs, responses=o.responses, labels=o.labels,
+            seed=m.seed, order_PxM=order_PxM,
+        )
+        for m in members
+    ]  # fmt: skip
+    betas, alphas = [], []
+    for m, c in zip(members, chosen):
+        beta, alpha = m.beta, 0.0
+        if method.name == "bonbon":
+            beta = preference.bonbon_beta(int(m.n))
+            alpha = preference.bonbon_alpha(float(-np.mean(log_ref[c.best_E])), beta)
+        betas.append(beta)
+        alphas.append(alpha)
+    order = partial(offline.epoch_order, prompts * o.pairs, o.batch_size)
+    a_pass = prompts * o.pairs // o.batch_size
+
+    def rows_of(member: int, step: int) -> offline.Choices:
+        at = np.arange(step * width, (step + 1) * width)
+        orders = {int(e): order(int(e), members[member].seed) for e in set(at // a_pass)}
+        examples = np.stack([orders[int(i // a_pass)][i % a_pass] for i in at])
+        return offline.Choices(*(x[examples] for x in chosen[member]))
+
+    def steps(pool, state, choices, beta, alpha):
+        return offline.steps(
+            state, pool, choices, beta, alpha, config=w.config, plan=plan, optimizer=tx
+        )
+
+    if alone:
+        update: Callable[..., Any] = jax.jit(steps, donate_argnums=1)
+        scalars = (jnp.float32(betas[0]), jnp.float32(alphas[0]))
+    else:
+
+        def guarded(pool, state, choices, beta, alpha):
+            new, metrics = steps(pool, state, choices, beta, alpha)
+            return population.keep_finite(state, new, metrics)
+
+        update = population.over_members(guarded, run.mesh, at_once, donate=True)
+        scalars = sharding.place(
+            (np.array(betas, np.float32), np.array(alphas, np.float32)), run.mesh, population.AXIS
+        )
+
+    def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
+        rows = [rows_of(i, step) for i in range(len(members))]
+        if alone:
+            choices = rows[0]
+        else:
+            stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
+            choices = sharding.place(stacked, run.mesh, population.AXIS)
+        state, metrics = update(pool, state, choices, *scalars)
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        values["learning_rate"] = float(schedule(step * width))
+        return state, values, f"loss {np.mean(values['loss']):.4f}"
+
+    return one

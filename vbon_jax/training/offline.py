@@ -1,0 +1,404 @@
+"""Alignment from stored samples (bon_sft, dpo, bonbon): the pool, the choices from it, the steps.
+
+A pool holds m reference samples of each of P prompts, N = P m rows, row p m + i being sample i of
+prompt p. The methods differ in which rows they choose and in the loss; none draws a new sample.
+Shape suffixes: S tokens of a whole row, T response slots; in `steps`, S gradient steps.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vbon_jax import sharding
+from vbon_jax.bon import pool as bon_pool
+from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.reference import PromptSamples
+from vbon_jax.errors import InputError
+from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.rl import kl, preference
+from vbon_jax.sampling import decode, engine
+from vbon_jax.sampling import logits as lg
+from vbon_jax.training.state import TrainState
+
+METHODS = ("bon_sft", "dpo", "bonbon")
+LABELS = ("hard", "soft")
+
+
+class Pool(NamedTuple):
+    """N reference samples.
+
+    tokens_NxS: int32, the prompt padded on the left to P columns, then T response slots.
+    mask_NxS: bool, True on real tokens of both. response_mask_NxT: bool, those of the response.
+    log_ref_N: float32 nats, log pi_ref of the whole response at the temperature.
+    """
+
+    tokens_NxS: Any
+    mask_NxS: Any
+    response_mask_NxT: Any
+    log_ref_N: Any
+
+
+class Choices(NamedTuple):
+    """Training examples. best_E, worst_E: int32 rows of the pool (the same row for bon_sft, which
+    uses best alone). preferred_E: float32, the probability that best is the better one."""
+
+    best_E: Any
+    worst_E: Any
+    preferred_E: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OfflinePlan:
+    """method: one of `METHODS`. temperature: of the samples, and so of every log-prob."""
+
+    method: str
+    temperature: float
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} = {value!r} must be one of {', '.join(allowed)}")
+
+
+def _response_ids(
+    samples: PromptSamples,
+    i: int,
+    encode: Callable[[str], Sequence[int]],
+    max_new_tokens: int,
+    eos_id: int | None,
+) -> list[int]:
+    """Ids of response i: those sampled, or of its text, with EOS unless it is known to be cut."""
+    if samples.response_tokens is not None:
+        return list(samples.response_tokens[i][:max_new_tokens])
+    ids = list(encode(samples.responses[i]))
+    cut = samples.finished is not None and not samples.finished[i]
+    return (ids if eos_id is None or cut else [*ids, eos_id])[:max_new_tokens]
+
+
+def build_pool(
+    samples: Sequence[PromptSamples],
+    prompts: Sequence[Prompt],
+    encode: Callable[[str], Sequence[int]],
+    m: int,
+    max_new_tokens: int,
+    prompt_length: int,
+    pad_id: int,
+    eos_id: int | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first m samples of each prompt as rows of tokens: a `Pool` without its log_ref.
+
+    Args:
+      samples: one a prompt, in the order of prompts.
+      prompts: their token ids are what the model sees.
+      encode: text -> ids, for files without the sampled ids.
+      m: samples taken of each prompt.
+      max_new_tokens: T; longer responses are cut.
+      prompt_length: P, columns of the prompt in tokens.
+      pad_id: fills empty slots.
+      eos_id: put at the end of an encoded text, if it fits and the file does not say that the
+        response was cut; None where responses have no end.
+
+    Returns:
+      (tokens_NxS int32, mask_NxS bool, response_mask_NxT bool), N = P m, S = prompt_length + T.
+
+    Raises:
+      InputError: samples that are not those of the prompts, fewer than m of a prompt, a prompt
+        longer than prompt_length, or a response without a token; names it.
+    """
+    if len(samples) != len(prompts):
+        raise InputError(
+            f"samples of {len(samples)} prompts were given for {len(prompts)} prompts; give one a "
+            "prompt, in the same order"
+        )
+    rows: list[list[int]] = []
+    for prompt, of_prompt in zip(prompts, samples, strict=True):
+        name = f"prompt {prompt.id} ({prompt.text!r})"
+        if of_prompt.prompt != prompt.text:
+            raise InputError(f"{name} was given samples of {of_prompt.prompt!r}; sample anew")
+        if len(of_prompt.responses) < m:
+            raise InputError(
+                f"{name} has {len(of_prompt.responses)} responses, m = {m} are needed; sample more "
+                "or lower m"
+            )
+        if len(prompt.tokens) > prompt_length:
+            raise InputError(
+                f"{name} has {len(prompt.tokens)} tokens, more than prompt_length = {prompt_length}"
+            )
+        for i in range(m):
+            rows.append(_response_ids(of_prompt, i, encode, max_new_tokens, eos_id))
+            if not rows[-1]:
+                raise InputError(
+                    f"{name}: response {i} ({of_prompt.responses[i]!r}) has no token to train on; "
+                    "remove it and its reward from the samples"
+                )
+    left = engine.pad_left([p.tokens for p in prompts], prompt_length, pad_id)
+    tokens_NxT = np.full((len(rows), max_new_tokens), pad_id, np.int32)
+    response_mask_NxT = np.zeros(tokens_NxT.shape, bool)
+    for row, ids in enumerate(rows):
+        tokens_NxT[row, : len(ids)] = ids
+        response_mask_NxT[row, : len(ids)] = True
+    return (
+        np.concatenate([np.repeat(left.tokens_BxP, m, axis=0), tokens_NxT], axis=1),
+        np.concatenate([np.repeat(left.mask_BxP, m, axis=0), response_mask_NxT], axis=1),
+        response_mask_NxT,
+    )
+
+
+def log_prob(
+    params: Any,
+    tokens_BxS: jax.Array,
+    mask_BxS: jax.Array,
+    response_mask_BxT: jax.Array,
+    *,
+    config: DecoderConfig,
+    temperature: float,
+) -> jax.Array:
+    """log-probability of each response given its prompt, summed over its tokens: float32 nats [B].
+
+    Args:
+      params: {"decoder": ...}. The arrays are rows of a `Pool`.
+      temperature: divides the logits.
+    """
+    response_len = response_mask_BxT.shape[1]
+    logits, _ = decode.response_logits(
+        params["decoder"], config, tokens_BxS, mask_BxS, response_len, temperature
+    )
+    log_probs_BxT = lg.log_prob(logits, tokens_BxS[:, -response_len:])
+    return kl.sequence_sum(log_probs_BxT, response_mask_BxT)
+
+
+_log_prob_jit = partial(jax.jit, static_argnames=("config", "temperature"))(log_prob)
+
+
+def log_ref(
+    params: Any,
+    tokens_NxS: Any,
+    mask_NxS: Any,
+    response_mask_NxT: Any,
+    batch_size: int,
+    *,
+    config: DecoderConfig,
+    temperature: float,
+) -> np.ndarray:
+    """`log_prob` of a whole pool under the reference, batch_size rows a forward: float32 [N].
+
+    The last batch is filled with copies of its last row, so that one program serves all.
+    """
+    arrays = (tokens_NxS, mask_NxS, response_mask_NxT)
+    size = len(tokens_NxS)
+    found = []
+    for start in range(0, size, batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), size - 1)
+        log_prob_B = _log_prob_jit(
+            params, *(x[rows] for x in arrays), config=config, temperature=temperature
+        )
+        found.append(np.asarray(log_prob_B)[: size - start])
+    return np.concatenate(found)
+
+
+def _check_counts(method: str, m: int, n: int, pairs: int, responses: int, labels: str) -> None:
+    _check_choice("method", method, METHODS)
+    _check_choice("labels", labels, LABELS)
+    if pairs < 1:
+        raise InputError(f"pairs = {pairs} a prompt; at least 1 is needed")
+    if method == "dpo":
+        most = responses * (responses - 1) // 2
+        if not 2 <= responses <= m:
+            raise InputError(
+                f"responses = {responses} must be between 2 and the m = {m} samples of a prompt"
+            )
+        if pairs > most:
+            raise InputError(
+                f"pairs = {pairs} a prompt, but {responses} responses make only {most}; lower "
+                "pairs or raise responses"
+            )
+        return
+    lowest = 2 if method == "bonbon" else 1  # a best, and a worst beside it
+    if not (lowest <= n <= m and n % 1 == 0):
+        raise InputError(
+            f"n = {n} must be a whole number from {lowest} to the m = {m} samples of a prompt for "
+            f"{method}; sample more or change n"
+        )
+
+
+def _dpo_choices(
+    rng: np.random.Generator, rewards_PxM: np.ndarray, pairs: int, responses: int, labels: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(best, worst, preferred), [P, pairs] each: pairs of the first responses, none twice."""
+    combinations_Cx2 = np.array(list(itertools.combinations(range(responses), 2)))
+    order_PxC = np.argsort(rng.random((len(rewards_PxM), len(combinations_Cx2))), axis=1)
+    first, second = np.moveaxis(combinations_Cx2[order_PxC[:, :pairs]], -1, 0)
+    lead = np.take_along_axis(rewards_PxM, first, 1) - np.take_along_axis(rewards_PxM, second, 1)
+    best, worst = np.where(lead >= 0, (first, second), (second, first))
+    soft = 1 / (1 + np.exp(-np.abs(lead)))  # 1/2 at a tie
+    return best, worst, soft if labels == "soft" else np.where(lead == 0, 0.5, 1.0)
+
+
+def choices(
+    method: str,
+    rewards_PxM: np.ndarray,
+    *,
+    n: int,
+    pairs: int,
+    responses: int,
+    labels: str,
+    seed: int,
+    order_PxM: np.ndarray | None = None,
+) -> Choices:
+    """The E = P pairs training examples of a method, prompt by prompt.
+
+    bon_sft: the best of n of the m samples. bonbon: best and worst of the same n. Both are drawn
+    ``pairs`` times a prompt, the n without replacement, tied rewards at random. dpo: of the pairs
+    that the first ``responses`` samples of a prompt make, ``pairs`` different ones at random; best
+    is the one of higher reward.
+
+    Args:
+      rewards_PxM: rewards of the pool's samples, in its order.
+      n: the N of best-of-N, a whole number of at most m; unused by dpo.
+      pairs: examples a prompt.
+      responses: samples a prompt that dpo pairs up; unused by the others.
+      labels: of dpo: "hard" takes the higher reward as preferred with probability 1 (1/2 where two
+        rewards are equal), "soft" with the Bradley-Terry probability sigmoid(r(best) - r(worst)).
+      seed: decides the draws.
+      order_PxM: of bon_sft: places in the total order that breaks ties; None breaks them at random.
+
+    Raises:
+      InputError: an unknown method or label, or numbers that m samples cannot serve; names them.
+    """
+    rewards_PxM = np.asarray(rewards_PxM, np.float64)
+    num_prompts, m = rewards_PxM.shape
+    _check_counts(method, m, n, pairs, responses, labels)
+    rng = np.random.default_rng(seed)
+    preferred = np.ones((num_prompts, pairs))
+    if method == "dpo":
+        best, worst, preferred = _dpo_choices(rng, rewards_PxM, pairs, responses, labels)
+    elif method == "bonbon":
+        best, worst = bon_pool.sample_best_and_worst(rng, rewards_PxM, n, pairs)
+    else:
+        best = worst = bon_pool.sample_winners(rng, rewards_PxM, n, pairs, order_PxM)
+    first_row_Px1 = m * np.arange(num_prompts)[:, None]
+    return Choices(
+        (first_row_Px1 + best).astype(np.int32).ravel(),
+        (first_row_Px1 + worst).astype(np.int32).ravel(),
+        preferred.astype(np.float32).ravel(),
+    )
+
+
+def epoch_order(size: int, batch_size: int, epoch: int, seed: int) -> np.ndarray:
+    """The examples of each step of a pass, int32 [size // batch_size, batch_size], none twice.
+
+    What is left over when batch_size does not divide size sits this pass out; another epoch leaves
+    out others. A function of its arguments alone.
+
+    Raises:
+      InputError: fewer examples than a batch.
+    """
+    if not 1 <= batch_size <= size:
+        raise InputError(
+            f"batch_size = {batch_size} must be between 1 and the {size} training examples"
+        )
+    order_E = np.random.default_rng((seed, epoch)).permutation(size)
+    steps_of_pass = size // batch_size
+    return order_E[: steps_of_pass * batch_size].reshape(-1, batch_size).astype(np.int32)
+
+
+def loss(
+    params: Any,
+    pool: Pool,
+    rows: Choices,
+    beta: jax.Array | float,
+    alpha: jax.Array | float,
+    *,
+    config: DecoderConfig,
+    plan: OfflinePlan,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean loss of a minibatch of choices.
+
+    Args:
+      params: {"decoder": ...}.
+      rows: B examples.
+      beta: dpo's beta, or bonbon's beta_n (`preference.bonbon_beta`); unused by bon_sft.
+      alpha: bonbon's weight of its likelihood term; unused by the others.
+
+    Returns:
+      (float32 scalar, metrics): ``loss``, ``nll`` (mean -log policy(best), nats a response), and of
+      pairs ``accuracy`` (share with log-ratio(best) > log-ratio(worst)) and ``margin`` (mean of
+      their difference, nats).
+    """
+    pairwise = plan.method != "bon_sft"
+    rows_B = jnp.concatenate([rows.best_E, rows.worst_E]) if pairwise else rows.best_E
+    # Gathered rows would be whole on every device: each would do all of the minibatch.
+    batch = sharding.constrain(jax.tree.map(lambda x: jnp.asarray(x)[rows_B], pool), "batch")
+    log_policy = log_prob(params, *batch[:3], config=config, temperature=plan.temperature)
+    size = rows.best_E.shape[0]
+    nll = -jnp.mean(log_policy[:size])
+    if not pairwise:
+        return nll, {"loss": nll, "nll": nll}
+    log_ratio = log_policy - batch.log_ref_N
+    best, worst = log_ratio[:size], log_ratio[size:]
+    if plan.method == "dpo":
+        loss_B = preference.dpo_loss(best, worst, beta, rows.preferred_E)
+    else:
+        loss_B = preference.bonbon_loss(log_policy[:size], best, worst, beta, alpha)
+    total = jnp.mean(loss_B)
+    return total, {
+        "loss": total,
+        "nll": nll,
+        "accuracy": jnp.mean((best > worst).astype(jnp.float32)),
+        "margin": jnp.mean(best - worst),
+    }
+
+
+def steps(
+    state: TrainState,
+    pool: Pool,
+    choices_SxB: Choices,
+    beta: jax.Array | float,
+    alpha: jax.Array | float,
+    *,
+    config: DecoderConfig,
+    plan: OfflinePlan,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """S gradient steps, one a row of choices_SxB, in one scan.
+
+    Pure and not jitted, for `jax.vmap` over (state, choices_SxB, beta, alpha) with one pool for all
+    members as well. Callers jit it with config, plan and optimizer static and the state donated.
+
+    Args:
+      state: params are {"decoder": ...}.
+      choices_SxB: `Choices` with leading axes [S, B].
+      beta, alpha: as in `loss`; data, not structure.
+
+    Returns:
+      (state S steps on, metrics of `loss`, means over the steps, and ``grad_norm``, the largest).
+    """
+
+    def gradient_step(carry, rows):
+        params, opt_state = carry
+        grads, info = jax.grad(loss, has_aux=True)(
+            params, pool, rows, beta, alpha, config=config, plan=plan
+        )
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        info["grad_norm"] = optax.tree.norm(grads)
+        return (optax.apply_updates(params, updates), opt_state), info
+
+    with jax.named_scope("offline"):
+        (params, opt_state), info = jax.lax.scan(
+            gradient_step, (state.params, state.opt_state), choices_SxB
+        )
+    metrics = {name: jnp.mean(value) for name, value in info.items()}
+    metrics["grad_norm"] = jnp.max(info["grad_norm"])
+    done = state.step + choices_SxB.best_E.shape[0]
+    # Left to the compiler, small leaves drift from the table, and the next call compiles anew.
+    return sharding.constrain(TrainState(done, params, opt_state, state.key), ""), metrics
