@@ -2,9 +2,9 @@
 
     vbon run --config=configs/reviews_sweep.py
 
-The grids of the paper's Appendix F, scaled to 2 CPU cores: vBoN at 11 values of n with 3 seeds, the
-other methods at fewer values with 2 of those seeds' worth of time, smaller models and shorter
-training than configs/reviews.py. All policies of a method are trained in one program. It writes
+The grids of the paper's Appendix F, scaled to 2 CPU cores: vBoN, PPO, DPO and BoNBoN at 11 values
+with 3 seeds each, the others at 3 values; smaller models and shorter training than
+configs/reviews.py. All policies of a method are trained in one program. It writes
 ``report.html``; several workers may run the same command on one workdir.
 """
 
@@ -25,21 +25,22 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.evaluator.train = True
     config.samples.m = 200
     config.evaluate.m = 200
-    config.train.update(iterations=100, batch_size=128, minibatch_size=32, ppo_epochs=2,
-                        learning_rate=1e-3)  # fmt: skip
+    config.offline.epochs = 1
+    config.train.update(iterations=80, batch_size=128, minibatch_size=32, ppo_epochs=2,
+                        learning_rate=5e-4)  # fmt: skip
     if not variant:
         config.reference.model = {"layers": 2, "width": 96, "heads": 4, "positions": 64}
         config.sampling.max_new_tokens = 32
     config.sweep.update(
         bon=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128),
         vbon=(1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512),
-        lower_bound=(2, 4, 8, 16, 32, 128),
-        ppo=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0),
-        dpo=(0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
-        bonbon=(2, 4, 8, 16, 32, 64, 128),
-        bon_sft=(2, 4, 8, 32, 128),
-        bond=(2, 4, 8, 16, 32, 128),
-        m=(4, 16, 64, 200),
+        lower_bound=(2, 8, 32),
+        ppo=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0),
+        dpo=(0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0),
+        bonbon=(2, 3, 4, 6, 8, 16, 32, 64, 96, 128, 200),
+        bon_sft=(8, 32, 128),
+        bond=(2, 8, 32),
+        m=(8, 32, 200),
         temperatures=(0.25, 0.5, 0.75, 1.0),
         seeds=3,
     )

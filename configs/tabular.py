@@ -130,6 +130,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "bond": (),
                 "m": (),
                 "temperatures": (),
+                "temperature_m": 64,
                 "seeds": 1,
                 "at_once": 1,
                 "stale_seconds": 60.0,

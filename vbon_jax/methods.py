@@ -4,6 +4,7 @@ A method is trained alone (``single``) or as a population of its values and seed
 both go through ``training.loop.run``.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -57,10 +58,11 @@ def _jeffreys(s: Settings, method: Spec) -> bool:
 
 
 def iterations(s: Settings, method: Spec, prompts: int) -> int:
-    """Passes of the loop."""
+    """Passes of the loop. What the last one of an offline method does beyond ``offline_steps`` has
+    a learning rate of 0."""
     if method.name not in OFFLINE:
         return s.train.iterations
-    return offline_steps(s, prompts) // min(STEPS, offline_steps(s, prompts))
+    return -(-offline_steps(s, prompts) // STEPS)
 
 
 def offline_steps(s: Settings, prompts: int) -> int:
@@ -254,7 +256,7 @@ def _offline_step(
     plan = offline.OfflinePlan(method.name, s.sampling.temperature)
     tx, schedule = optimizer(s, method, prompts)
     total = offline_steps(s, prompts)
-    width = min(STEPS, total)
+    width = min(STEPS, total)  # one program, also for the last pass
     chosen = [
         offline.choices(
             method.name, rewards, n=int(m.n), pairs=o.pairs, responses=o.responses, labels=o.labels,
@@ -299,6 +301,7 @@ def _offline_step(
         )
 
     def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
+        began = time.monotonic()
         rows = [rows_of(i, step) for i in range(len(members))]
         if alone:
             choices = rows[0]
@@ -308,6 +311,7 @@ def _offline_step(
         state, metrics = update(pool, state, choices, *scalars)
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         values["learning_rate"] = float(schedule(step * width))
+        values["seconds_update"] = time.monotonic() - began
         return state, values, f"loss {np.mean(values['loss']):.4f}"
 
     return one

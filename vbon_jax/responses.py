@@ -137,8 +137,11 @@ def also_evaluator(evaluator: Reward | None, prompts: Sequence[Prompt]) -> Also 
 
     def also(batch: engine.Batch) -> dict[str, jax.Array]:
         scores = score_batch(evaluator, batch, texts)
-        check_rewards(np.asarray(scores)[: batch.size], [texts[r.prompt_id] for r in batch.requests],
-                      lambda row: f"number {row} of the batch (by the evaluator)")  # fmt: skip
+        check_rewards(
+            np.asarray(scores)[: batch.size],
+            [texts[r.prompt_id] for r in batch.requests],
+            lambda row: f"number {row} of the batch (by the evaluator)",
+        )
         return {"evaluator": scores}
 
     return also

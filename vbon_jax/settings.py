@@ -219,6 +219,8 @@ class Sweep:
     temperatures: tuple[float, ...] = key(
         "each method, matched to `method.n`, is measured at these"
     )
+    temperature_m: int = key("as `evaluate.m`, at these temperatures and out of distribution",
+                             least=1)  # fmt: skip
     seeds: int = key("seeds of each setting", least=1)
     at_once: int = key("policies vmapped on a device, the others following in the same program; "
                        "0 for all: best on GPU and TPU, 1 on CPU", least=0)  # fmt: skip
@@ -428,12 +430,13 @@ def _check_methods(s: Settings, refuse: Callable[[bool, str], None]) -> None:
         for name, value in _named(key, w):
             refuse(value > 0, f"{name} has {value}: it must be above 0")
     most = o.responses * (o.responses - 1) // 2
+    no_dpo = m.name != "dpo" and not w.dpo
     refuse(
-        o.pairs <= most or (m.name != "dpo" and not w.dpo),
+        o.pairs <= most or no_dpo,
         f"offline.pairs={o.pairs} is more than the {most} pairs of offline.responses={o.responses}",
     )
     refuse(
-        o.responses <= s.samples.m,
+        o.responses <= s.samples.m or no_dpo,
         f"offline.responses={o.responses} is more than samples.m={s.samples.m}",
     )
     offline = m.name in OFFLINE or w.dpo or w.bonbon or w.bon_sft

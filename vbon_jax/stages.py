@@ -151,7 +151,7 @@ def _evaluated(
     """Rows and sample lines of one temperature."""
     s = run.settings
     n = s.method.n
-    held = heldout.open_split(run, loaded, "test", temperature, n)
+    held = heldout.open_split(run, loaded, "test", temperature, n, s.evaluate.m)
 
     def fast(row: dict[str, Any], model: Decoder, calls: int, scoring: bool) -> dict[str, Any]:
         responses_a_second, tokens_a_second = held.speed(model, calls, scoring)

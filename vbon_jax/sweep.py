@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def folder(run: Run, unit: Unit) -> Path:
         },
         "method": [s.method.estimator, s.method.ties, s.method.n],
         "unit": [*unit.method, *[list(m) for m in map(_values, unit.members)]],
-        "temperatures": list(s.sweep.temperatures),
+        "temperatures": [*s.sweep.temperatures, s.sweep.temperature_m],
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
     return run.workdir.root / "sweep" / f"{unit.name}-{digest}"
@@ -111,8 +112,12 @@ class Splits:
     def get(self, split: str, temperature: float) -> heldout.HeldOut:
         at = split, temperature
         if at not in self._open:
-            n = self.run.settings.method.n
-            self._open[at] = heldout.open_split(self.run, self.models, split, temperature, n)
+            s = self.run.settings
+            front = at == ("test", s.sampling.temperature)
+            m = s.evaluate.m if front else s.sweep.temperature_m
+            self._open[at] = heldout.open_split(
+                self.run, self.models, split, temperature, s.method.n, m
+            )
         return self._open[at]
 
     def all(self) -> Iterator[heldout.HeldOut]:
@@ -149,8 +154,12 @@ def sweep(run: Run) -> None:
                     waiting.append(unit)
                     continue
                 with claim:
-                    _work(run, unit, place, worlds, splits)
-                    if not claim.finish():
+                    try:
+                        _work(run, unit, place, worlds, splits, claim)
+                        finished = claim.finish()
+                    except _TakenOver:
+                        finished = False
+                    if not finished:
                         log(f"sweep: {unit.name} was taken over by another worker; it finishes it")
                         waiting.append(unit)
                 write_table(run)
@@ -165,14 +174,15 @@ def sweep(run: Run) -> None:
 def yardsticks(run: Run, splits: Splits) -> None:
     """``sweep/yardsticks.jsonl``: reference and best-of-n at every split and temperature."""
     s = run.settings
-    n = int(s.method.n) if s.method.n.is_integer() and s.method.n <= s.evaluate.m else None
+    whole = s.method.n.is_integer() and s.method.n <= s.sweep.temperature_m
+    n = int(s.method.n) if whole else None
     rows = []
     for held in splits.all():
         study = "front" if held.sampling.temperature == s.sampling.temperature else "temperature"
-        common = {"split": held.split, "seed": s.seed, "m": s.evaluate.m, "beta": None,
+        common = {"split": held.split, "seed": s.seed, "m": held.pool.rewards.shape[1], "beta": None,
                   "seconds": 0.0, "sample_seconds": 0.0, "unit": "yardsticks"}  # fmt: skip
         found = [("reference", study, held.reference())]
-        for size in s.sweep.bon if study == "front" else ():
+        for size in s.sweep.bon if held.split == "test" and study == "front" else ():
             found.append(("bon", study, held.bon(size)))
         if held.sampling.temperature in s.sweep.temperatures:
             found.append(("reference", "temperature", held.reference()))
@@ -193,14 +203,34 @@ def _row(row: dict[str, Any], method: str, study: str, common: dict[str, Any]) -
     return {"method": method, "study": study} | rest | common
 
 
-def _work(run: Run, unit: Unit, place: Path, worlds: dict[str, World], splits: Splits) -> None:
-    """Trains a unit, from its checkpoint if there is one, and measures its members."""
+class _TakenOver(Exception):
+    """The claim was lost: the unit's files are another worker's now."""
+
+
+def _while_held(one: loop.Step, claim: claims.Claim) -> loop.Step:
+    """``one``, which raises _TakenOver instead of an iteration once the claim is lost."""
+
+    def held(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
+        if not claim.held():
+            raise _TakenOver
+        return one(state, step)
+
+    return held
+
+
+def _work(
+    run: Run, unit: Unit, place: Path, worlds: dict[str, World], splits: Splits, claim: claims.Claim
+) -> None:
+    """Trains a unit, from its checkpoint if there is one, and measures its members.
+
+    Raises _TakenOver where the claim is lost before the end of training."""
     s = run.settings
     if unit.method.estimator not in worlds:
         worlds[unit.method.estimator] = methods.world(run, unit.method)
     world = _for_members(run, worlds[unit.method.estimator], unit)
     members = population.padded(unit.members, run.mesh)
     state, step = methods.many(run, world, unit.method, members, s.sweep.at_once)
+    step = _while_held(step, claim)
     total = methods.iterations(s, unit.method, len(world.prompts))
     checkpointer = Checkpointer(place / "checkpoints", keep=1)
     try:
@@ -362,7 +392,7 @@ def write_table(run: Run) -> None:
 def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Writes JSON lines so that the file is whole or not there, also beside other workers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # pids of hosts may agree
     with temporary.open("wb") as file:
         for record in records:
             file.write(jsonl.dump_line(record))

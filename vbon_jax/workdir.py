@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,7 +217,8 @@ class Workdir:
     def write_json(path: Path, value: Any) -> None:
         """Writes JSON so that the file is whole or not there."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        # A name of its own: another worker may be writing the same file.
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         with temporary.open("w") as file:
             json.dump(value, file, indent=1)
             file.flush()

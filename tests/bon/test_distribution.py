@@ -9,7 +9,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from vbon_jax.bon import distribution, enumeration
+from vbon_jax.bon import distribution, enumeration, targets
 
 LOG_F = np.float32([-np.inf, -300, -50, -10, -3, -1, -0.7, -0.3, -0.1, -1e-3, -1e-6, 0])
 LOG_MASS = np.float32(
@@ -105,6 +105,7 @@ def test_nan_is_not_hidden(n):
     for objective in ("exact", "lower_bound", "jensen_bound"):
         got = distribution.sequence_reward(objective, n=n, log_f=np.float32(np.nan), log_mass=-1.0)
         assert np.isnan(got)
+    assert np.isnan(distribution.sequence_reward("backward", n=n, log_up_to=np.float32(np.nan)))
 
 
 def test_n_may_be_traced_and_batched():
@@ -133,6 +134,7 @@ def test_bad_n_is_refused_by_name_and_value(bad):
         lambda: distribution.log_bon_prob(-1.0, -2.0, bad),
         lambda: distribution.sequence_reward("lower_bound", n=bad, log_f=-1.0),
         lambda: distribution.kl_coefficient("exact", bad),
+        lambda: distribution.kl_coefficient("backward", bad),
         lambda: distribution.entropy_coefficient("jensen_bound", bad),
     ]
     for call in calls:
@@ -143,15 +145,18 @@ def test_bad_n_is_refused_by_name_and_value(bad):
 def test_golden_objectives():
     # n = 4: beta = 10, gamma = 6, alpha = 9, and everything over beta.
     log_f, log_ratio = np.float32([-1.0, -2.0]), np.float32([0.5, -3.0])
+    log_up_to = np.float32([-0.3, 0.0])
     reward = distribution.sequence_reward
     np.testing.assert_allclose(reward("exact", n=4, log_ratio=log_ratio), [0.125, -0.75])
     np.testing.assert_allclose(reward("lower_bound", n=4, log_f=log_f), [-0.75, -1.5])
     np.testing.assert_allclose(reward("jensen_bound", n=4, log_f=log_f), [-0.6, -1.2], rtol=1e-6)
+    np.testing.assert_allclose(reward("backward", n=4, log_up_to=log_up_to), log_up_to)
     np.testing.assert_allclose(reward("reward", reward=log_ratio), log_ratio)
+    assert distribution.OBJECTIVES == ("exact", "lower_bound", "jensen_bound", "backward", "reward")
     kl = [distribution.kl_coefficient(name, 4, 0.05) for name in distribution.OBJECTIVES]
-    np.testing.assert_allclose(kl, [0.25, 0.25, 1.0, 0.05])
+    np.testing.assert_allclose(kl, [0.25, 0.25, 1.0, 1 / 3, 0.05])
     entropy = [distribution.entropy_coefficient(name, 4) for name in distribution.OBJECTIVES]
-    np.testing.assert_allclose(entropy, [0, 0, -0.9, 0])
+    np.testing.assert_allclose(entropy, [0, 0, -0.9, 0, 0])
 
 
 def test_exact_reward_uses_formula_1():
@@ -176,7 +181,13 @@ def objective_value(objective, log_p_S, log_ref_S, rewards_S, n):
     """c-scaled objective of a policy on an enumerated world."""
     log_f_S, log_mass_S = enumeration.log_f_and_mass(log_ref_S, rewards_S)
     p_S = np.exp(log_p_S)
-    reward_S = distribution.sequence_reward(objective, n=n, log_f=log_f_S, log_mass=log_mass_S)
+    reward_S = distribution.sequence_reward(
+        objective,
+        n=n,
+        log_f=log_f_S,
+        log_mass=log_mass_S,
+        log_up_to=np.logaddexp(log_f_S, log_mass_S),
+    )
     said = p_S > 0
     value = np.sum(p_S[said] * np.asarray(reward_S, np.float64)[said])
     value -= float(distribution.kl_coefficient(objective, n)) * enumeration.kl(log_p_S, log_ref_S)
@@ -227,6 +238,30 @@ def test_the_optimum_of_the_jensen_bound(world):
         assert objective_value("jensen_bound", near, *world, n) < best
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("n", [1.5, 3.0, 64.0])
+def test_the_optimum_of_the_backward_objective(world, n, tied):
+    """E[R] - c KL(p || ref) is largest at ref exp(R / c) / Z, where it is c log Z."""
+    log_ref_S, rewards_S = world[0], np.floor(world[1] / 4) if tied else world[1]
+    up_to_S = [np.exp(log_ref_S[rewards_S <= r]).sum() for r in rewards_S]
+    weight_S = np.exp(log_ref_S) * np.array(up_to_S) ** (n - 1)
+    log_best_S = targets.bond_backward(log_ref_S, rewards_S, n)
+    np.testing.assert_allclose(np.exp(log_best_S), weight_S / weight_S.sum(), rtol=1e-9)
+    best = objective_value("backward", log_best_S, log_ref_S, rewards_S, n)
+    np.testing.assert_allclose(best, np.log(weight_S.sum()) / (n - 1), rtol=1e-5)
+    for log_p_S in random_policies(world, 10):
+        assert objective_value("backward", log_p_S, log_ref_S, rewards_S, n) < best
+        near = np.logaddexp(np.log(0.9) + log_best_S, np.log(0.1) + log_p_S)
+        assert objective_value("backward", near, log_ref_S, rewards_S, n) < best
+
+
+def test_the_backward_objective_at_n_of_one_and_near_it():
+    # At n = 1 the reference is the optimum: all weight is on the KL.
+    assert distribution.kl_coefficient("backward", 1) == np.inf
+    np.testing.assert_allclose(distribution.kl_coefficient("backward", np.float32([1.25, 9])),
+                               [4, 0.125])  # fmt: skip
+
+
 def test_missing_and_unknown_arguments_are_named():
     with pytest.raises(ValueError, match=re.escape("objective='exakt'")) as error:
         distribution.sequence_reward("exakt", n=2, log_f=-1.0)
@@ -236,7 +271,9 @@ def test_missing_and_unknown_arguments_are_named():
         (lambda: distribution.sequence_reward("exact", n=2, log_mass=-1.0), "needs log_f"),
         (lambda: distribution.sequence_reward("lower_bound", n=2), "needs log_f"),
         (lambda: distribution.sequence_reward("jensen_bound", log_f=-1.0), "n must be"),
+        (lambda: distribution.sequence_reward("backward", n=2, log_f=-1.0), "needs log_up_to"),
         (lambda: distribution.sequence_reward("reward", n=2), "needs reward"),
+        (lambda: distribution.kl_coefficient("backward"), "n must be"),
         (lambda: distribution.kl_coefficient("reward", 2), "needs beta"),
         (lambda: distribution.kl_coefficient("reward", 2, -0.1), "got beta=-0.1"),
         (lambda: distribution.kl_coefficient("reward", 2, np.nan), "got beta=nan"),
@@ -253,9 +290,10 @@ def test_coefficients_may_be_made_inside_jit():
             distribution.kl_coefficient("reward", n, beta),
             distribution.kl_coefficient("reward", n, 0.3),  # concrete under a trace
             distribution.kl_coefficient("jensen_bound", 4.0),
+            distribution.kl_coefficient("backward", n),
             distribution.entropy_coefficient("jensen_bound", n),
             distribution.sequence_reward("lower_bound", n=4, log_f=-1.0),
         )
 
     got = jax.jit(coefficients)(4.0, 0.5)
-    np.testing.assert_allclose(got, [0.5, 0.3, 1.0, -0.9, -0.75], rtol=1e-6)
+    np.testing.assert_allclose(got, [0.5, 0.3, 1.0, 1 / 3, -0.9, -0.75], rtol=1e-6)

@@ -1,6 +1,7 @@
 """A workdir as a whole run leaves it, with figures that follow theory and a little noise."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -220,9 +221,10 @@ def evaluation() -> dict:
 TABULAR = {
     "rows": [
         {
-            "method": method, "n": n, "beta": beta, "kl_target": 0.0013, "kl_bon": 0.0123,
-            "kl_ref": bound(8), "win_rate": 0.8765, "target": target,
+            "method": method, "n": n, "beta": beta, "kl_target": 0.0013 + 0.0002 * seed,
+            "kl_bon": 0.0123, "kl_ref": bound(8), "win_rate": 0.8765, "target": target,
         }
+        for seed in (0, 1)
         for method, n, beta, target in (
             ("vbon", 8.0, None, "pi_bon"), ("ppo", None, 1 / 7, "pi_ref exp(r/beta)/Z"),
         )
@@ -235,16 +237,26 @@ def sweep() -> list[dict]:
     return sweep_rows()
 
 
+@pytest.fixture(scope="session")
+def fill_workdir(sweep: list[dict]) -> Callable[[Path], Path]:
+    """Writes every file that the report reads into a folder."""
+
+    def fill(workdir: Path) -> Path:
+        for name, value in (("config", CONFIG), ("convergence", convergence()),
+                            ("tabular", TABULAR), ("evaluation", evaluation())):  # fmt: skip
+            (workdir / f"{name}.json").write_text(json.dumps(value))
+        write_lines(workdir / "sweep.jsonl", sweep)
+        write_lines(workdir / "metrics.jsonl", [metric(step) for step in range(1, 41)])
+        lines = sample_lines()
+        trained = [line for line in lines if line["policy"] in ("vbon", "ppo")]
+        write_lines(workdir / "sweep_samples.jsonl", trained)
+        own = [line for line in lines if line["policy"] != "ppo"]
+        write_lines(workdir / "evaluation_samples.jsonl", own)
+        return workdir
+
+    return fill
+
+
 @pytest.fixture
-def full_workdir(tmp_path: Path, sweep: list[dict]) -> Path:
-    """Every file the report reads."""
-    for name, value in (("config", CONFIG), ("convergence", convergence()), ("tabular", TABULAR),
-                        ("evaluation", evaluation())):  # fmt: skip
-        (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    write_lines(tmp_path / "sweep.jsonl", sweep)
-    write_lines(tmp_path / "metrics.jsonl", [metric(step) for step in range(1, 41)])
-    lines = sample_lines()
-    write_lines(tmp_path / "sweep_samples.jsonl", lines)
-    kept = [line for line in lines if line["policy"] != "ppo"]
-    write_lines(tmp_path / "evaluation_samples.jsonl", kept)
-    return tmp_path
+def full_workdir(tmp_path: Path, fill_workdir: Callable[[Path], Path]) -> Path:
+    return fill_workdir(tmp_path)

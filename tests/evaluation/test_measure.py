@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vbon_jax.bon import theory
+from vbon_jax.bon import references, theory
+from vbon_jax.data.reference import PromptSamples
+from vbon_jax.errors import InputError
 from vbon_jax.evaluation import measure
 from vbon_jax.models import decoder
 from vbon_jax.responses import Response
@@ -83,19 +85,25 @@ def test_sampled_frequencies_follow_the_model(small, drawn):
     assert np.all(np.abs(found - p) < 5 * np.sqrt(p / len(index)) + 1e-3)
 
 
-def test_exact_equals_brute_force(small):
-    """Best-of-2 by going through all pairs of strings."""
+@pytest.mark.parametrize("by_order", [False, True])
+def test_exact_equals_brute_force(small, by_order):
+    """Best-of-2 by going through all pairs of strings; among ties a coin, or the order, decides."""
     config, policy, reference = small
-    rewards = np.random.default_rng(0).permutation(64).astype(np.float64)
+    rng = np.random.default_rng(0)
+    rewards = rng.permutation(64).astype(np.float64)
+    order = None
+    if by_order:
+        rewards, order = np.floor(rewards / 8), rng.integers(0, 2**32, 64, dtype=np.uint32)
     found = measure.exact(
         policy, reference, [(1,)], STRINGS, rewards[None], 2.0, TEMPERATURE, config=config,
-        ref_config=config,
+        ref_config=config, order_S=order,
     )  # fmt: skip
     p, ref = (np.exp(twin_log_probs(config, x)) for x in (policy, reference))
     p, ref = p / p.sum(), ref / ref.sum()
     bon = np.zeros(64)
     for i, j in itertools.product(range(64), repeat=2):
-        bon[i if rewards[i] >= rewards[j] else j] += ref[i] * ref[j]
+        key_i, key_j = ((rewards[x], order[x] if by_order else 0) for x in (i, j))
+        bon[i if key_i >= key_j else j] += ref[i] * ref[j]
     beats = (rewards[:, None] > rewards) + 0.5 * (rewards[:, None] == rewards)
 
     def kl(a, b):
@@ -111,31 +119,154 @@ def test_exact_equals_brute_force(small):
         assert found[name] == pytest.approx(value, abs=1e-5), name
 
 
-def responses(rewards, log_prob=-20.0):
+def test_exact_breaks_ties_at_random_without_an_order(small):
+    """Of two groups of strings, best-of-n keeps the reference's proportions inside each."""
+    config, policy, reference = small
+    rewards = (STRINGS[:, 0] == STRINGS[:, -1]).astype(np.float64)
+    n = 5.0
+    found = measure.exact(
+        policy, reference, [(1,)], STRINGS, rewards[None], n, TEMPERATURE, config=config,
+        ref_config=config,
+    )  # fmt: skip
+    ref = np.exp(twin_log_probs(config, reference))
+    right = np.sum(ref * rewards)
+    won = 1 - (1 - right) ** n
+    kl = won * np.log(won / right) + (1 - won) * np.log((1 - won) / (1 - right))
+    assert found["bon_kl"] == pytest.approx(kl, abs=1e-5)
+    assert found["bon_win_rate"] == pytest.approx(
+        won * (1 - right) + 0.5 * (won * right + (1 - won) * (1 - right)), abs=1e-5
+    )
+
+
+def samples(rewards, log_prob=-20.0, evaluator=None):
+    """Reference samples of each prompt: 2 tokens in those of even number, 1 in the others."""
     return [
-        [Response(Request(p, i, (1,)), (1, 2), "x", log_prob, True, float(r), {})
-         for i, r in enumerate(row)]
+        PromptSamples(
+            f"p{p}", ("x",) * len(row), tuple(map(float, row)), p, (1,),
+            tuple((1, 2) if i % 2 == 0 else (3,) for i in range(len(row))),
+            (log_prob,) * len(row), tuple(i % 2 == 0 for i in range(len(row))),
+            None if evaluator is None else tuple(map(float, evaluator[p])),
+        )
         for p, row in enumerate(rewards)
     ]  # fmt: skip
+
+
+def yardstick(opponents, n, estimator="interval", order=None, evaluator=None):
+    table = references.references(opponents, estimator, order)
+    return measure.Yardstick(table, evaluator, float(n), estimator, 1.0)
 
 
 def test_row_of_best_of_n_finds_no_distance_to_itself(rng):
     """True best-of-n on continuous rewards: win rate n/(n+1), KL the bound, estimated KL 0."""
     n, prompts, m = 4, 64, 400
-    yardstick = measure.Yardstick(
-        np.sort(rng.normal(size=(prompts, m)).astype(np.float32), axis=1), float(n), "interval", 1.0
-    )
-    bon = measure.of_bon(responses(rng.normal(size=(prompts, 50 * n))), n)
-    row = measure.row("bon", n, bon, yardstick, (1.0, 2.0))
+    held_against = yardstick(rng.normal(size=(prompts, m)), n)
+    pool = measure.of_reference(samples(rng.normal(size=(prompts, m))), None)
+    row = measure.bon_row(n, pool, held_against, (1.0, 2.0))
     assert row["win_rate"] == pytest.approx(float(theory.win_rate(n)), abs=0.01)
     assert row["kl_ref"] == pytest.approx(float(theory.kl_upper_bound(n)), abs=1e-3)
+    assert row["kl_beirami"] == row["kl_ref"]
+    assert row["kl_bound"] == pytest.approx(float(theory.kl_upper_bound(n)), abs=1e-6)
+    assert row["kl_direct"] == pytest.approx(float(theory.kl_upper_bound(n)), abs=0.03)
     assert row["kl_bon"] == pytest.approx(0, abs=0.03)
-    assert row["kl_ref_k1"] is None
-    reference = measure.of_reference(responses(rng.normal(size=(prompts, 50))))
-    row = measure.row("reference", 1.0, reference, yardstick, (1.0, 2.0))
+    assert row["kl_ref_k1"] is None and row["kl_ref_k1_ci95"] is None
+    low, high = row["kl_direct_ci95"]
+    assert low < row["kl_direct"] < high
+    assert (row["policy"], row["n"], row["temperature"]) == ("bon", 4.0, 1.0)
+    assert (row["responses_per_second"], row["tokens_per_second"]) == (1.0, 2.0)
+    row = measure.row("reference", 1.0, pool, held_against, (1.0, 2.0))
     assert row["win_rate"] == pytest.approx(0.5, abs=0.02)
     assert row["kl_ref"] == 0
     assert row["kl_bon"] == pytest.approx(n - 1 - np.log(n), abs=0.15)
+
+
+def test_best_of_another_n_is_measured_by_its_own_ratio(rng):
+    """Off the yardstick's n, kl_direct is still about itself; of kl_bon there is none."""
+    held_against = yardstick(rng.normal(size=(64, 400)), 4)
+    pool = measure.of_reference(samples(rng.normal(size=(64, 400))), None)
+    row = measure.bon_row(16, pool, held_against)
+    assert row["kl_bon"] is None and row["kl_bon_ci95"] is None
+    assert row["kl_direct"] == pytest.approx(float(theory.kl_upper_bound(16)), abs=0.06)
+    assert row["win_rate"] == pytest.approx(16 / 17, abs=0.01)
+    assert row["responses_per_second"] is None
+    one = measure.bon_row(1, pool, held_against)
+    assert one["kl_direct"] == one["kl_bound"] == 0
+    assert one["reward"] == pytest.approx(pool.rewards.mean(), abs=1e-6)
+    assert one["eos_rate"] == pytest.approx(0.5) and one["length"] == pytest.approx(1.5)
+
+
+def test_best_of_n_of_a_verifier(rng):
+    """Rewards 0 and 1, ties at random: reward, win rate and KL of two groups, in closed form."""
+    n, right = 4, 0.25
+    draw = (rng.random(size=(2, 128, 400)) < right).astype(np.float32)
+    pool = measure.of_reference(samples(draw[0]), None)
+    won = 1 - (1 - right) ** n
+    for estimator in ("interval", "harmonic"):
+        row = measure.bon_row(n, pool, yardstick(draw[1], n, estimator))
+        assert row["reward"] == pytest.approx(won, abs=0.01)
+        wins = won * (1 - right) + 0.5 * (won * right + (1 - won) * (1 - right))
+        assert row["win_rate"] == pytest.approx(wins, abs=0.01)
+        kl = won * np.log(won / right) + (1 - won) * np.log((1 - won) / (1 - right))
+        assert row["kl_direct"] == pytest.approx(kl, abs=0.02), estimator
+
+
+def test_best_of_n_of_a_verifier_by_order(rng):
+    """A total order makes the rewards of a verifier as good as continuous: KL is the bound."""
+    n, shape = 4, (128, 400)
+    draw = (rng.random(size=(2, *shape)) < 0.25).astype(np.float32)
+    order = rng.integers(0, 2**32, size=(2, *shape), dtype=np.uint32)
+    pool = measure.of_reference(samples(draw[0]), order[0])
+    row = measure.bon_row(n, pool, yardstick(draw[1], n, "harmonic", order[1]))
+    bound = float(theory.kl_upper_bound(n))
+    assert row["kl_direct"] == pytest.approx(bound, abs=0.03)
+    assert row["kl_ref"] == pytest.approx(bound, abs=1e-3)
+    assert row["reward"] == pytest.approx(1 - 0.75**n, abs=0.01)
+    # Of the reference, the first few alone.
+    few = measure.of_reference(samples(draw[0]), order[0], 3)
+    assert few.rewards.shape == few.order.shape == few.length.shape == (128, 3)
+
+
+def test_row_of_a_policy_by_hand():
+    """Means over prompts of means over responses, and an evaluator beside the reward."""
+
+    def response(prompt, i, reward, tokens, finished, **extra):
+        return Response(Request(prompt, i, (1,)), tokens, "x", -3.0, finished, reward, extra)
+
+    rows = [
+        [
+            response(0, 0, 2.0, (1, 2), True, kl=1.0, kl_k1=1.5, log_ref=-3.0, evaluator=5.0),
+            response(0, 1, 0.5, (1,), False, kl=2.0, kl_k1=0.5, log_ref=-2.0, evaluator=7.0),
+        ],
+        [
+            response(1, 0, 1.0, (1, 2, 3), True, kl=0.0, kl_k1=0.0, log_ref=-9.0, evaluator=0.0),
+            response(1, 1, 4.0, (1, 2), True, kl=3.0, kl_k1=4.0, log_ref=-4.0, evaluator=1.0),
+        ],
+    ]
+    opponents, theirs = np.float32([[0, 1, 2], [5, 3, 1]]), np.float32([[4, 6, 8], [0, 1, 2]])
+    held_against = yardstick(opponents, 2, evaluator=theirs)
+    row = measure.row("vbon", 2.0, measure.of_policy(rows, None), held_against)
+    half = 1.96 * np.sqrt(2) * (2.5 - 1.25) / 2 / np.sqrt(2)
+    assert row["reward"] == 1.875
+    np.testing.assert_allclose(row["reward_ci95"], [1.875 - half, 1.875 + half])
+    # (2 1/2 of 3, 1 of 3) and (1/2 of 3, 2 of 3); by the evaluator (1, 2) and (1/2, 1 1/2) of 3.
+    assert row["win_rate"] == pytest.approx((2.5 + 1 + 0.5 + 2) / 12)
+    assert row["evaluator_reward"] == 3.25
+    assert row["evaluator_win_rate"] == pytest.approx((1 + 2 + 0.5 + 1.5) / 12)
+    assert row["kl_ref"] == 1.5 and row["kl_ref_k1"] == 1.5
+    # With one more in its bin, of m + 1 = 4: ranks 2 + 1 tie, 1, 0 + 1 tie, 2; squares' difference
+    # over width: (16 - 4) / 8, (4 - 1) / 4, 4 / 8, (9 - 4) / 4.
+    ratios = np.log([12 / 8, 3 / 4, 4 / 8, 5 / 4])
+    assert row["kl_bon"] == pytest.approx(np.mean([1, 2, 0, 3] - ratios), abs=1e-6)
+    assert row["eos_rate"] == 0.75 and row["length"] == 2.0
+    assert row["responses_per_second"] is None
+    alone = measure.row("vbon", 2.0, measure.of_policy(rows, None), yardstick(opponents, 2))
+    assert alone["evaluator_reward"] is None and alone["evaluator_win_rate"] is None
+    assert alone["reward"] == 1.875
+
+
+def test_samples_that_are_none_of_ours_are_refused():
+    bare = [PromptSamples("p", ("x",), (1.0,))] * 2
+    with pytest.raises(InputError, match=r"no 'log_probs'.*sample anew"):
+        measure.of_reference(bare, None)
 
 
 def test_throughput_counts_what_is_delivered():

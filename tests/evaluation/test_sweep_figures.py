@@ -58,8 +58,8 @@ def test_points_off_the_front_are_faint_and_shares_are_in_the_legend():
         (0.5, 0.70): (green.colour, "s", 1.0),
     }
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert "vBoN: 67% of the front (2 of its 2)" in legend
-    assert "PPO: 33% of the front (1 of its 2)" in legend
+    assert "vBoN: 67% of the front (2/2)" in legend
+    assert "PPO: 33% of the front (1/2)" in legend
     assert not ax.get_xlabel().endswith("axis)")
 
 
@@ -114,7 +114,7 @@ def test_every_method_has_its_own_look_and_an_unknown_one_gets_a_spare():
 
 
 def test_no_policy_is_an_error():
-    with pytest.raises(InputError, match="no fine-tuned policy.*vbon sweep"):
+    with pytest.raises(InputError, match=r"no fine-tuned policy.*vbon sweep"):
         front_figures.draw_front([], BON, 0.5, WIN_RATE)
 
 
@@ -169,7 +169,7 @@ def test_temperature_rows_take_what_only_the_front_measured():
 
 def test_without_an_evaluator_there_is_nothing_to_draw():
     rows = [row("vbon", 1.0, 0.8, study="temperature", evaluator_win_rate=None)]
-    with pytest.raises(InputError, match="evaluator_win_rate.*evaluator reward"):
+    with pytest.raises(InputError, match=r"evaluator_win_rate.*evaluator reward"):
         sweep_figures.draw_temperature(rows, sweep_figures.EVALUATOR_WIN_RATE)
 
 
@@ -203,7 +203,11 @@ def test_a_prompt_that_would_be_a_broken_formula_is_drawn():
 
 
 def test_columns_of_any_method_are_drawn():
-    metrics = {"step": np.arange(3.0), "loss": np.array([3.0, 2.0, 1.0]), "empty": np.full(3, np.nan)}
+    metrics = {
+        "step": np.arange(3.0),
+        "loss": np.array([3.0, 2.0, 1.0]),
+        "empty": np.full(3, np.nan),
+    }
     axes = sweep_figures.draw_columns(metrics).axes
     assert [ax.get_title(loc="left") for ax in axes] == ["loss"]
     np.testing.assert_array_equal(axes[0].lines[0].get_ydata(), [3, 2, 1])
@@ -212,11 +216,12 @@ def test_columns_of_any_method_are_drawn():
 
 
 def test_all_figures_are_written_and_none_is_cut(full_workdir):
-    paths = [front_figures.front_figure(full_workdir, "sft", q) for q in front_figures.QUANTITIES]
+    paths = [front_figures.front_figure(full_workdir, "sft", WIN_RATE)]
+    paths += [front_figures.front_figure(full_workdir, "bound", REWARD)]
     paths += [sweep_figures.sample_size(full_workdir, REWARD)]
     paths += [sweep_figures.temperature(full_workdir, sweep_figures.EVALUATOR_REWARD)]
     paths += [sweep_figures.log_f_curves(full_workdir)]
-    names = ["sft_win_rate", "sft_reward", "m_reward", "temperature_evaluator_reward"]
+    names = ["sft_win_rate", "bound_reward", "m_reward", "temperature_evaluator_reward"]
     assert [path.stem for path in paths] == [*names, "log_f_curves"]
     for path in paths:
         pixels = imread(path)
@@ -270,13 +275,14 @@ def test_the_setting_nearest_to_n_is_matched():
         row("vbon", 1.0, 0.8, n=7.0, seed=0),
         row("vbon", 1.0, 0.8, n=7.0, seed=1),
         row("vbon", 1.0, 0.8, n=32.0),
-        row("ppo", 1.0, 0.8, n=None, beta=0.5),  # n = 3
-        row("ppo", 1.0, 0.8, n=None, beta=0.1),  # n = 11
-        row("reference", 0.0, 0.5, n=None),
+        row("ppo", 0.4, 0.8, n=None, beta=0.5),
+        row("ppo", 1.0, 0.8, n=None, beta=0.1, seed=0),
+        row("ppo", 1.6, 0.8, n=None, beta=0.1, seed=1),
+        row("ppo", 1.1, 0.8, n=None, beta=0.2, seed=0),  # nearer, but its seeds' mean is not
+        row("ppo", 3.0, 0.8, n=None, beta=0.2, seed=1),
     ]
-    assert results.effective_n(rows[4]) == pytest.approx(11)
-    near = results.matched(rows, 8.0)
-    assert near == {"vbon": rows[:2], "ppo": [rows[4]]}
+    # Best-of-8's bound is 1.204 nats; beta = 0.1 has 1.3 on average.
+    assert results.matched(rows, 8.0) == {"vbon": rows[:2], "ppo": rows[4:6]}
 
 
 def test_spread_over_seeds_by_hand():

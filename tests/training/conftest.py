@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from vbon_jax import sharding
+from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.models import heads
 from vbon_jax.sampling import engine
@@ -37,6 +38,7 @@ def world(config, params):
     ]
     sampling = engine.Sampling(temperature=0.9, max_new_tokens=T, eos_id=3, pad_id=0)
     table = np.sort(rng.normal(2, 1, size=(8, 32)).astype(np.float32), axis=1)
+    references = bon_references.references(table, "harmonic")
     plan = ppo.PPOPlan(
         objective="exact", estimator="harmonic", epochs=2, minibatch_size=8, temperature=0.9
     )
@@ -65,7 +67,7 @@ def world(config, params):
 
     def arguments(mesh, train_state, batch, n=N, **changes):
         return (
-            train_state, sharding.place({"decoder": host}, mesh), batch, jnp.asarray(table),
+            train_state, sharding.place({"decoder": host}, mesh), batch, references,
             jnp.float32(n), jnp.float32(0.1),
         ), {
             "config": config, "plan": dataclasses.replace(plan, **changes), "optimizer": optimizer,
@@ -82,8 +84,9 @@ def world(config, params):
         return ppo.iteration.lower(*positional, **static)
 
     return SimpleNamespace(
-        prompts=prompts, sampling=sampling, table=table, plan=plan, optimizer=optimizer,
-        fresh=fresh, reference=lambda mesh: sharding.place({"decoder": host}, mesh),
+        prompts=prompts, sampling=sampling, table=table, references=references, plan=plan,
+        optimizer=optimizer, fresh=fresh,
+        reference=lambda mesh: sharding.place({"decoder": host}, mesh),
         config=config, reward=token_reward, batch_size=BATCH, n=N,
         rollout_batch=rollout_batch, iterate=iterate, lower=lower,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 from vbon_jax import sharding
 from vbon_jax.bon import distribution
 from vbon_jax.bon import log_f as lf
+from vbon_jax.bon import references as bon_references
 from vbon_jax.models import decoder, heads
 from vbon_jax.sampling import decode
 from vbon_jax.training import ppo, state
@@ -22,12 +23,13 @@ def batch(world, mesh):
     return world.rollout_batch(mesh, world.fresh(mesh))
 
 
-def experience(world, mesh, batch, params=None, **changes):
+def experience(world, mesh, batch, params=None, references=None, **changes):
     fn = jax.jit(ppo.experience, static_argnames=("config", "plan"))
     return fn(
         world.fresh(mesh).params if params is None else params,
-        world.reference(mesh), batch, jnp.asarray(world.table), jnp.float32(world.n),
-        jnp.float32(0.1), config=world.config, plan=dataclasses.replace(world.plan, **changes),
+        world.reference(mesh), batch, world.references if references is None else references,
+        jnp.float32(world.n), jnp.float32(0.1), config=world.config,
+        plan=dataclasses.replace(world.plan, **changes),
     )  # fmt: skip
 
 
@@ -49,9 +51,8 @@ def twin_log_probs(world, params, batch, row):
     return np.array(log_probs), np.array(values)
 
 
-def twin_log_ratio(log_mass, reward, references, n):
+def twin_log_ratio(log_mass, k, m, n):
     """Formula (1) with the harmonic estimate of log F, in float64."""
-    k, m = np.sum(references < reward), len(references)
     log_f = sum(1 / i for i in range(1, k + 1)) - sum(1 / i for i in range(1, m + 1))
     f, g = np.exp(log_f), np.exp(log_mass)
     f = min(f, 1 - g)
@@ -72,9 +73,9 @@ def test_experience_equals_a_slow_twin(world, mesh, batch):
         log_ref, _ = twin_log_probs(world, reference, batch, row)
         np.testing.assert_allclose(np.asarray(exp.log_probs_BxT[row])[keep], log_policy, atol=1e-5)
         np.testing.assert_allclose(np.asarray(exp.values_BxT[row])[keep], values, atol=1e-5)
-        ratio = twin_log_ratio(
-            log_ref.sum(), float(batch.reward_B[row]), world.table[int(batch.row_B[row])], n
-        )
+        references = world.table[int(batch.row_B[row])]
+        below = np.sum(references < float(batch.reward_B[row]))
+        ratio = twin_log_ratio(log_ref.sum(), below, len(references), n)
         rewards = -(log_policy - log_ref) / n
         rewards[-1] += ratio / n
         advantage, following, advantages = 0.0, 0.0, []
@@ -93,6 +94,41 @@ def test_experience_equals_a_slow_twin(world, mesh, batch):
     np.testing.assert_allclose(metrics["objective"], np.mean(totals), atol=1e-4)
     np.testing.assert_allclose(metrics["kl_bon"], metrics["kl_ref"] - np.mean(ratios), atol=1e-4)
     assert float(metrics["eos_rate"]) + float(metrics["truncation_rate"]) == pytest.approx(1)
+
+
+def test_ties_broken_by_order_are_those_of_a_slow_twin(world, mesh, batch):
+    """Rewards of two values: F counts what comes before in the order, g is pi_ref (App. C)."""
+    rng = np.random.default_rng(3)
+    table = (world.table > 2).astype(np.float32)
+    order = rng.integers(0, 2**32, size=table.shape, dtype=np.uint32)
+    tied = batch._replace(reward_B=jnp.float32(np.arange(world.batch_size) % 3 > 0))
+    references = bon_references.references(table, "harmonic", order)
+    _, metrics = experience(world, mesh, tied, references=references)
+    own = np.asarray(lf.response_order(batch.rollout.tokens_BxT, batch.rollout.mask_BxT))
+    ratios = []
+    for row in range(world.batch_size):
+        at, reward = int(batch.row_B[row]), float(tied.reward_B[row])
+        before = (table[at] < reward) | ((table[at] == reward) & (order[at] < own[row]))
+        log_ref, _ = twin_log_probs(world, world.reference(mesh), batch, row)
+        ratios.append(twin_log_ratio(log_ref.sum(), before.sum(), table.shape[1], world.n))
+    np.testing.assert_allclose(metrics["sequence_reward"], np.mean(ratios) / world.n, atol=1e-4)
+    np.testing.assert_allclose(metrics["kl_bon"], -np.mean(ratios), atol=1e-4)
+    _, at_random = experience(world, mesh, tied, references=references._replace(order_PxM=None))
+    assert abs(float(at_random["kl_bon"]) + np.mean(ratios)) > 0.1
+
+
+def test_the_fitted_curve_is_what_the_exponential_estimator_reads(world, mesh, batch):
+    references = bon_references.references(world.table, "exponential")
+    assert np.asarray(references.fit.converged_P).all()
+    _, metrics = experience(
+        world, mesh, batch, references=references, estimator="exponential", objective="lower_bound"
+    )
+    row, reward = np.asarray(batch.row_B), np.asarray(batch.reward_B, np.float64)
+    log_a, b = (np.asarray(x, np.float64)[row] for x in references.fit[:2])
+    want = (world.n - 1) / world.n * -np.exp(log_a - b * reward)
+    np.testing.assert_allclose(metrics["sequence_reward"], want.mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="needs a table with its fits"):
+        experience(world, mesh, batch, estimator="exponential")
 
 
 def test_rollout_log_probs_are_those_of_the_update(world, mesh, batch):
@@ -130,7 +166,7 @@ def test_padding_of_the_rollout_does_not_matter(world, mesh, batch):
         np.testing.assert_allclose(metrics[name], other_metrics[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("objective", ["exact", "lower_bound", "jensen_bound", "reward"])
+@pytest.mark.parametrize("objective", distribution.OBJECTIVES)
 def test_an_update_improves_its_own_surrogate(world, mesh, batch, objective):
     exp, _ = experience(world, mesh, batch, objective=objective)
     new, metrics = world.iterate(mesh, world.fresh(mesh), batch, objective=objective)
@@ -190,7 +226,7 @@ def all_responses(world, mesh, length, vocab):
     return ppo.RolloutBatch(prompt, prompt >= 0, rollout, reward, np.zeros(rows, np.int32))
 
 
-@pytest.mark.parametrize("objective", ["exact", "jensen_bound"])
+@pytest.mark.parametrize("objective", ["exact", "jensen_bound", "backward"])
 @pytest.mark.parametrize("penalty", ["sampled", "full"])
 def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, objective):
     """Over all strings of a closed world, the loss's expected gradient is -grad J, exactly.
@@ -210,6 +246,7 @@ def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, ob
         estimator="smoothed", temperature=0.8,
     )  # fmt: skip
     n, table = jnp.float32(4.0), np.sort(batch.reward_B[::3])[None]
+    references = bon_references.references(table, "smoothed")
     tokens = np.concatenate([batch.prompt_BxP, batch.rollout.tokens_BxT], axis=1)
 
     def log_probs(p):
@@ -222,9 +259,12 @@ def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, ob
         return chosen[..., 0].sum(axis=1)
 
     log_ref = log_probs(reference)
-    below, _ = lf.reference_ranks(table, batch.reward_B[None])
-    log_f = lf.log_f(below[0], table.shape[1], "smoothed")
-    sequence_reward = distribution.sequence_reward(objective, n=n, log_f=log_f, log_mass=log_ref)
+    below, equal = lf.reference_ranks(table, batch.reward_B[None])
+    log_f, log_up_to = (lf.log_f(k[0], table.shape[1], "smoothed") for k in (below, below + equal))
+    sequence_reward = distribution.sequence_reward(
+        objective, n=n, log_f=log_f, log_mass=jnp.maximum(log_ref, jnp.log(equal[0] / table.size)),
+        log_up_to=log_up_to,
+    )  # fmt: skip
     c = distribution.kl_coefficient(objective, n)
     w = distribution.entropy_coefficient(objective, n)
 
@@ -235,7 +275,7 @@ def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, ob
 
     def expected_loss(p):
         exp, _ = ppo.experience(
-            jax.lax.stop_gradient(p), reference, batch, jnp.asarray(table), n, jnp.float32(1.0),
+            jax.lax.stop_gradient(p), reference, batch, references, n, jnp.float32(1.0),
             config=config, plan=plan,
         )  # fmt: skip
         weights = jax.lax.stop_gradient(jnp.exp(log_probs(p)))

@@ -92,7 +92,7 @@ def _exact_p_values(h_H: np.ndarray, num_a: int, num_b: int) -> np.ndarray:
 def _p_values(h_P: np.ndarray, num_a: int, num_b: int) -> np.ndarray:
     h_H, row_P = np.unique(h_P, return_inverse=True)
     if max(num_a, num_b) > _MAX_EXACT:
-        from scipy.stats import kstwo  # type: ignore[import-untyped]
+        from scipy.stats import kstwo
 
         effective = np.round(num_a * num_b / (num_a + num_b))
         p_H = kstwo.sf(h_H / math.lcm(num_a, num_b), effective)

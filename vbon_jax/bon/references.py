@@ -104,7 +104,8 @@ def density(
         below, equal = lf.ordered_ranks(
             rewards_BxM, table.order_PxM[row_B], reward_B[:, None], jnp.asarray(order_B)[:, None]
         )
-    below, equal = below[:, 0], equal[:, 0]
+    below = jnp.minimum(below[:, 0], table.m)  # a reward of +inf meets the padding
+    equal = jnp.minimum(equal[:, 0], table.m - below)
     log_f = None
     if estimator == "exponential":
         if table.fit is None:

@@ -15,7 +15,7 @@ from vbon_jax.evaluation.front_figures import (
     front_rows,
     on_front,
 )
-from vbon_jax.evaluation.results import chosen, effective_n, matched, over_seeds
+from vbon_jax.evaluation.results import chosen, matched, over_seeds
 from vbon_jax.evaluation.style import method_looks, method_name
 from vbon_jax.evaluation.sweep_figures import EVALUATOR_WIN_RATE, sample_size_rows, temperature_rows
 
@@ -124,25 +124,20 @@ def _matched_sentence(rows: Rows, n: float) -> list[str]:
         return f"a win rate of {_mean(own, 'win_rate'):.3f} at {_mean(own, 'kl_ref'):.2f} nats"
 
     best = max(tuned, key=lambda method: _mean(tuned[method], "win_rate"))
-    bon_n, best_n = near["bon"][0]["n"], effective_n(tuned[best][0])
+    first = tuned[best][0]
+    steered = f"beta = {first['beta']:.3g}" if first["n"] is None else f"n = {first['n']:g}"
     return [
-        f"Nearest to n = {n:g}: BoN (n = {bon_n:g}) has {result(near['bon'])}; the fine-tuned "
-        f"method with the highest win rate, {method_name(best)} (n = {best_n:.3g}), "
+        f"Matched to n = {n:g}: BoN (n = {near['bon'][0]['n']:g}) has {result(near['bon'])}; the "
+        f"fine-tuned method with the highest win rate, {method_name(best)} ({steered}), "
         f"{result(tuned[best])} from the reference."
     ]
 
 
 def _bound_sentence(sweep: Rows) -> list[str]:
     rows = chosen(sweep, study="front", split="test")
-    exact = {row["n"]: None for row in chosen(rows, method="vbon")}
     both = []
-    for n in exact:
-        bound = [
-            row
-            for row in chosen(rows, method="lower_bound")
-            if (own := effective_n(row)) is not None and abs(own - n) < 1e-6 * n
-        ]
-        if bound:
+    for n in sorted({row["n"] for row in chosen(rows, method="vbon")}):
+        if bound := chosen(rows, method="lower_bound", n=n):
             both.append((chosen(rows, method="vbon", n=n), bound))
     if not both:
         return []

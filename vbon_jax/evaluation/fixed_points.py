@@ -65,7 +65,8 @@ def row(
     Returns:
       "method", "n", "beta", "target" (its formula), "kl_target" KL(policy || own optimum), "kl_bon"
       KL(policy || pi_bon), "kl_ref", "win_rate", and "target_kl_bon" KL(own optimum || pi_bon),
-      "target_win_rate": what would be left with training perfect.
+      "target_win_rate": what would be left with training perfect. None where it is infinite, as
+      "kl_target" of the lower bound, whose optimum never says the worst response.
     """
     sums: dict[str, float] = {}
     for log_p, log_ref, rewards in zip(log_p_PxS, log_ref_PxS, rewards_PxS, strict=True):
@@ -80,4 +81,5 @@ def row(
             "target_win_rate": enumeration.win_rate(aim, log_ref, rewards),
         }.items():
             sums[name] = sums.get(name, 0.0) + value / len(rewards_PxS)
-    return {"method": method, "n": matched_n, "beta": beta, "target": FORMULAS[method]} | sums
+    finite = {name: value if np.isfinite(value) else None for name, value in sums.items()}
+    return {"method": method, "n": matched_n, "beta": beta, "target": FORMULAS[method]} | finite

@@ -106,14 +106,13 @@ def draw_front(
             own = [r for r, f in zip(rows, front) if r["method"] == method and f == solid]
             _points(ax, own, quantity, look.colour, look.marker, 1.0 if solid else FADED)
         at = np.array(methods) == method
-        label = (
-            f"{look.name}: {shares[method]:.0%} of the front ({front[at].sum()} of its {sum(at)})"
-        )
+        label = f"{look.name}: {shares[method]:.0%} of the front ({front[at].sum()}/{sum(at)})"
         ax.plot([], [], look.marker, color=look.colour, ms=7, mec="white", mew=0.6, label=label)
     _kl_axis(ax, rows, bon)
     dress(ax, f"{quantity.name.capitalize()} against KL divergence", ax.get_xlabel(),
           quantity.label)  # fmt: skip
-    figure.legend(loc="outside lower left", ncols=2, fontsize=8.5, frameon=False)
+    figure.legend(loc="outside lower left", ncols=2, fontsize=8.3, frameon=False,
+                  handlelength=1.6, columnspacing=1.2)  # fmt: skip
 
     points = np.stack(_columns(rows, "kl_ref", quantity.key), axis=1)
     labels.place(figure, ax, _n_labels(bon, quantity), np.concatenate([curve, points]))

@@ -149,13 +149,16 @@ def _orders(rows: Sequence[Sequence[responses.Response]], longest: int) -> np.nd
     return np.asarray(lf.response_order(tokens, mask)).reshape(len(rows), -1)
 
 
-def open_split(run: Run, loaded: Models, split: str, temperature: float, n: float) -> HeldOut:
+def open_split(
+    run: Run, loaded: Models, split: str, temperature: float, n: float, m: int
+) -> HeldOut:
     """Draws and scores what a split is measured with, unless it is in the workdir already.
 
     Args:
       n: of the best-of-n that policies are held against.
+      m: opponents a prompt, and samples a prompt of the pool.
     """
-    s, m = run.settings, run.settings.evaluate.m
+    s = run.settings
     prompts = inputs.load_prompts(run, split)
     sampling = inputs.sampling(run, loaded.tokenizer, temperature)
     found = {}

@@ -41,22 +41,20 @@ class Yardstick:
     estimator: str
     temperature: float
 
-    def log_ratios(
-        self, rewards_PxS: np.ndarray, order_PxS: np.ndarray | None, log_ref_PxS: np.ndarray,
-        n: float,
-    ) -> np.ndarray:  # fmt: skip
-        """Estimated log(pi_bon / pi_ref) of responses, float64 nats [P, S]."""
-        prompts, each = rewards_PxS.shape
+    def density(self, responses: "Responses", n: float) -> tuple[np.ndarray, np.ndarray]:
+        """Estimated log(pi_bon / pi_ref) and log g of responses, float64 nats [P, S] each."""
+        shape = responses.rewards.shape
         density = bon_references.density(
             self.references,
-            np.repeat(np.arange(prompts), each),
-            np.asarray(rewards_PxS, np.float32).ravel(),
-            None if order_PxS is None else order_PxS.ravel(),
-            np.asarray(log_ref_PxS, np.float32).ravel(),
+            np.repeat(np.arange(shape[0]), shape[1]),
+            np.asarray(responses.rewards, np.float32).ravel(),
+            None if responses.order is None else responses.order.ravel(),
+            np.asarray(responses.log_ref, np.float32).ravel(),
             n,
             estimator=self.estimator,
         )
-        return np.asarray(density.log_ratio_B, np.float64).reshape(prompts, each)
+        ratio, mass = density.log_ratio_B, density.log_mass_B
+        return np.asarray(ratio, float).reshape(shape), np.asarray(mass, float).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +179,7 @@ def row(
     kl_bon is the mean of KL(policy || ref) - log ratio, that is KL(policy || bon) by the
     estimator of the yardstick, bon being best-of-n of the yardstick's n.
     """
-    ratios = yardstick.log_ratios(
-        responses.rewards, responses.order, responses.log_ref, yardstick.n
-    )
+    ratios, _ = yardstick.density(responses, yardstick.n)
     columns = _columns(responses, yardstick) | {
         "kl_ref": responses.kl,
         "kl_ref_k1": responses.kl_k1,
@@ -207,9 +203,10 @@ def bon_row(
     """The row of best-of-n read off a pool of reference samples by the order-statistics weights.
 
     KL(bon || ref) three ways: "kl_bound", log n - (n-1)/n; "kl_beirami", Beirami et al.'s estimate
-    from log g of the winner (log pi_ref without ties), which is also "kl_ref"; "kl_direct", the mean of the estimated
-    log ratio. kl_bon is what the estimator says of best-of-n's distance to itself, 0 in truth:
-    Beirami's KL less the direct one, where n is the yardstick's; null for any other.
+    from log g of the winner (log pi_ref without ties), which is also "kl_ref"; "kl_direct", the
+    mean of the estimated log ratio. kl_bon is what the estimator says of best-of-n's distance to
+    itself, 0 in truth: Beirami's KL less the direct one, where n is the yardstick's; null for any
+    other.
     """
     weights = bon_pool.winner_weights(pool.rewards, n, pool.order)
     direct, log_mass = yardstick.density(pool, float(n))

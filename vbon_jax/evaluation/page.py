@@ -59,7 +59,7 @@ def table(
     """A table of plain texts that scrolls sideways in its own box.
 
     Args:
-      head: the columns' titles.
+      head: the columns' titles, with line ends where they may take several lines.
       rows: as many cells a row; the first is the row's heading.
       caption: says what the numbers are; stands above the box, so that it is never cut.
       left: so many columns are text, aligned left; the others are numbers.

@@ -143,14 +143,14 @@ def description(results: Results) -> str:
         + f", sampled at temperature {look('sampling.temperature')}.",
         f"Seed {look('seed')}; digest of the config {digest}.",
     ]
-    trained = [row for row in results.sweep if row["seconds"] is not None]
     members = {
-        tuple(row[key] for key in ("method", "n", "beta", "seed", "m")): row["seconds"]
-        for row in trained
+        tuple(row[key] for key in ("method", "n", "beta", "seed", "m")): row["seconds"] or 0.0
+        for row in results.sweep
+        if row["method"] not in ("reference", "bon")
     }
     if members:
         minutes = sum(members.values()) / 60
-        parts.append(f"The sweep trained {len(members)} policies in {minutes:.1f} minutes.")
+        parts.append(f"The sweep trained {len(members)} policies, {minutes:.1f} minutes.")
     return " ".join(parts)
 
 
@@ -341,11 +341,13 @@ def _tabular(results: Results) -> page.Section:
 def _responses(results: Results) -> page.Section:
     anchor, title = "responses", "Sample responses"
     workdir = results.workdir
+    samples = []
     if (workdir / "sweep_samples.jsonl").exists():
         samples = read_samples(workdir, "sweep_samples.jsonl", "sweep")
-    elif (workdir / "evaluation_samples.jsonl").exists():
-        samples = read_samples(workdir)
-    else:
+    if (workdir / "evaluation_samples.jsonl").exists():  # has reference and best-of-n as well
+        known = {sample["policy"] for sample in samples}
+        samples += [sample for sample in read_samples(workdir) if sample["policy"] not in known]
+    if not samples:
         why = "There is neither sweep_samples.jsonl nor evaluation_samples.jsonl."
         return _not_run(anchor, title, why, "evaluate")
     return page.Section(anchor, title, responses(samples, PROMPTS_SHOWN))
@@ -366,7 +368,8 @@ def responses(samples: Sequence[dict[str, Any]], count: int) -> str:
     order = sorted(names, key=lambda name: {"reference": 0, "bon": 2}.get(name, 1))
     first: dict[Any, dict[str, dict[str, Any]]] = {}
     for sample in samples:
-        first.setdefault(sample["prompt_id"], {}).setdefault(sample["policy"], sample)
+        where = sample["prompt_id"], sample["prompt"]
+        first.setdefault(where, {}).setdefault(sample["policy"], sample)
     parts = [
         page.paragraph(
             f"Temperature {temperature:g}; the first response of each policy. The responses "
@@ -374,14 +377,13 @@ def responses(samples: Sequence[dict[str, Any]], count: int) -> str:
             "note",
         )
     ]
-    for prompt_id in sorted(first)[:count]:
-        own = first[prompt_id]
+    for prompt_id, prompt in sorted(first)[:count]:
+        own = first[prompt_id, prompt]
         rows = [
             [method_name(name), own[name]["response"].strip(), f"{own[name]['reward']:.2f}"]
             for name in order
             if name in own
         ]
-        prompt = next(iter(own.values()))["prompt"]
         parts.append(
             page.table(
                 ["policy", "response", "reward"], rows, f"Prompt: {prompt}", left=2,

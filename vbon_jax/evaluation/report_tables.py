@@ -38,8 +38,8 @@ _MEASURED = (
     ("win rate", "win_rate"),
     ("KL(·‖ref)", "kl_ref"),
     ("KL(·‖BoN)", "kl_bon"),
-    ("evaluator reward", "evaluator_reward"),
-    ("evaluator win rate", "evaluator_win_rate"),
+    ("evaluator\nreward", "evaluator_reward"),
+    ("evaluator\nwin rate", "evaluator_win_rate"),
 )
 
 
@@ -64,10 +64,10 @@ def matched_table(sweep: Rows, n: float) -> str:
             ]
         )
     head = ["method", "n", "beta", "seeds", *(name for name, _ in _MEASURED),
-            "SD of win rate", "EOS rate", "tokens", "training s"]  # fmt: skip
+            "SD of\nwin rate", "EOS\nrate", "tokens", "training,\nseconds"]  # fmt: skip
     caption = (
-        f"For each method the setting of the sweep nearest to n = {n:g} (a beta stands for "
-        "n = 1/beta + 1), mean over its seeds, on held-out prompts; after ± half the 95% interval "
+        f"For each method the setting of the sweep nearest to n = {n:g} (of a beta: to best-of-n's "
+        "KL bound), mean over its seeds, on held-out prompts; after ± half the 95% interval "
         "over prompts (mean over seeds); SD: standard deviation over seeds; KL in nats a response, "
         "BoN's by Beirami et al.'s estimate; tokens and EOS rate of a response."
     )
@@ -117,7 +117,8 @@ def sweep_table(sweep: Rows) -> str:
         for row in sorted(sweep, key=order)
     ]
     head = ["method", "study", "split", "T", "n", "beta", "m", "seed",
-            *(name for name, _ in _MEASURED), "EOS rate", "tokens", "training s"]  # fmt: skip
+            *(name for name, _ in _MEASURED),
+            "EOS\nrate", "tokens", "training,\nseconds"]  # fmt: skip
     caption = "Every policy measured; after ± half the 95% interval over prompts; KL in nats."
     return page.table(head, cells, caption, left=3)
 
@@ -139,8 +140,8 @@ def shares_table(held: Sequence[dict[str, Any]]) -> str:
         ]
         for entry in held
     ]
-    head = ["method", "policies", "on the front, win rate", "below BoN, win rate",
-            "on the front, reward", "below BoN, reward"]  # fmt: skip
+    head = ["method", "policies", "on the front,\nwin rate", "below BoN,\nwin rate",
+            "on the front,\nreward", "below BoN,\nreward"]  # fmt: skip
     caption = (
         "Points on the Pareto front, and in brackets the method's share of all points on it; below "
         "BoN: median distance to BoN's curve at the same KL, over the policies in its range of KL."
@@ -160,7 +161,8 @@ def convergence_table(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    head = ["m", "rejected", "statistic, rejected", "p-value, rejected", "statistic, all prompts"]
+    head = ["m", "rejected", "statistic,\nrejected", "p-value,\nrejected",
+            "statistic,\nall prompts"]  # fmt: skip
     caption = (
         f"Table 1: two-sample Kolmogorov-Smirnov test of m against {found['m_full']} samples at "
         f"level {found['level']:g} and temperature {found['temperature']:g}, over "
@@ -178,7 +180,7 @@ def sample_size_table(rows: Rows) -> str:
             own = chosen(rows, m=m, method=method)
             if own:
                 cells.append([method_name(method), f"{m:g}", str(len(own)), *_four(own)])
-    head = ["method", "m", "seeds", "win rate", "SD", "reward", "SD", "preprocessing, s"]
+    head = ["method", "m", "seeds", "win rate", "SD", "reward", "SD", "preprocessing,\nseconds"]
     caption = "Mean and standard deviation (SD) over seeds; preprocessing: to draw and score m."
     return page.table(head, cells, caption)
 
@@ -205,7 +207,7 @@ def bon_kl_table(rows: Rows) -> str:
         ]
         for row in rows
     ]
-    head = ["n", "bound log n - (n-1)/n", "Beirami et al.", "direct, E[log ratio]", "win rate",
+    head = ["n", "bound,\nlog n - (n-1)/n", "Beirami\net al.", "direct,\nE[log ratio]", "win rate",
             "n/(n+1)"]  # fmt: skip
     caption = (
         "KL(BoN‖ref) in nats a response; direct: mean of log(BoN/ref) over BoN's winners, after ± "
@@ -214,23 +216,43 @@ def bon_kl_table(rows: Rows) -> str:
     return page.table(head, cells, caption, left=0)
 
 
+_EXACT = (
+    ("KL(policy‖target)", "kl_target"),
+    ("KL(policy‖BoN)", "kl_bon"),
+    ("KL(policy‖ref)", "kl_ref"),
+    ("win rate", "win_rate"),
+    ("KL(target‖BoN)", "target_kl_bon"),
+    ("target's\nwin rate", "target_win_rate"),
+)
+
+
 def tabular_table(rows: Rows) -> str:
-    """The rows of ``tabular.json``."""
+    """The rows of ``tabular.json``, mean over the seeds of a setting; the target's own distance to
+    best-of-n is what would be left if training were perfect."""
     place = {method: at for at, method in enumerate(LOOKS)}
-    ordered = sorted(rows, key=lambda r: (place.get(r["method"], len(place)), r["n"] or 0.0))
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        where = (row["method"], row["target"], row["n"], row["beta"], row.get("m"))
+        settings.setdefault(where, []).append(row)
+    shown = [(name, key) for name, key in _EXACT if all(key in row for row in rows)]
     cells = [
         [
-            method_name(row["method"]),
-            row["target"],
-            number(row["n"], "g"),
-            number(row["beta"], ".3g"),
-            *(number(row[key], ".4f") for key in ("kl_target", "kl_bon", "kl_ref", "win_rate")),
+            method_name(method),
+            target,
+            number(n, "g"),
+            number(beta, ".3g"),
+            str(len(own)),
+            *(_mean(own, key, ".4f") for _, key in shown),
         ]
-        for row in ordered
-    ]
-    head = ["method", "its target", "n", "beta", "KL(policy‖target)", "KL(policy‖BoN)",
-            "KL(policy‖ref)", "win rate"]  # fmt: skip
-    return page.table(head, cells, "Exact, by enumeration of every response; KL in nats.", left=2)
+        for (method, target, n, beta, _), own in sorted(
+            settings.items(),
+            key=lambda item: (place.get(item[0][0], len(place)), item[0][2] or 0.0,
+                              item[0][3] or 0.0),
+        )
+    ]  # fmt: skip
+    head = ["method", "its target", "n", "beta", "seeds", *(name for name, _ in shown)]
+    caption = "Exact, by enumeration of every response, mean over seeds; KL in nats."
+    return page.table(head, cells, caption, left=2)
 
 
 def exact_table(exact: dict[str, float]) -> str:

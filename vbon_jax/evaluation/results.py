@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vbon_jax.bon import theory
 from vbon_jax.data import jsonl
 from vbon_jax.errors import InputError
 
@@ -185,16 +186,12 @@ def chosen(rows: Sequence[dict[str, Any]], **where: Any) -> list[dict[str, Any]]
     return [row for row in rows if all(row[key] == value for key, value in where.items())]
 
 
-def effective_n(row: dict[str, Any]) -> float | None:
-    """The n a member stands for: its own, or 1 / beta + 1 where it is steered by beta, whose
-    KL-constrained objective then has the coefficient of best-of-n's lower bound (Section 4)."""
-    if row["n"] is not None:
-        return float(row["n"])
-    return 1 / row["beta"] + 1 if row["beta"] else None
-
-
 def matched(rows: Sequence[dict[str, Any]], n: float) -> dict[str, list[dict[str, Any]]]:
-    """For each method, the rows (one a seed) of its setting nearest to n, on the scale of log n.
+    """For each method, the rows (one a seed) of the setting that stands for best-of-n.
+
+    That is the setting of the nearest n on the scale of log n. A method steered by beta has no n,
+    and what a beta does depends on the scale of the reward: for it, the setting whose KL to the
+    reference, mean over its seeds, is nearest to best-of-n's bound log n - (n-1)/n.
 
     Args:
       rows: of one study, split and temperature.
@@ -203,13 +200,15 @@ def matched(rows: Sequence[dict[str, Any]], n: float) -> dict[str, list[dict[str
     for row in rows:
         setting = (row["method"], row["n"], row["beta"], row["m"])
         groups.setdefault(setting, []).append(row)
+    bound = float(theory.kl_upper_bound(n))
     nearest: dict[str, tuple[float, list[dict[str, Any]]]] = {}
-    for (method, *_), group in groups.items():
-        own_n = effective_n(group[0])
+    for (method, own_n, *_), group in groups.items():
         if own_n is not None:
             distance = abs(float(np.log(own_n) - np.log(n)))
-            if method not in nearest or distance < nearest[method][0]:
-                nearest[method] = (distance, group)
+        else:
+            distance = abs(float(np.mean([row["kl_ref"] for row in group])) - bound)
+        if method not in nearest or distance < nearest[method][0]:
+            nearest[method] = (distance, group)
     return {method: group for method, (_, group) in nearest.items()}
 
 

@@ -142,6 +142,8 @@ def _minutes(rows: Sequence[dict[str, Any]]) -> str:
     if spread is None:
         return ""
     minutes = spread.mean / 60
+    if minutes < 0.1:
+        return f"{spread.mean:.2g} s"
     return f"{minutes:.2f} min" if minutes < 10 else f"{minutes:.0f} min"
 
 

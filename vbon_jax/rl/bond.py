@@ -1,8 +1,9 @@
 """J-BOND: iterated best-of-n distillation, Sessa et al. 2024.
 
 p_<=(y) = P(r(y') <= r(y)). The non-iterative form, the backward KL at one n, is the objective
-`backward` of bon.distribution. J-BOND distils best-of-2 of an anchor policy by a mix of forward and backward KL (a Jeffreys
-divergence), and lets the anchor follow the policy slowly, so that n grows along the way.
+`backward` of bon.distribution. J-BOND distils best-of-2 of an anchor policy by a mix of forward and
+backward KL (a Jeffreys divergence), and lets the anchor follow the policy slowly, so that n grows
+along the way.
 """
 
 import math

@@ -79,7 +79,8 @@ def run(
 
     Returns the final state, which is also the newest checkpoint.
     Raises Stopped after a signal, once the state is saved; InputError on a loss or gradient that is
-    not finite, naming the step and the last good checkpoint.
+    not finite, naming the step and the last good checkpoint. Of a population ("refused" is written)
+    only where no member's step was accepted: one that diverges must not stop the others.
     """
     with reporting(plan.title, plan.iterations, start) as report, StopSignal() as stop:
         for step in range(start, plan.iterations):
@@ -226,6 +227,8 @@ def _text(rollout: Rollout, response_text: Callable[[Sequence[int]], str], row: 
 
 
 def _refuse_not_finite(values: dict[str, Any], step: int, checkpointer: Checkpointer) -> None:
+    if "refused" in values and not all(values["refused"]):
+        return
     for name in ("loss", "grad_norm"):
         bad = [v for v in np.atleast_1d(values[name]).tolist() if not math.isfinite(v)]
         if bad:

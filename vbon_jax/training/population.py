@@ -191,7 +191,9 @@ def online(
     n_K = on_members(np.array([m.n for m in members], np.float32))
     beta_K = on_members(np.array([m.beta for m in members], np.float32))
     none = on_members(np.zeros((len(members), 1), np.float32))
-    common: References | None = None if own_references else world.references
+    common: References | None = None
+    if not own_references:
+        common = sharding.place(world.references, world.mesh)
     own = on_members(world.references) if own_references else none
     length = engine.bucket_length(max(len(p.tokens) for p in world.prompts))
     _, row_of = loop.index(world.prompts)
