@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.prompts.ood = 128
     config.evaluator.train = True
     config.samples.m = 200
-    config.evaluate.m = 200
+    config.evaluate.update(m=200, samples_per_prompt=8)
     config.offline.epochs = 1
     config.train.update(iterations=80, batch_size=128, minibatch_size=32, ppo_epochs=2,
                         learning_rate=5e-4)  # fmt: skip

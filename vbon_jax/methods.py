@@ -32,10 +32,13 @@ OBJECTIVES = {"ppo": "reward", "bond": "backward"}  # of bon.distribution; vbon 
 
 
 class Spec(NamedTuple):
-    """A method with what is structure in it: everything but n, beta, m and the seed."""
+    """A method with what is structure in it: everything but n, beta, m and the seed.
+
+    variant: the objective of vbon, the form of bond; nothing to the others.
+    """
 
     name: str
-    objective: str
+    variant: str
     estimator: str
 
 
@@ -50,11 +53,12 @@ class Online(NamedTuple):
 
 def spec(s: Settings) -> Spec:
     """The method of ``method.name``."""
-    return Spec(s.method.name, s.method.objective, s.method.estimator)
+    variant = s.bond.form if s.method.name == "bond" else s.method.objective
+    return Spec(s.method.name, variant, s.method.estimator)
 
 
-def _jeffreys(s: Settings, method: Spec) -> bool:
-    return method.name == "bond" and s.bond.form == "jeffreys"
+def _jeffreys(method: Spec) -> bool:
+    return method == ("bond", "jeffreys", method.estimator)
 
 
 def iterations(s: Settings, method: Spec, prompts: int) -> int:
@@ -84,7 +88,7 @@ def optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with a rate that falls linearly to 0 over all gradient steps, and that schedule."""
     t = s.train
-    epochs = 1 if _jeffreys(s, method) else t.ppo_epochs
+    epochs = 1 if _jeffreys(method) else t.ppo_epochs
     updates = t.iterations * epochs * (t.batch_size // t.minibatch_size)
     rate = t.learning_rate
     if method.name in OFFLINE:
@@ -100,10 +104,10 @@ def first_state(
     tx, _ = optimizer(s, method, prompts)
     decoder = jax.tree.map(np.array, jax.device_get(reference.params["decoder"]))
     params: dict[str, Any] = {"decoder": decoder}
-    if method.name not in OFFLINE and not _jeffreys(s, method):
+    if method.name not in OFFLINE and not _jeffreys(method):
         params["value"] = heads.init_value(reference.config, key)
     fresh = state.create(params, tx, key)
-    if _jeffreys(s, method):  # the optimizer does not see the anchor
+    if _jeffreys(method):  # the optimizer does not see the anchor
         fresh = fresh._replace(params=params | {"anchor": jax.tree.map(np.array, decoder)})
     return fresh
 
@@ -132,7 +136,7 @@ def online(s: Settings, method: Spec, config: Any, prompts: int) -> Online:
     """An online method's iteration."""
     t = s.train
     tx, schedule = optimizer(s, method, prompts)
-    if _jeffreys(s, method):
+    if _jeffreys(method):
         plan = bond.BondPlan(
             s.bond.jeffreys, s.bond.anchor_rate, s.bond.beta, t.minibatch_size,
             s.sampling.temperature, method.estimator,
@@ -147,7 +151,7 @@ def online(s: Settings, method: Spec, config: Any, prompts: int) -> Online:
         a_step = t.batch_size // t.minibatch_size
         return Online(iterate_bond, bond.SOURCES, lambda step: float(schedule(step * a_step)))
     ppo_plan = ppo.PPOPlan(
-        objective=OBJECTIVES.get(method.name, method.objective),
+        objective=OBJECTIVES.get(method.name, method.variant),
         estimator=method.estimator,
         epochs=t.ppo_epochs,
         minibatch_size=t.minibatch_size,

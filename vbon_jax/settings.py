@@ -214,7 +214,7 @@ class Sweep:
     dpo: tuple[float, ...] = key("beta of dpo")
     bonbon: tuple[int, ...] = key("n of bonbon")
     bon_sft: tuple[int, ...] = key("n of bon_sft")
-    bond: tuple[float, ...] = key("n of bond")
+    bond: tuple[float, ...] = key("n of bond, in its backward form")
     m: tuple[int, ...] = key("m of vbon at `method.n`, all but `samples.m` trained once more")
     temperatures: tuple[float, ...] = key(
         "each method, matched to `method.n`, is measured at these"

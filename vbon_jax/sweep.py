@@ -55,7 +55,7 @@ def units(s: Settings) -> list[Unit]:
     of_n = [
         ("vbon", exact, w.vbon),
         ("lower_bound", bound, w.lower_bound),
-        ("bond", Spec("bond", "exact", s.method.estimator), w.bond),
+        ("bond", Spec("bond", "backward", s.method.estimator), w.bond),
         ("bonbon", Spec("bonbon", "exact", s.method.estimator), w.bonbon),
         ("bon_sft", Spec("bon_sft", "exact", s.method.estimator), w.bon_sft),
     ]
@@ -179,8 +179,15 @@ def yardsticks(run: Run, splits: Splits) -> None:
     rows = []
     for held in splits.all():
         study = "front" if held.sampling.temperature == s.sampling.temperature else "temperature"
-        common = {"split": held.split, "seed": s.seed, "m": held.pool.rewards.shape[1], "beta": None,
-                  "seconds": 0.0, "sample_seconds": 0.0, "unit": "yardsticks"}  # fmt: skip
+        common = {
+            "split": held.split,
+            "seed": s.seed,
+            "m": held.pool.rewards.shape[1],
+            "beta": None,
+            "seconds": 0.0,
+            "sample_seconds": 0.0,
+            "unit": "yardsticks",
+        }
         found = [("reference", study, held.reference())]
         for size in s.sweep.bon if held.split == "test" and study == "front" else ():
             found.append(("bon", study, held.bon(size)))
@@ -309,19 +316,19 @@ def _measure(run: Run, unit: Unit, place: Path, world: World, state: Any, splits
     for i in range(len(unit.members)):
         found, drawn_of[i] = row(i, test, unit.study)
         rows.append(found)
-    if unit.study == "front":
-        matched = _matched(s, unit, rows)
-        for i in matched:
-            for held in splits.all():
+    matched = _matched(s, unit, rows) if unit.study == "front" else []
+    for i in matched:
+        for held in splits.all():
+            if held is test:
                 if held.sampling.temperature in s.sweep.temperatures:
-                    rows.append(row(i, held, "temperature")[0])
-                elif held is not test:
-                    rows.append(row(i, held, "front")[0])
-        lines: list[dict[str, Any]] = []
-        for i in matched[:1]:
-            texts = {unit.label: [[(r.text, r.reward) for r in g] for g in drawn_of[i]]}
-            lines = heldout.sample_lines(test, texts)
-        _write_lines(place / "samples.jsonl", lines)
+                    rows.append(rows[i] | {"study": "temperature"})
+            elif held.sampling.temperature in s.sweep.temperatures:
+                rows.append(row(i, held, "temperature")[0])
+    lines: list[dict[str, Any]] = []
+    for i in matched[:1]:
+        texts = {unit.label: [[(r.text, r.reward) for r in g] for g in drawn_of[i]]}
+        lines = heldout.sample_lines(test, texts)
+    _write_lines(place / "samples.jsonl", lines)
     exact = []
     if tabular(s):
         for i, member in enumerate(unit.members):

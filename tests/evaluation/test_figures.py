@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation import figures, results
+from vbon_jax.evaluation import figures, results, sweep_figures
 
 N = 8
 BOUND = math.log(8) - 7 / 8
@@ -108,6 +108,28 @@ def test_all_figures_are_written(workdir):
         assert pixels[..., :3].std() > 0.02
         for border in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
             assert np.all(border == 1.0), path
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("loss", "nll", "grad_norm"),  # bon_sft
+        ("loss", "grad_norm", "reward", "jbond_reward", "kl_ref", "kl_anchor", "kl_bon"),  # bond
+    ],
+    ids=["offline", "bond"],
+)
+def test_a_method_without_ppo_has_its_own_curves(workdir, monkeypatch, columns):
+    """Each of its columns on a panel, in the file that PPO's panels would be in."""
+    drawn = []
+    draw = sweep_figures.draw_columns
+    monkeypatch.setattr(sweep_figures, "draw_columns", lambda m: drawn.append(draw(m)) or drawn[0])
+    metrics = [{"step": step} | dict.fromkeys(columns, 0.1 * step) for step in (1, 2, 3)]
+    write_lines(workdir / "metrics.jsonl", metrics)
+    paths = figures.all_figures(workdir)
+    assert paths[0].name == "training_curves.png" and len(paths) == 3
+    titles = [ax.get_title(loc="left") for ax in drawn[0].axes]
+    assert titles == list(columns)
+    np.testing.assert_allclose(drawn[0].axes[0].lines[0].get_ydata(), [0.1, 0.2, 0.3])
 
 
 def test_nothing_heavy_is_imported_and_no_global_state_is_made(workdir):

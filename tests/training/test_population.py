@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 ITERATIONS, BATCH, VOCABULARY, T, M = 3, 16, 37, 5, 24
 VBON = Spec("vbon", "exact", "interval")
 PPO = Spec("ppo", "exact", "interval")
-BOND = Spec("bond", "exact", "smoothed")
+BOND = Spec("bond", "jeffreys", "smoothed")
 # n, beta and seed differ between all of them.
 MEMBERS = [Member(2.0, 0.5, 0, M), Member(9.0, 0.1, 1, M), Member(64.0, 0.02, 2, M)]
 
@@ -116,8 +116,7 @@ def single(tiny, mesh, member, spec, **world):
     """log-probs of every set of parameters of a run of its own, and what it wrote."""
     groups = {
         "method": {
-            "name": spec.name, "objective": spec.objective, "estimator": spec.estimator,
-            "n": member.n, "beta": member.beta,
+            "name": spec.name, "estimator": spec.estimator, "n": member.n, "beta": member.beta,
         }
     }  # fmt: skip
     run, world = tiny.build(mesh, spec.estimator, **world, **groups)

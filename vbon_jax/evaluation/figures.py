@@ -24,6 +24,7 @@ from vbon_jax.evaluation.results import (
     run_n,
 )
 from vbon_jax.evaluation.style import BON_COLOUR, REFERENCE_COLOUR, dress, new_figure, save
+from vbon_jax.evaluation.sweep_figures import metric_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,7 @@ SECOND_COLOUR = "#009e73"  # the other line of a training panel
 PHASE_COLOURS = {"rollout": "#56b4e9", "reward": "#f0e442", "update": "#cc79a7"}
 MARKERS = "osD^vP*X"  # one shape a temperature
 BINS = 40
+PPO_COLUMNS = {"objective", "policy_clip_fraction", "explained_variance"}  # of metrics.jsonl
 
 
 def role_colours(policies: Iterable[str]) -> dict[str, str]:
@@ -379,5 +381,9 @@ def win_rate_vs_kl(workdir: Path) -> Path:
 
 
 def all_figures(workdir: Path) -> list[Path]:
-    """Writes every figure of a run; see each for what it needs and raises."""
-    return [training_curves(workdir), reward_histograms(workdir), win_rate_vs_kl(workdir)]
+    """Writes every figure of a run; see each for what it needs and raises.
+
+    Methods trained without PPO have columns of their own, drawn as they are."""
+    by_ppo = read_metrics(workdir).keys() >= PPO_COLUMNS
+    curves = training_curves(workdir) if by_ppo else metric_columns(workdir)
+    return [curves, reward_histograms(workdir), win_rate_vs_kl(workdir)]
