@@ -6,6 +6,11 @@ The grids of the paper's Appendix F, scaled to 2 CPU cores: vBoN, PPO, DPO and B
 with 3 seeds each, the others at 3 values; smaller models and shorter training than
 configs/reviews.py. All policies of a method are trained in one program. It writes
 ``report.html``; several workers may run the same command on one workdir.
+
+    vbon run --config=configs/reviews_sweep.py:text --config.data.path=TRAIN.jsonl \\
+        --config.data.test_path=TEST.jsonl
+
+is a smaller grid on your own labelled text.
 """
 
 import os
@@ -44,4 +49,23 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         temperatures=(0.25, 0.5, 0.75, 1.0),
         seeds=3,
     )
+    if variant == "text":
+        config.prompts.ood = 0
+        config.samples.m = 64
+        config.evaluate.update(m=100, samples_per_prompt=4)
+        config.offline.pairs = 6
+        config.train.update(iterations=50, learning_rate=2e-4)
+        config.sweep.update(
+            bon=(1, 2, 4, 8, 16, 32, 64),
+            vbon=(2, 8, 32, 64),
+            lower_bound=(),
+            ppo=(0.05, 0.1, 0.2, 0.5),
+            dpo=(0.1, 0.3, 1.0, 3.0),
+            bonbon=(2, 8, 32, 64),
+            bon_sft=(8, 64),
+            bond=(),
+            m=(),
+            temperatures=(),
+            seeds=1,
+        )
     return config

@@ -42,7 +42,10 @@ def is_below(name: str, package: str) -> bool:
         ("models", ("vbon_jax",), ("vbon_jax.models",)),
         ("sampling", ("vbon_jax.rewards", "vbon_jax.bon", "vbon_jax.training"), ()),
         ("rewards", ("vbon_jax.sampling", "vbon_jax.training"), ()),
-        ("evaluation/figures.py", ("vbon_jax.models", "vbon_jax.training"), ()),
+        *(
+            (f"evaluation/{name}.py", ("vbon_jax.models", "vbon_jax.training"), ())
+            for name in ("figures", "front_figures", "sweep_figures", "style", "report", "pareto")
+        ),
     ],
 )
 def test_no_forbidden_arrow(where, forbidden, allowed):

@@ -157,7 +157,7 @@ def test_bad_values_are_named(values, key, value, message):
 def test_what_a_method_cannot_do_is_named(values, name, changes, message):
     for key, value in changes.items():
         values = change(values, key, value)
-    st.parse(values)  # other methods do not mind, but for what no method takes
+    st.parse(values)  # vbon does not mind
     with pytest.raises(InputError) as error:
         st.parse(change(values, "method.name", name))
     assert message in str(error.value)

@@ -58,6 +58,27 @@ def test_place_splits_rows():
     assert {s.data.shape for s in x.addressable_shards} == {(1, 2)}
 
 
+def test_a_population_is_split_by_members_whole():
+    """Each device has whole policies, whatever the names inside would be sharded by otherwise."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    path = "population/decoder/blocks/attention/qkv/kernel"
+    assert sharding.spec_for(path, (8, 2, 16, 3, 2, 8), mesh) == P(("data", "fsdp"))
+    tree = {"decoder": {"wte": np.zeros((8, 6, 4))}, "step": np.zeros(8)}
+    placed = sharding.place(tree, mesh, "population")
+    assert {s.data.shape for s in placed["decoder"]["wte"].addressable_shards} == {(2, 6, 4)}
+    assert {s.data.shape for s in placed["step"].addressable_shards} == {(2,)}
+
+
+def test_constrain_inside_a_shard_map_leaves_all_local():
+    """A member's own update is constrained by nothing: its axes are taken by the population."""
+    mesh = sharding.make_mesh(data=4)
+    with jax.set_mesh(mesh):
+        spread = jax.shard_map(
+            lambda x: sharding.constrain(x * 2, "batch"), in_specs=P("data"), out_specs=P("data")
+        )
+        np.testing.assert_array_equal(jax.jit(spread)(jnp.ones((8, 3))), 2)
+
+
 def test_constrain_without_a_mesh_changes_nothing():
     x = jnp.ones((4, 2))
     assert sharding.constrain(x, "batch") is x

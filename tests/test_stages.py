@@ -1,9 +1,11 @@
 """Whole runs of the command line on miniature worlds, in this process."""
 
+import collections
 import fcntl
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import types
@@ -11,13 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import transformers
 
 from vbon_jax import cli
+from vbon_jax.bon import log_f
 from vbon_jax.data import reference, reviews
+from vbon_jax.data import tabular as tabular_world
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.models import hf
+from vbon_jax.training import offline
 
 ROOT = Path(__file__).parents[1]
 TABULAR = [
@@ -126,7 +132,9 @@ def test_changed_settings_are_refused(tabular, capfd):
 def test_transformers_loads_the_policy_with_the_same_log_probs(tabular):
     model = transformers.AutoModelForCausalLM.from_pretrained(tabular / "policy")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tabular / "policy")
-    line = json.loads(next((tabular / "samples").glob("test_t1_m16_*.jsonl")).open().readline())
+    line = json.loads(
+        next((tabular / "samples").glob("test_opponents_t1_m16_*.jsonl")).open().readline()
+    )
     assert tokenizer(line["prompt"], add_special_tokens=False)["input_ids"] == line["prompt_tokens"]
     reference_model = transformers.AutoModelForCausalLM.from_pretrained(tabular / "reference")
     prompt = line["prompt_tokens"]
@@ -206,7 +214,7 @@ def test_a_loss_that_is_not_finite_names_step_and_checkpoint(tabular, tmp_path, 
     sys.modules["inf_reward"] = types.SimpleNamespace(
         reward=lambda prompts, responses: [float(i) for i in range(len(responses))]
     )
-    flags = ["--config.reward.function=inf_reward:reward", "--config.method.objective=reward"]
+    flags = ["--config.reward.function=inf_reward:reward", "--config.method.name=ppo"]
     for stage in ("sft", "reward", "sample"):
         assert vbon(stage, tmp_path, *flags) == 0
     calls = []
@@ -372,12 +380,19 @@ def test_a_setting_put_right_is_not_held_against_the_run(tmp_path, capfd):
     assert vbon("sample", tmp_path) == 0
 
 
-def test_evaluation_again_draws_opponents_that_fit(tabular, tmp_path):
+def test_evaluation_again_draws_samples_that_fit(tabular):
+    """Opponents and pool of another m: files of their own, drawn once."""
     before = set((tabular / "samples").glob("test_*"))
+    assert {p.name.rsplit("_", 1)[0] for p in before} == {
+        "test_opponents_t1_m16", "test_pool_t1_m16",
+    }  # fmt: skip
     assert vbon("evaluate", tabular, "--config.evaluate.m=12") == 0
-    assert len(set((tabular / "samples").glob("test_*")) - before) == 1
+    new = set((tabular / "samples").glob("test_*")) - before
+    assert {p.name.rsplit("_", 1)[0] for p in new} == {
+        "test_opponents_t1_m12", "test_pool_t1_m12",
+    }  # fmt: skip
     assert vbon("evaluate", tabular) == 0
-    assert len(set((tabular / "samples").glob("test_*")) - before) == 1
+    assert set((tabular / "samples").glob("test_*")) == before | new
 
 
 def test_one_held_out_prompt_is_refused_before_any_work(tabular, tmp_path, capfd):
@@ -468,6 +483,233 @@ def test_generate_under_a_mesh_gives_the_same(tabular, capfd):
     ]
     assert vbon("generate", tabular, *flags, "--config.mesh.data=3") == 2
     assert "does not divide among mesh.data x mesh.fsdp = 3" in capfd.readouterr().err
+
+
+def onwards(tabular, workdir, *stages):
+    """A workdir in which these stages are done already, as ``tabular`` did them."""
+    made = {"sft": ("tokenizer", "reference"), "reward": (), "sample": ("prompts", "samples")}
+    for stage in stages:
+        for name in made[stage]:
+            shutil.copytree(tabular / name, workdir / name)
+        (workdir / "stages").mkdir(parents=True, exist_ok=True)
+        shutil.copy(tabular / "stages" / f"{stage}.json", workdir / "stages")
+
+
+def easy_reward(prompts, responses):
+    """Of 0 to 20 by letters near the front of the alphabet, so that few steps teach it; the rest of
+    below 1 makes it injective."""
+    letters = tabular_world.ALPHABET
+    places = [sum(letters.index(c) * 6**i for i, c in enumerate(r)) for r in responses]
+    return [
+        float(sum(5 - letters.index(c) for c in r) + place / 1297)
+        for r, place in zip(responses, places, strict=True)
+    ]
+
+
+LEARNING = [
+    "--config.reward.function=easy_reward:reward", "--config.samples.m=32",
+    "--config.train.iterations=20", "--config.train.batch_size=64",
+    "--config.train.minibatch_size=32", "--config.train.learning_rate=1e-2",
+    "--config.train.checkpoint_every=20", "--config.offline.learning_rate=5e-3",
+    "--config.offline.responses=32", "--config.offline.pairs=100",
+    "--config.offline.batch_size=10", "--config.offline.epochs=3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def easy(tabular, tmp_path_factory):
+    """Reference samples of a reward that is quickly learned."""
+    sys.modules["easy_reward"] = types.SimpleNamespace(reward=easy_reward)
+    workdir = tmp_path_factory.mktemp("easy")
+    onwards(tabular, workdir, "sft")
+    for stage in ("reward", "sample"):
+        assert vbon(stage, workdir, *LEARNING) == 0
+    return workdir
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+ONLINE = ("reward", "kl_ref", "kl_bon", "seconds_rollout", "seconds_update", "tokens_per_second")
+PPO = (*ONLINE, "objective", "policy_clip_fraction", "explained_variance")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "columns", "steps"),
+    [
+        ("ppo", ("--config.method.beta=2.0",), PPO, 20),
+        ("bond", ("--config.bond.anchor_rate=0.1",), (*ONLINE, "kl_anchor", "jbond_reward"), 20),
+        ("bond", ("--config.bond.form=backward",), PPO, 20),
+        ("bon_sft", (), ("nll", "seconds_update"), 3),
+        ("dpo", ("--config.method.beta=0.5",), ("accuracy", "margin"), 3),
+        ("bonbon", (), ("accuracy", "margin", "nll"), 3),
+        (
+            "vbon",
+            ("--config.method.estimator=exponential", "--config.method.objective=lower_bound"),
+            PPO,
+            20,
+        ),
+    ],
+    ids=["ppo", "bond-jeffreys", "bond-backward", "bon_sft", "dpo", "bonbon", "vbon-exponential"],
+)
+def test_every_method_from_samples_to_evaluation(easy, tmp_path, name, flags, columns, steps):
+    """Trained, exported, measured; and it did learn: more wins, and nearer to best-of-n."""
+    onwards(easy, tmp_path, "sft", "reward", "sample")
+    assert vbon("run", tmp_path, f"--config.method.name={name}", *LEARNING, *flags) == 0
+    metrics = metrics_of(tmp_path)
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1))
+    for column in ("loss", "grad_norm", "learning_rate", *columns):
+        assert all(np.isfinite(m[column]) for m in metrics), column
+    if columns is PPO:
+        assert all(m["first_approx_kl"] < 1e-9 for m in metrics)
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [row["policy"] for row in result["rows"]] == ["reference", "bon", name]
+    reference_row, bon_row, own = result["rows"]
+    assert reference_row["kl_ref"] == 0 < own["kl_ref"]
+    assert reference_row["reward"] < min(own["reward"], bon_row["reward"])
+    assert all(np.isfinite(row["kl_bon"]) for row in result["rows"])
+    exact = result["exact"]
+    assert all(np.isfinite(value) for value in exact.values())
+    assert exact["win_rate"] > 0.7 and exact["kl_bon"] < 0.5 * exact["reference_kl_bon"]
+    # One response is in the samples' file for each of count, prompt and policy.
+    shown = [json.loads(x) for x in (tmp_path / "evaluation_samples.jsonl").open()]
+    assert collections.Counter(x["policy"] for x in shown) == {"reference": 8, "bon": 8, name: 8}
+    assert all(x["reward"] == np.float32(easy_reward([], [x["response"]])[0]) for x in shown)
+    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {
+        "training_curves", "reward_histograms", "win_rate_vs_kl",
+    }  # fmt: skip
+
+
+def test_best_of_n_alone_trains_nothing(tabular, tmp_path, capfd):
+    onwards(tabular, tmp_path, "sft", "reward", "sample")
+    assert vbon("run", tmp_path, "--config.method.name=bon") == 0
+    assert "(method.name=bon) trains nothing" in capfd.readouterr().err
+    for name in ("policy", "metrics.jsonl", "checkpoints/train"):
+        assert not (tmp_path / name).exists(), name
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [row["policy"] for row in result["rows"]] == ["reference", "bon"]
+    whole = json.loads((tabular / "evaluation.json").read_text())["rows"]
+    for name in ("reward", "win_rate", "kl_direct"):  # read off the same pool
+        assert result["rows"][1][name] == whole[1][name]
+    assert vbon("generate", tmp_path, "--config.method.name=bon", "--config.generate.model=bon",
+                "--prompt=a") == 0  # fmt: skip
+    assert len(json.loads(capfd.readouterr().out)["response"]) == 4
+    assert vbon("generate", tmp_path, "--config.method.name=bon", "--prompt=a") == 2
+    assert "method.name=bon has no policy: set generate.model=bon" in capfd.readouterr().err
+
+
+def verifier_flags(function, ties):
+    return [
+        *LEARNING, f"--config.reward.function={function}:verifier", "--config.method.n=4",
+        "--config.method.estimator=harmonic", f"--config.method.ties={ties}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "ties"),
+    [
+        ("vbon_jax.data.tabular", "random"),
+        ("vbon_jax.data.tabular", "order"),
+        ("easy_verifier", "order"),
+    ],
+)
+def test_a_verifier_with_ties_either_way(tabular, tmp_path, function, ties):
+    """Rewards of 0 and 1: what best-of-n is depends on the ties, how often it is right does not."""
+    sys.modules["easy_verifier"] = types.SimpleNamespace(
+        verifier=lambda prompts, responses: [float(r[0] == "b") for r in responses]
+    )
+    onwards(tabular, tmp_path, "sft")
+    assert vbon("run", tmp_path, *verifier_flags(function, ties)) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    exact, bon_row = result["exact"], result["rows"][1]
+
+    def won(right):
+        return 1 - (1 - right) ** 4
+
+    # The share of the reference's responses that are right: a win is 1, a tie 1/2.
+    right = scipy.optimize.brentq(
+        lambda p: 0.5 + (won(p) - p) / 2 - exact["bon_win_rate"], 0.001, 0.37
+    )
+    assert 0.05 < right < 0.3
+    bound = np.log(4) - 3 / 4
+    assert bon_row["kl_bound"] == pytest.approx(bound)
+    if ties == "random":
+        both, of_ref = np.array([won(right), 1 - won(right)]), np.array([right, 1 - right])
+        assert exact["bon_kl"] == pytest.approx(np.sum(both * np.log(both / of_ref)), abs=1e-4)
+        assert bon_row["kl_beirami"] < 0.9 * bound
+    else:  # the order leaves no ties, and no response is heavy
+        assert exact["bon_kl"] == pytest.approx(bound, abs=0.02)
+        assert bon_row["kl_beirami"] == pytest.approx(bound, abs=0.01)
+    assert exact["kl_ref"] > 0
+    if (function, ties) != ("vbon_jax.data.tabular", "order"):  # a few steps do not teach a hash
+        assert exact["kl_bon"] < exact["reference_kl_bon"] - 0.02
+        assert exact["win_rate"] > 0.51
+
+
+def test_bon_sft_takes_the_winners_of_the_order(tabular, tmp_path, monkeypatch):
+    """The order of training is the one of evaluation: that of the sampled ids."""
+    onwards(tabular, tmp_path, "sft")
+    chosen = []
+
+    def choices(method, rewards_PxM, **given):
+        chosen.append((rewards_PxM, given["order_PxM"], real(method, rewards_PxM, **given)))
+        return chosen[0][2]
+
+    real = offline.choices
+    monkeypatch.setattr(offline, "choices", choices)
+    flags = [*verifier_flags("vbon_jax.data.tabular", "order"), "--config.method.name=bon_sft",
+             "--config.method.n=32"]  # fmt: skip
+    for stage in ("reward", "sample", "train"):
+        assert vbon(stage, tmp_path, *flags) == 0
+    (rewards, order, rows), samples = chosen[0], reference.read(tmp_path / "samples/train.jsonl")
+    tokens = np.array(samples[0].response_tokens, np.int32)
+    np.testing.assert_array_equal(order[0], log_f.response_order(tokens, np.ones_like(tokens)))
+    # The best of all 32 is always the same one: right, and last in the order among those.
+    best = max(range(32), key=lambda i: (rewards[0][i], order[0][i]))
+    assert samples[0].rewards[best] == 1.0
+    assert set(rows.best_E.tolist()) == {best}
+    nll = [m["nll"] for m in metrics_of(tmp_path)]
+    assert nll[-1] < 0.5 * nll[0]
+
+
+@pytest.mark.parametrize("name", ["bonbon", "bond"])
+def test_two_and_two_iterations_are_four(tabular, tmp_path, monkeypatch, name):
+    """Stopped in the second iteration, an offline method and J-BOND go on to the same bits."""
+    flags = [
+        f"--config.method.name={name}", "--config.offline.pairs=50",
+        "--config.offline.batch_size=5", "--config.offline.epochs=4",
+        "--config.bond.anchor_rate=0.3",
+    ]  # fmt: skip
+    # An iteration reads one pass of the pairs, or has three batches scored.
+    what, at, stop_at = (
+        (offline, "epoch_order", 2) if name == "bonbon" else (tabular_world, "reward", 5)
+    )
+    real, calls = getattr(what, at), 0
+
+    def stopping(*args):
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    ends = []
+    for kind in ("cut", "whole"):
+        workdir = tmp_path / kind
+        onwards(tabular, workdir, "sft", "reward", "sample")
+        if kind == "cut":
+            monkeypatch.setattr(what, at, stopping)
+            assert vbon("train", workdir, *flags) == 143
+            assert [m["step"] for m in metrics_of(workdir)] == [1, 2]
+            monkeypatch.undo()
+        assert vbon("train", workdir, *flags) == 0
+        assert vbon("export", workdir, *flags) == 0
+        ends.append((policy(workdir), [(m["step"], m["loss"]) for m in metrics_of(workdir)]))
+    (cut, cut_metrics), (whole, whole_metrics) = ends
+    assert [step for step, _ in cut_metrics] == [1, 2, 3, 4]
+    assert cut_metrics == whole_metrics
+    assert_same(cut, whole)
 
 
 def test_a_users_own_model_prompts_and_reward(tmp_path):

@@ -162,7 +162,21 @@ def table(results: dict[str, dict[str, float]]) -> Table:
 
 
 def main() -> None:
-    """Prints the table at full size: 5,000 prompts, 600 samples, 10,000 look-ups."""
+    """Prints the tables at full size: 5,000 prompts, 600 samples, 10,000 look-ups; 8 policies."""
     from rich.console import Console
 
-    Console().print(table(log_f_times() | ks_times()))
+    from vbon_jax import bench_population
+
+    console = Console()
+    console.print(table(log_f_times() | ks_times()))
+    console.print(population_table(bench_population.population_times()))
+
+
+def population_table(times: dict[str, float]) -> Table:
+    """The result of ``bench_population.population_times``, for the screen."""
+    shown = Table(title="A population of 8 policies beside 8 single runs", title_justify="left")
+    shown.add_column("quantity")
+    shown.add_column("value", justify="right")
+    for name, value in times.items():
+        shown.add_row(name, f"{value:.3g}")
+    return shown

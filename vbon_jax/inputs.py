@@ -25,6 +25,7 @@ from vbon_jax.data.text import Example
 from vbon_jax.errors import InputError
 from vbon_jax.models import hf
 from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.progress import log
 from vbon_jax.rewards.classifier import ClassifierReward
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.sampling.engine import Sampling
@@ -248,7 +249,14 @@ def load_reference(run: Run) -> Decoder:
 
 
 def load_policy(run: Run) -> Decoder:
-    """The policy stage ``export`` wrote."""
+    """The policy stage ``export`` wrote.
+
+    Raises InputError where the method is best-of-n itself, which has none.
+    """
+    if run.settings.method.name == "bon":
+        raise InputError(
+            "method.name=bon has no policy: set generate.model=bon or reference, or train a method"
+        )
     run.workdir.require("export", "the policy")
     return load_decoder(run, run.workdir.policy)
 
@@ -262,9 +270,16 @@ def references(
 ) -> References:
     """The first m reference rewards of each prompt as the density of best-of-n is read off them."""
     rewards_PxM = sample_rewards(samples, m)
-    if run.settings.method.ties == "random":
-        return bon_references.references(rewards_PxM, estimator)
-    return bon_references.references(rewards_PxM, estimator, orders(run, tokenizer, samples, m))
+    by_order = run.settings.method.ties == "order"
+    order_PxM = orders(run, tokenizer, samples, m) if by_order else None
+    table = bon_references.references(rewards_PxM, estimator, order_PxM)
+    if table.fit is not None:
+        failed = int(np.sum(~np.asarray(table.fit.converged_P)))
+        log(
+            f"exponential: {failed} of {len(samples)} prompts have no curve that fits their {m} "
+            "rewards and take the smoothed estimate"
+        )
+    return table
 
 
 def orders(

@@ -134,10 +134,12 @@ def evaluate(run: Run) -> None:
     workdir.write_json(workdir.evaluation, result)
     _write_text(
         workdir.root / "evaluation.md",
-        f"{table.markdown_table(rows)}\n{table.samples_table(workdir.root, SAMPLES_SHOWN)}",
+        f"{table.markdown_table(rows)}\n{table.bon_kls(rows)}\n"
+        f"{table.samples_table(workdir.root, SAMPLES_SHOWN)}",
     )
     console = Console()
     console.print(table.results_table(rows))
+    console.print(table.bon_kls(rows), highlight=False)
     if "exact" in result:
         console.print(table.exact_table(result["exact"]))
     if policy is not None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vbon_jax.data import reference
+from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.reference import PromptSamples, SampleWriter
 from vbon_jax.errors import InputError
 
@@ -17,6 +18,7 @@ FULL = PromptSamples(
     response_tokens=((1, 2, 0), (0,), (5, 6, 7)),
     log_probs=(-150.25, -0.5, -7.0),
     finished=(True, True, False),
+    evaluator_rewards=(1.5, -0.25, 0.0),
 )
 BARE = PromptSamples("p", ("x", "y"), (1.0, 2.0))
 
@@ -132,6 +134,8 @@ def test_faults_of_the_one_response_layout(tmp_path, second, message):
         ({"response_tokens": [[1], [2], 3]}, "must hold lists of token ids"),
         ({"log_probs": [-1.0]}, "3 responses but 1 'log_probs'"),
         ({"log_probs": [-1.0, math.nan, -1.0]}, "1 of 3 'log_probs'"),
+        ({"evaluator_rewards": [1.0]}, "3 responses but 1 'evaluator_rewards'"),
+        ({"evaluator_rewards": [1.0, math.inf, 0]}, "1 of 3 'evaluator_rewards' are not finite"),
         ({"finished": [True]}, "3 responses but 1 'finished'"),
         ({"finished": [True, 1, False]}, "true and false only"),
         ({"prompt_id": 1}, "prompt_id 1 is at"),
@@ -166,6 +170,35 @@ def test_sorted_rewards():
     # The first m, not the m lowest.
     rewards = reference.sorted_rewards(samples_of([3, 1, 2], [0, -1, 5, 4]), m=2)
     np.testing.assert_array_equal(rewards, [[1, 3], [-1, 0]])
+
+
+def test_rewards_stay_in_the_order_drawn():
+    rewards = reference.rewards(samples_of([3, 1, 2, 2], [0, -1, 5, 4]))
+    assert rewards.dtype == np.float32
+    np.testing.assert_array_equal(rewards, [[3, 1, 2, 2], [0, -1, 5, 4]])
+    np.testing.assert_array_equal(
+        reference.rewards(samples_of([3, 1, 2], [0, -1, 5]), 1), [[3], [0]]
+    )
+
+
+def test_samples_of_prompts_are_found_by_id(tmp_path):
+    path = write(tmp_path / "s.jsonl", line(prompt_id=7), line(prompt_id=2, prompt="other"))
+    seven, two = Prompt(7, FULL.prompt, (7, 8)), Prompt(2, "other", (1,))
+    found = reference.samples_of(path, [two, seven], 3)
+    assert [(s.prompt_id, s.prompt) for s in found] == [(2, "other"), (7, FULL.prompt)]
+    assert found[1].response_tokens == FULL.response_tokens
+    assert len(reference.samples_of(path, [seven], 2)) == 1  # of more samples than m, all come
+    for prompts, m, message in (
+        (
+            [seven, Prompt(3, "new", (1,))],
+            3,
+            "prompt 3 is 'new', the file has nothing under its id",
+        ),
+        ([Prompt(2, "new", (1,))], 3, "prompt 2 is 'new', the file has samples of 'other'"),
+        ([seven], 4, "prompt 7 .* has 3 rewards, m = 4 are needed"),
+    ):
+        with pytest.raises(InputError, match=message):
+            reference.samples_of(path, prompts, m)
 
 
 def test_sorted_rewards_refuses():

@@ -108,6 +108,24 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return _markdown(list(COLUMNS), cells, left=1)
 
 
+def bon_kls(rows: Sequence[dict[str, Any]]) -> str:
+    """KL(BoN || ref) of each row of best-of-n three ways, a line each; "" where there is none.
+
+    The bound log n - (n-1)/n, the estimate of Beirami et al., and E_bon[log ratio] with half its
+    95% interval over prompts.
+    """
+    lines = []
+    for row in rows:
+        if row["policy"] == "bon":
+            direct = _plus_minus(row["kl_direct"], row["kl_direct_ci95"])
+            lines.append(
+                f"KL(BoN‖ref), n = {row['n']:g}, T = {row['temperature']:g}, nats: bound "
+                f"{row['kl_bound']:.3f}, Beirami et al. {row['kl_beirami']:.3f}, "
+                f"direct (mean log ratio) {direct}\n"
+            )
+    return "\n".join(lines)
+
+
 def exact_table(exact: dict[str, float]) -> Table:
     """What enumeration of every response gives ("exact" of ``evaluation.json``), for the screen."""
     table = Table(title="Exact, by enumeration", title_justify="left")

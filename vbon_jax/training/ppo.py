@@ -16,6 +16,7 @@ from vbon_jax.bon.references import References
 from vbon_jax.models import decoder, heads
 from vbon_jax.rl import gae, kl, ppo, shaping
 from vbon_jax.rl.masking import masked_mean
+from vbon_jax.rl.next_token import NextToken, next_token
 from vbon_jax.sampling import decode
 from vbon_jax.sampling import logits as lg
 from vbon_jax.training.state import TrainState
@@ -83,25 +84,6 @@ class Experience(NamedTuple):
     entropy_weight_B: jax.Array
 
 
-def policy_outputs(
-    params: Any,
-    config: decoder.DecoderConfig,
-    tokens_BxS: jax.Array,
-    mask_BxS: jax.Array,
-    response_len: int,
-    temperature: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Tempered log-softmax [B, T, V] and values [B, T] at the response slots."""
-    logits, hidden = decode.response_logits(
-        params["decoder"], config, tokens_BxS, mask_BxS, response_len, temperature
-    )
-    return jax.nn.log_softmax(logits, axis=-1), heads.value(params["value"], hidden)
-
-
-def _chosen(log_probs_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(log_probs_BxTxV, tokens_BxT[..., None], axis=-1)[..., 0]
-
-
 def experience(
     params: Any,
     ref_params: Any,
@@ -125,19 +107,18 @@ def experience(
     token_mask = jnp.concatenate([batch.prompt_mask_BxP, mask], axis=1)
 
     with jax.named_scope("score"):
-        policy_lp, values = policy_outputs(
-            params, config, tokens, token_mask, response_len, plan.temperature
+        logits, hidden = decode.response_logits(
+            params["decoder"], config, tokens, token_mask, response_len, plan.temperature
         )
         ref_logits, ref_hidden = decode.response_logits(
             ref_params["decoder"], config, tokens, token_mask, response_len, plan.temperature
         )
-        ref_lp = jax.nn.log_softmax(ref_logits, axis=-1)
-        log_policy = jnp.where(mask, _chosen(policy_lp, rollout.tokens_BxT), 0.0)
-        log_ref = jnp.where(mask, _chosen(ref_lp, rollout.tokens_BxT), 0.0)
-        values = jnp.where(mask, values, 0.0)
-        full_kl_BxT = kl.full_kl(policy_lp, ref_lp, mask)
+        found = NextToken(
+            *(jnp.where(mask, x, 0.0) for x in next_token(logits, ref_logits, rollout.tokens_BxT))
+        )
+        log_policy, log_ref, full_kl_BxT, entropy_BxT = found
+        values = jnp.where(mask, heads.value(params["value"], hidden), 0.0)
         full_kl = kl.sequence_sum(full_kl_BxT, mask)
-        entropy_BxT = ppo.token_entropy(policy_lp, mask)
 
     with jax.named_scope("log_f"):
         by_order = references.order_PxM is not None
@@ -234,22 +215,22 @@ def loss(
     logits, hidden = decode.response_logits(
         params["decoder"], config, exp.tokens_BxS, exp.mask_BxS, response_len, plan.temperature
     )
-    log_probs = lg.log_prob(logits, exp.tokens_BxS[:, -response_len:])
+    ref_logits = decoder.logits(ref_params["decoder"], config, exp.ref_hidden_BxTxD)
+    found = next_token(
+        logits, lg.temper(ref_logits, plan.temperature), exp.tokens_BxS[:, -response_len:]
+    )
     values = heads.value(params["value"], hidden)
     mask = exp.response_mask_BxT
     policy_loss, policy_info = ppo.policy_loss(
-        log_probs, exp.log_probs_BxT, exp.advantages_BxT, mask, plan.clip_policy
+        found.log_prob, exp.log_probs_BxT, exp.advantages_BxT, mask, plan.clip_policy
     )
     value_loss, value_info = ppo.value_loss(
         values, exp.values_BxT, exp.returns_BxT, mask, plan.clip_value
     )
     total = policy_loss + plan.value_coef * value_loss
     if plan.penalty == "full":
-        ref_logits = decoder.logits(ref_params["decoder"], config, exp.ref_hidden_BxTxD)
-        ref_lp = jax.nn.log_softmax(lg.temper(ref_logits, plan.temperature), axis=-1)
-        policy_lp = jax.nn.log_softmax(logits, axis=-1)
-        penalty_BxT = exp.kl_weight_B[:, None] * kl.full_kl(policy_lp, ref_lp, mask)
-        penalty_BxT -= exp.entropy_weight_B[:, None] * ppo.token_entropy(policy_lp, mask)
+        penalty_BxT = exp.kl_weight_B[:, None] * found.kl
+        penalty_BxT -= exp.entropy_weight_B[:, None] * found.entropy
         total += masked_mean(penalty_BxT, mask)
     return total, {
         "loss": total,
