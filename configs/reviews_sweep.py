@@ -3,7 +3,7 @@
     vbon run --config=configs/reviews_sweep.py
 
 The grids of the paper's Appendix F, scaled to 2 CPU cores: vBoN, PPO, DPO and BoNBoN at 11 values
-with 3 seeds each, the others at 3 values; smaller models and shorter training than
+with 2 seeds each, the others at 3 values; smaller models and shorter training than
 configs/reviews.py. All policies of a method are trained in one program. It writes
 ``report.html``; several workers may run the same command on one workdir.
 
@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.samples.m = 200
     config.evaluate.update(m=200, samples_per_prompt=8)
     config.offline.epochs = 1
-    config.train.update(iterations=80, batch_size=128, minibatch_size=32, ppo_epochs=2,
+    config.train.update(iterations=60, batch_size=128, minibatch_size=32, ppo_epochs=2,
                         learning_rate=5e-4)  # fmt: skip
     if not variant:
         config.reference.model = {"layers": 2, "width": 96, "heads": 4, "positions": 64}
@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         bond=(2, 8, 32),
         m=(8, 32, 200),
         temperatures=(0.25, 0.5, 0.75, 1.0),
-        seeds=3,
+        seeds=2,
     )
     if variant == "text":
         config.prompts.ood = 0
