@@ -50,14 +50,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "max_tokens": 1,
             },
             "tokenizer": {"path": "", "kind": "characters", "vocab_size": 6},
-            "reference": {"path": "", "model": model, "fit": fit},
+            "reference": {"path": "", "model": dict(model), "fit": fit},
             "reward": {
                 "path": "",
                 "function": "vbon_jax.data.tabular:reward",
                 "label": "POSITIVE",
                 "score": "logit",
-                "model": model,
-                "fit": fit,
+                "model": dict(model),
+                "fit": dict(fit),
             },
             "evaluator": {
                 "train": False,
@@ -65,8 +65,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "function": "",
                 "label": "POSITIVE",
                 "score": "logit",
-                "model": model,
-                "fit": fit,
+                "model": dict(model),
+                "fit": dict(fit),
             },
             "sampling": {
                 "temperature": 1.0,

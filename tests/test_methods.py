@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from vbon_jax import inputs, methods, settings, sharding, workdir
+from vbon_jax.bon import log_f as lf
 from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import reference as reference_files
 from vbon_jax.data import tabular
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.reference import PromptSamples, SampleWriter
@@ -19,7 +21,7 @@ from vbon_jax.inputs import Run
 from vbon_jax.methods import Spec
 from vbon_jax.models import decoder, hf
 from vbon_jax.rl import preference
-from vbon_jax.training import loop, offline, population
+from vbon_jax.training import offline, population
 from vbon_jax.training.population import Member
 
 ROOT = Path(__file__).parents[1]
@@ -231,13 +233,6 @@ def test_the_first_state_is_the_reference_in_arrays_of_its_own(root, mesh, spec,
 
 def test_bonbon_takes_beta_from_n_and_alpha_from_its_winners(root, mesh, monkeypatch):
     """beta_n by its formula; alpha at which both terms weigh alike while policy = reference."""
-    seen = []
-    real = offline.steps
-
-    def steps(state, pool, choices, beta, alpha, **static):
-        seen.append((beta, alpha))
-        return real(state, pool, choices, beta, alpha, **static)
-
     spec = offline_spec("bonbon")
     run, world = opened(root, mesh, spec)
     members = MEMBERS["bonbon"]
@@ -307,7 +302,11 @@ def test_ties_by_order_reach_the_offline_methods(root, mesh):
     )
     run = dataclasses.replace(run, settings=s)
     *_, order, _ = methods._pool(run, world)
-    assert order.shape == (3, M) and order.dtype == np.uint32
+    tokenizer = inputs.load_tokenizer(run)
+    samples = reference_files.samples_of(run.workdir.train_samples, world.prompts, M)
+    ids = np.array([tokenizers.encode(tokenizer, text) for x in samples for text in x.responses])
+    np.testing.assert_array_equal(order.ravel(), lf.response_order(ids, np.ones(ids.shape, bool)))
+    assert order.shape == (3, M) and len(np.unique(order)) > M
 
 
 def test_the_world_reads_the_workdir(root, mesh):
@@ -323,7 +322,4 @@ def test_the_world_reads_the_workdir(root, mesh):
     rows = np.array([ids]), np.ones((1, 4), bool)
     np.testing.assert_allclose(
         world.reward(["b"], None, None, *map(jnp.asarray, rows)), tabular.reward(["b"], ["fade"])
-    )
-    assert isinstance(methods.single(run, world)[1], type(lambda: 0)) and loop.POLICY == (
-        "decoder",
     )

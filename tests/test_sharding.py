@@ -76,7 +76,7 @@ def test_constrain_inside_a_shard_map_leaves_all_local():
         spread = jax.shard_map(
             lambda x: sharding.constrain(x * 2, "batch"), in_specs=P("data"), out_specs=P("data")
         )
-        np.testing.assert_array_equal(jax.jit(spread)(jnp.ones((8, 3))), 2)
+        np.testing.assert_array_equal(jax.jit(spread)(jnp.ones((16, 3))), 2)
 
 
 def test_constrain_without_a_mesh_changes_nothing():

@@ -326,7 +326,10 @@ def _load_score(
     end = eos_id(run, tokenizer)
     if r.function:
         return FunctionReward(
-            r.function, lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=False), end
+            r.function,
+            lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=False),
+            end,
+            stage,
         )
     run.workdir.require(stage, f"the {stage} model")
     path = Path(r.path or made)
@@ -342,4 +345,6 @@ def _load_score(
             f"{stage} model {path} has another vocabulary than the policy's tokenizer: "
             "give one trained with the same tokenizer"
         )
-    return ClassifierReward(sharding.place(params, run.mesh), config, labels, r.label, r.score, end)
+    return ClassifierReward(
+        sharding.place(params, run.mesh), config, labels, r.label, r.score, end, stage
+    )

@@ -141,7 +141,8 @@ class Method:
     beta: float = key("KL coefficient of ppo and dpo; 1/(n-1) matches n", above=0)
     estimator: str = key("of log F, or for `interval` of the density ratio itself",
                          choices=ESTIMATORS)  # fmt: skip
-    ties: str = key("how best-of-n chooses among equal rewards: at random, or by a fixed order",
+    ties: str = key("how best-of-n chooses among equal rewards: at random, or by a fixed order "
+                    "(pairs of dpo and bonbon: at random)",
                     choices=TIES)  # fmt: skip
 
 

@@ -142,9 +142,8 @@ def evaluate(run: Run) -> None:
     console.print(table.bon_kls(rows), highlight=False)
     if "exact" in result:
         console.print(table.exact_table(result["exact"]))
-    if policy is not None:
-        for figure in figures.all_figures(workdir.root):
-            log(f"evaluate: {figure}")
+    for figure in figures.all_figures(workdir.root, trained=policy is not None):
+        log(f"evaluate: {figure}")
 
 
 def _evaluated(

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation import figures, results, sweep_figures
+from vbon_jax.evaluation import figures, results, style, sweep_figures
 
 N = 8
 BOUND = math.log(8) - 7 / 8
@@ -134,7 +134,7 @@ def test_a_method_without_ppo_has_its_own_curves(workdir, monkeypatch, columns):
 
 def test_nothing_heavy_is_imported_and_no_global_state_is_made(workdir):
     script = (
-        "import sys; from pathlib import Path; from vbon_jax.evaluation import figures\n"
+        "import sys; from pathlib import Path; from vbon_jax.evaluation import figures, style\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"figures.win_rate_vs_kl(Path({str(workdir)!r}))\n"
         "banned = {'matplotlib.pyplot', 'vbon_jax.models', 'vbon_jax.training'}\n"
@@ -182,7 +182,7 @@ def test_training_panels_show_the_columns_and_the_bound():
     # A straight line is its own centred mean away from the ends and from the NaN.
     np.testing.assert_allclose(smooth.get_ydata()[10:-3], raw[10:-3], rtol=1e-12)
     assert np.isfinite(smooth.get_ydata()).all()
-    assert smooth.get_color() == figures.POLICY_COLOURS[0]
+    assert smooth.get_color() == figures.FIRST_COLOUR
     bound = line(ax, "BoN bound, n = 8: 1.20")
     np.testing.assert_allclose(bound.get_ydata(), [BOUND, BOUND], rtol=1e-6)
     assert bound.get_color() == figures.BON_COLOUR
@@ -247,7 +247,7 @@ def test_reward_densities_have_unit_area_shared_bins_and_marked_means():
         colours = [one.get_color() for one in ax.lines]
         assert colours == [
             figures.REFERENCE_COLOUR,
-            figures.POLICY_COLOURS[0],
+            figures.FIRST_COLOUR,
             figures.BON_COLOUR,
         ]
 
@@ -285,7 +285,7 @@ def test_points_carry_their_intervals_colour_and_shape():
     assert len(ax.containers) == len(ROWS)
     expected = {
         "reference": figures.REFERENCE_COLOUR,
-        "vbon": figures.POLICY_COLOURS[0],
+        "vbon": figures.FIRST_COLOUR,
         "bon": figures.BON_COLOUR,
     }
     for given, (marker, _, bars) in zip(ROWS, ax.containers, strict=True):
@@ -321,14 +321,15 @@ def test_labels_stay_inside_and_off_each_other_the_points_and_the_curve(shift):
         assert not any(box.contains(*point) for point in points), ax.texts[at]
 
 
-def test_each_role_has_one_colour():
+def test_each_role_has_one_colour_whatever_else_is_there():
     colours = figures.role_colours(["ppo", "bon", "reference", "vbon", "ppo"])
     assert colours == {
         "reference": figures.REFERENCE_COLOUR,
         "bon": figures.BON_COLOUR,
-        "ppo": figures.POLICY_COLOURS[0],
-        "vbon": figures.POLICY_COLOURS[1],
+        "vbon": style.LOOKS["vbon"].colour,
+        "ppo": style.LOOKS["ppo"].colour,
     }
+    assert figures.role_colours(["ppo"])["ppo"] == colours["ppo"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vbon_jax.bon import enumeration, targets
+from vbon_jax.bon import enumeration
 from vbon_jax.rl import bond
 
 LOG_ANCHOR = np.log(np.float32([0.1, 0.25, 0.05, 0.4, 0.15, 0.05]))

@@ -161,7 +161,7 @@ def sequence_reward(
 
     Args:
         objective: one of `OBJECTIVES`.
-        n: the N of best-of-N; all but `reward` need it.
+        n: the N of best-of-N; all but `reward` and `backward` need it.
         log_f: log F in nats; for `lower_bound` and `jensen_bound`, and for `exact` without
             log_ratio. -inf gives -inf in the two bounds (unless n = 1): floor it or choose an
             estimator that is finite.

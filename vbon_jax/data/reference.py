@@ -270,13 +270,6 @@ def samples_of(
     return ordered
 
 
-def sorted_rewards_of(
-    path: str | os.PathLike[str], prompts: Sequence[Prompt], m: int
-) -> np.ndarray:
-    """`sorted_rewards` of the first m of `samples_of`."""
-    return sorted_rewards(samples_of(path, prompts, m), m)
-
-
 class SampleWriter:
     """Appends one line a prompt to a file of reference samples, and continues one that was cut off.
 

@@ -2,8 +2,7 @@
 
 Each figure is two functions: ``draw_*`` makes it from plain values, and the one named after the
 file reads the workdir and writes ``figures/<name>.png``. A role has one colour everywhere:
-reference grey, policy blue, best-of-n vermilion (Okabe and Ito's palette, which colour-blind eyes
-can tell apart).
+reference grey, best-of-n vermilion, each method its own (see `style`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,14 +22,21 @@ from vbon_jax.evaluation.results import (
     read_samples,
     run_n,
 )
-from vbon_jax.evaluation.style import BON_COLOUR, REFERENCE_COLOUR, dress, new_figure, save
+from vbon_jax.evaluation.style import (
+    BON_COLOUR,
+    REFERENCE_COLOUR,
+    dress,
+    method_looks,
+    new_figure,
+    save,
+)
 from vbon_jax.evaluation.sweep_figures import metric_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-POLICY_COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00")  # the first method, the second, ...
+FIRST_COLOUR = "#0072b2"  # of the lines of a training panel
 SECOND_COLOUR = "#009e73"  # the other line of a training panel
 PHASE_COLOURS = {"rollout": "#56b4e9", "reward": "#f0e442", "update": "#cc79a7"}
 MARKERS = "osD^vP*X"  # one shape a temperature
@@ -39,12 +45,9 @@ PPO_COLUMNS = {"objective", "policy_clip_fraction", "explained_variance"}  # of 
 
 
 def role_colours(policies: Iterable[str]) -> dict[str, str]:
-    """The colour of each policy name; trained policies take theirs in order of appearance."""
-    colours = {"reference": REFERENCE_COLOUR, "bon": BON_COLOUR}
-    for name in policies:
-        if name not in colours:
-            colours[name] = POLICY_COLOURS[(len(colours) - 2) % len(POLICY_COLOURS)]
-    return colours
+    """The colour of each policy name, as `style` has it for every figure."""
+    looks = method_looks({"reference", "bon", *policies})
+    return {name: look.colour for name, look in looks.items()}
 
 
 # --- Shared pieces -----------------------------------------------------------------------------
@@ -97,7 +100,7 @@ class _Panels:
         ax: "Axes",
         name: str,
         label: str,
-        colour: str = POLICY_COLOURS[0],
+        colour: str = FIRST_COLOUR,
         style: str = "-",
         floor: float = -np.inf,
     ) -> None:
@@ -380,10 +383,13 @@ def win_rate_vs_kl(workdir: Path) -> Path:
     return save(draw_win_rate_vs_kl(read_evaluation(workdir)["rows"]), workdir, "win_rate_vs_kl")
 
 
-def all_figures(workdir: Path) -> list[Path]:
+def all_figures(workdir: Path, trained: bool = True) -> list[Path]:
     """Writes every figure of a run; see each for what it needs and raises.
 
-    Methods trained without PPO have columns of their own, drawn as they are."""
-    by_ppo = read_metrics(workdir).keys() >= PPO_COLUMNS
-    curves = training_curves(workdir) if by_ppo else metric_columns(workdir)
-    return [curves, reward_histograms(workdir), win_rate_vs_kl(workdir)]
+    Methods trained without PPO have columns of their own, drawn as they are; best-of-n itself
+    (not ``trained``) has no curves."""
+    curves = []
+    if trained:
+        by_ppo = read_metrics(workdir).keys() >= PPO_COLUMNS
+        curves = [training_curves(workdir) if by_ppo else metric_columns(workdir)]
+    return [*curves, reward_histograms(workdir), win_rate_vs_kl(workdir)]

@@ -296,15 +296,13 @@ def _temperature(results: Results) -> page.Section:
 
 # --- The run itself -----------------------------------------------------------------------------
 
-_PPO_COLUMNS = {"objective", "policy_clip_fraction", "explained_variance"}
-
 
 def _training(results: Results) -> page.Section:
     anchor, title = "training", "Training curves"
     if not (results.workdir / "metrics.jsonl").exists():
         return _not_run(anchor, title, "There is no metrics.jsonl.", "train")
     metrics = read_metrics(results.workdir)
-    if metrics.keys() >= _PPO_COLUMNS and results.n is not None:
+    if metrics.keys() >= figures.PPO_COLUMNS and results.n is not None:
         path = figures.training_curves(results.workdir, results.n)
     else:  # the offline methods have columns of their own
         path = sweep_figures.metric_columns(results.workdir)

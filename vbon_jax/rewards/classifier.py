@@ -58,18 +58,21 @@ class ClassifierReward:
         label: str,
         kind: str,
         eos_id: int | None,
+        key: str = "reward",
     ):
-        """Raises InputError on a label the classifier does not have, or an unknown kind."""
+        """``key``: the config group that messages name.
+
+        Raises InputError on a label the classifier does not have, or an unknown kind."""
         if label not in labels:
             raise InputError(
-                f"reward.label={label!r}: the reward model knows {', '.join(labels)}; name one"
+                f"{key}.label={label!r}: the {key} model knows {', '.join(labels)}; name one"
             )
         if kind not in KINDS:
-            raise InputError(f"reward.score={kind!r}: choose one of {', '.join(KINDS)}")
+            raise InputError(f"{key}.score={kind!r}: choose one of {', '.join(KINDS)}")
         if len(labels) < 2 and kind != "logit":
             raise InputError(
-                f"reward.score={kind!r} needs two labels, the reward model has only {labels[0]!r}: "
-                "set reward.score=logit"
+                f"{key}.score={kind!r} needs two labels, the {key} model has only {labels[0]!r}: "
+                f"set {key}.score=logit"
             )
         self.positions = config.positions  # the longest text it reads, tokens
         self._params, self._config = params, config

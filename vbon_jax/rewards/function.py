@@ -12,30 +12,34 @@ from vbon_jax.errors import InputError
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
-def load(name: str) -> RewardFunction:
-    """The callable named "module:function".
+def load(name: str, key: str = "reward") -> RewardFunction:
+    """The callable named "module:function"; ``key`` is the config group that messages name.
 
     Raises InputError when the name has another form, or the module or function is not there.
     """
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        raise InputError(f"reward.function={name!r}: write it as module:function")
+        raise InputError(f"{key}.function={name!r}: write it as module:function")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing a user's module may raise anything
         raise InputError(
-            f"reward.function={name!r}: cannot import {module_name!r} "
+            f"{key}.function={name!r}: cannot import {module_name!r} "
             f"({type(error).__name__}: {error}); "
             "put its folder on PYTHONPATH"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise InputError(f"reward.function={name!r}: {module_name} has no callable {attribute!r}")
+        raise InputError(f"{key}.function={name!r}: {module_name} has no callable {attribute!r}")
     return function
 
 
 def call(
-    name: str, function: RewardFunction, prompts: list[str], responses: list[str]
+    name: str,
+    function: RewardFunction,
+    prompts: list[str],
+    responses: list[str],
+    key: str = "reward",
 ) -> np.ndarray:
     """function(prompts, responses) as float32 [B].
 
@@ -47,13 +51,13 @@ def call(
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
-            f"reward.function={name!r} raised {type(error).__name__}: {error} "
+            f"{key}.function={name!r} raised {type(error).__name__}: {error} "
             f"({frame.filename}:{frame.lineno}) on a batch of "
             f"{len(prompts)}, the first of it prompt={prompts[0]!r} response={responses[0]!r}"
         ) from error
     if len(values) != len(responses):
         raise InputError(
-            f"reward.function={name!r} returned {len(values)} values for {len(responses)} responses"
+            f"{key}.function={name!r} returned {len(values)} values for {len(responses)} responses"
         )
     rewards = np.empty(len(values), np.float32)
     for i, value in enumerate(values):
@@ -61,12 +65,12 @@ def call(
             rewards[i] = value
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"reward.function={name!r} returned {value!r}, not a number, for "
+                f"{key}.function={name!r} returned {value!r}, not a number, for "
                 f"prompt={prompts[i]!r} response={responses[i]!r}"
             ) from error
         if np.isnan(rewards[i]):
             raise InputError(
-                f"reward.function={name!r} returned NaN for "
+                f"{key}.function={name!r} returned NaN for "
                 f"prompt={prompts[i]!r} response={responses[i]!r}"
             )
     return rewards
@@ -76,10 +80,15 @@ class FunctionReward:
     """A callable reward behind the same call as ``ClassifierReward``: ids are decoded to text."""
 
     def __init__(
-        self, name: str, decode: Callable[[list[list[int]]], list[str]], eos_id: int | None
+        self,
+        name: str,
+        decode: Callable[[list[list[int]]], list[str]],
+        eos_id: int | None,
+        key: str = "reward",
     ):
-        """``decode`` turns lists of ids into texts; ``name`` is "module:function"."""
-        self._name, self._function = name, load(name)
+        """``decode`` turns lists of ids into texts; ``name`` is "module:function"; ``key`` is the
+        config group that messages name."""
+        self._name, self._function, self._key = name, load(name, key), key
         self._decode, self._eos_id = decode, eos_id
 
     def __call__(
@@ -100,4 +109,4 @@ class FunctionReward:
         if self._eos_id is not None:
             mask = mask & (tokens != self._eos_id)
         responses = self._decode([row[keep].tolist() for row, keep in zip(tokens, mask)])
-        return call(self._name, self._function, list(prompts), responses)
+        return call(self._name, self._function, list(prompts), responses, self._key)
