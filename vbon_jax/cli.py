@@ -157,13 +157,19 @@ def execute(argv: Sequence[str]) -> None:
         return
     command = parse(argv)
     logging.set_verbosity(logging.ERROR)  # libraries' remarks would stand between our own lines
+    settings = command.settings
+    several = command.stage == "sweep" or (command.stage == "run" and "sweep" in settings.stages)
+    if several and command.coordinator is not None:
+        raise InputError(
+            "a sweep shares its work through --workdir, not through --coordinator: start the same "
+            "command on each host without it"
+        )
     if command.coordinator is not None:
         import jax
 
         jax.distributed.initialize(command.coordinator, command.num_processes, command.process_id)
     from vbon_jax import inputs, sharding, stages, workdir  # after the flags: jax starts here
 
-    settings = command.settings
     mesh = settings.mesh
     run = inputs.Run(
         settings,
@@ -176,7 +182,6 @@ def execute(argv: Sequence[str]) -> None:
             raise InputError('no --prompt: give at least one, --prompt="the film"')
         stages.generate(run, command.prompts)
         return
-    several = command.stage == "sweep" or (command.stage == "run" and "sweep" in settings.stages)
     with run.workdir.locked(wait=several):
         if command.stage == "run":
             for name in settings.stages:

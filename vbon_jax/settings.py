@@ -153,7 +153,7 @@ class Bond:
     jeffreys: float = key("weight of the forward KL; the backward KL has the rest", least=0, most=1)
     anchor_rate: float = key("the anchor moves this share of the way to the policy, each iteration",
                              least=0, most=1)  # fmt: skip
-    beta: float = key("KL coefficient towards the anchor", least=0)
+    beta: float = key("extra KL coefficient towards the anchor, in the backward part", least=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,6 +142,7 @@ def sweep(run: Run) -> None:
         log("sweep: the grids are empty (sweep.vbon, sweep.ppo, ...): only best-of-n is measured")
     yardsticks(run, splits)
     worlds: dict[str, World] = {}
+    told = ""
     with run.workdir.shared():
         while todo:
             waiting = []
@@ -165,7 +166,9 @@ def sweep(run: Run) -> None:
                 write_table(run)
             if waiting:
                 names = ", ".join(u.name for u in waiting)
-                log(f"sweep: waiting for {names}, held by other workers")
+                if names != told:
+                    log(f"sweep: waiting for {names}, held by other workers")
+                told = names
                 time.sleep(POLL_SECONDS)
             todo = waiting
     write_table(run)
@@ -294,6 +297,11 @@ def _measure(run: Run, unit: Unit, place: Path, world: World, state: Any, splits
     names = ("seconds_rollout", "seconds_reward", "seconds_update")
     seconds = sum(step.get(name, 0.0) for step in steps for name in names) / len(unit.members)
     refused = np.sum([step["refused"] for step in steps], axis=0)
+    if refused.any():
+        log(
+            f"sweep: {unit.name}: {int(np.sum(refused > 0))} of {len(unit.members)} policies had "
+            "steps refused because the loss or gradient was not finite (refused_steps in the table)"
+        )
     test = splits.get("test", s.sampling.temperature)
     rate = test.speed(splits.models.reference, 1, True)[0]
     by_beta = unit.label in ("ppo", "dpo")

@@ -246,7 +246,7 @@ def fixed_point(
         for model in (policy, loaded.reference)
     )
     rewards = np.array([world_rewards(run, p.text, strings) for p in prompts])
-    return fixed_points.row(method, n, beta, log_p, log_ref, rewards, n)
+    return fixed_points.row(method, n, beta, log_p, log_ref, rewards, n, s.offline.labels)
 
 
 def world_rewards(run: Run, prompt: str, strings: Sequence[str]) -> np.ndarray:

@@ -67,8 +67,8 @@ def regularised(
 ) -> jax.Array:
     """R(y) - kl_coef (log policy(y) - log anchor(y)), the return of a response.
 
-    The coefficient is 1 / (n - 1) = 1 for the best-of-2 that J-BOND distils, plus the weight of the
-    extra penalty KL(policy || anchor), if any, over the weight of the backward part of the loss.
+    The coefficient is 1 / (n - 1) = 1 for the best-of-2 that J-BOND distils, plus the weight of an
+    extra penalty KL(policy || anchor), if any, within the backward part of the loss.
 
     Args:
         reward_B: sequence rewards, as of `jbond_reward`.
