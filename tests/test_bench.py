@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vbon_jax import bench
+from vbon_jax import bench, bench_population
 from vbon_jax.bon import ks
 from vbon_jax.bon import log_f as lf
 
@@ -46,3 +46,14 @@ def test_bad_sizes_are_refused():
         bench.log_f_times(prompts=3, m=0, lookups=3)
     with pytest.raises(ValueError, match="got prompts=0"):
         bench.ks_times(prompts=0)
+
+
+def test_a_population_does_what_its_single_runs_do():
+    times = bench_population.population_times(
+        members=2, iterations=2, batch_size=16, layers=1, width=16, vocabulary=64, new_tokens=6
+    )
+    assert times["difference"] < 1e-4
+    assert times["ratio"] == pytest.approx(times["singles_s"] / times["population_s"])
+    shown = Console(file=io.StringIO(), width=100)
+    shown.print(bench.population_table(times))
+    assert "population_compile_s" in shown.file.getvalue()

@@ -72,6 +72,14 @@ def test_a_workdir_that_cannot_be_made(tmp_path, capfd):
     assert "cannot be made" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("stage", ["sweep", "run"])
+def test_a_sweep_takes_no_coordinator(stage, capfd):
+    flags = ["--coordinator=host:1", "--num_processes=2", "--process_id=0"]
+    config = str(ROOT / "configs" / "reviews_sweep.py")
+    assert cli.main([stage, f"--config={config}", *flags]) == 2
+    assert "start the same command on each host without it" in capfd.readouterr().err
+
+
 def test_help_names_every_stage(capfd):
     assert cli.main(["--help"]) == 0
     out = capfd.readouterr().out

@@ -140,3 +140,14 @@ def test_what_is_infinite_is_left_out():
     at_optimum = TARGETS["lower_bound"]
     with np.errstate(divide="ignore"):
         assert row("lower_bound", (at_optimum, at_optimum))["kl_target"] == pytest.approx(0)
+
+
+def test_where_there_is_no_optimum_none_is_claimed():
+    """Hard labels push DPO on for ever; BoNBoN's is only derived without ties."""
+    assert fixed_points.target("dpo", LOG_REF, REWARDS, N, BETA, labels="hard") is None
+    tied = np.round(REWARDS / 3)
+    assert fixed_points.target("bonbon", LOG_REF, tied, N, BETA) is None
+    row = fixed_points.row("dpo", N, BETA, [LOG_REF], [LOG_REF], REWARDS[None], N, "hard")
+    assert row["kl_target"] is row["target_kl_bon"] is row["target_win_rate"] is None
+    assert row["kl_ref"] == 0
+    assert row["kl_bon"] == pytest.approx(np.sum(P_REF * (LOG_REF - np.log(BON))))

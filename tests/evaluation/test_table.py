@@ -147,3 +147,17 @@ def test_samples_faults_are_named(tmp_path):
     write_samples(tmp_path, [("bon", 1.0, 1, "a", "x", 0.0), ("reference", 1.0, 2, "b", "y", 0.0)])
     with pytest.raises(InputError, match="prompt 1 has no response of 'reference'"):
         table.samples_table(tmp_path, 2)
+
+
+def test_bons_kl_is_told_three_ways():
+    bon = BON | {
+        "kl_bound": 1.2045,
+        "kl_beirami": 1.19,
+        "kl_direct": 1.1,
+        "kl_direct_ci95": [1, 1.2],
+    }
+    assert table.bon_kls([VBON, bon]) == (
+        "KL(BoN‖ref), n = 8, T = 1, nats: bound 1.204, Beirami et al. 1.190, "
+        "direct (mean log ratio) 1.100 ± 0.100\n"
+    )
+    assert table.bon_kls([VBON]) == ""

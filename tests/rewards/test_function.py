@@ -68,3 +68,12 @@ def test_the_text_leaves_eos_and_padding_out(module):
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
     reward(["a", "b"], None, None, tokens, mask)
     assert seen == [(["a", "b"], ["12", "3045"])]
+
+
+def test_messages_name_the_key_the_function_came_from(module):
+    with pytest.raises(InputError, match=r"evaluator\.function='nothing'"):
+        function.FunctionReward("nothing", lambda rows: [], None, "evaluator")
+    module.bad = lambda prompts, responses: [float("nan")]
+    reward = function.FunctionReward("a_users_reward:bad", lambda rows: ["r"], None, "evaluator")
+    with pytest.raises(InputError, match=r"evaluator\.function='a_users_reward:bad' returned NaN"):
+        reward(["a"], None, None, np.ones((1, 1), int), np.ones((1, 1), bool))
