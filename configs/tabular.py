@@ -149,7 +149,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stages = ("sft", "reward", "sample", "sweep", "report")
         config.samples.m = 20_000  # so that stored samples are as good as the distribution
         config.offline.update(responses=2_000, pairs=80_000, epochs=2, learning_rate=1e-3)
-        config.train.update(iterations=600, batch_size=512)
+        config.train.update(iterations=300, batch_size=512)
         config.sweep.update(
             bon=(2, 8, 32),
             vbon=(2, 8, 32),

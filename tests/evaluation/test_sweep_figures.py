@@ -84,11 +84,21 @@ def test_best_of_n_is_a_labelled_curve_and_does_not_join_the_front():
 
 
 def test_a_policy_far_off_is_shown_on_a_root_axis():
-    figure = front_figures.draw_front([*POLICIES, row("dpo", 30.0, 0.9)], BON, 0.5, WIN_RATE)
+    figure = front_figures.draw_front([*POLICIES, row("dpo", 30.0, 0.95)], BON, 0.5, WIN_RATE)
     ax = figure.axes[0]
     assert ax.get_xlabel().endswith("(square-root axis)")
     at = ax.transData.transform([[0, 0.5], [7.5, 0.5], [30, 0.5]])[:, 0]
     assert (at[1] - at[0]) / (at[2] - at[0]) == pytest.approx(0.5)
+
+
+def test_policies_far_off_the_front_do_not_squeeze_the_others():
+    far = [row("dpo", 100.0, 0.55), row("dpo", 231.0, 0.52)]
+    ax = front_figures.draw_front([*POLICIES, *far], BON, 0.5, WIN_RATE).axes[0]
+    assert not ax.get_xlabel().endswith("(square-root axis)")
+    left, right = ax.get_xlim()
+    assert -0.2 < left < 0 and 1.2 < right < 10
+    texts = {text.get_text() for text in ax.texts}
+    assert "2 off the front beyond the right edge, up to 231 nats" in texts
 
 
 def test_each_figure_has_its_methods(sweep):

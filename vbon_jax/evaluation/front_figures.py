@@ -108,7 +108,7 @@ def draw_front(
         at = np.array(methods) == method
         label = f"{look.name}: {shares[method]:.0%} of the front ({front[at].sum()}/{sum(at)})"
         ax.plot([], [], look.marker, color=look.colour, ms=7, mec="white", mew=0.6, label=label)
-    _kl_axis(ax, rows, bon)
+    _kl_axis(ax, rows, front, bon)
     dress(ax, f"{quantity.name.capitalize()} against KL divergence", ax.get_xlabel(),
           quantity.label)  # fmt: skip
     figure.legend(loc="outside lower left", ncols=2, fontsize=8.3, frameon=False,
@@ -164,15 +164,25 @@ def _points(
             zorder=5 if opacity == 1 else 4)  # fmt: skip
 
 
-def _kl_axis(ax: "Axes", rows: Sequence[dict[str, Any]], bon: Sequence[dict[str, Any]]) -> None:
-    """A square-root axis where a few policies far off would squeeze all others together."""
-    largest = max(row["kl_ref"] for row in rows)
+def _kl_axis(
+    ax: "Axes", rows: Sequence[dict[str, Any]], front: np.ndarray, bon: Sequence[dict[str, Any]]
+) -> None:
+    """Ends behind the front and best-of-n's curve; what lies beyond is counted on the figure. A
+    square-root axis where the front itself reaches far beyond best-of-n."""
+    (kl,) = _columns(rows, "kl_ref")
     usual = max((row["kl_ref"] for row in bon or rows), default=0.0)
+    end = 1.15 * max(usual, float(kl[front].max()))
     label = "KL(policy ‖ reference), nats a response"
-    if largest > 3 * usual > 0:
+    root = end > 3.5 * usual > 0
+    if root:
         ax.set_xscale("function", functions=(_signed_root, _signed_square))
         label += " (square-root axis)"
     ax.set_xlabel(label)
+    beyond = kl[kl > end]
+    if beyond.size:
+        ax.set_xlim(-(0.04**2 if root else 0.04) * end, end)
+        text = f"{beyond.size} off the front beyond the right edge, up to {beyond.max():.3g} nats"
+        ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", fontsize=7.5)
 
 
 def _signed_root(x: np.ndarray) -> np.ndarray:
