@@ -66,12 +66,15 @@ def over_members(
     """f(shared, *own) -> out, for all members: own and out have the members first; jitted.
 
     Args:
-      f: computes one member. Inside, ``AXIS`` names the axis of those computed side by side.
+      f: computes one member. Inside, ``AXIS`` names the axis of those computed side by side, unless
+        at_once is 1: then there is no such axis.
       at_once: how many that is at most, on each device; 0 for all.
       donate: the first of ``own`` is donated.
     """
 
     def local(shared: Any, *own: Any) -> Any:
+        if at_once == 1:  # a vmap of one would still make every product a batched one, slow on CPU
+            return jax.lax.map(lambda args: f(shared, *args), own)
         side_by_side = jax.vmap(partial(f, shared), axis_name=AXIS)
         count = jax.tree.leaves(own)[0].shape[0]
         width = count if at_once == 0 else _divisor(count, at_once)
@@ -106,7 +109,8 @@ def _drawer(config: DecoderConfig, sampling: Sampling, mesh: Mesh, at_once: int)
         return decode.rollout(
             params, tokens_BxP, mask_BxP, decode.identity_keys(key, step, ids_B, samples_B),
             sampling.temperature, config=config, max_new_tokens=sampling.max_new_tokens,
-            eos_id=sampling.eos_id, pad_id=sampling.pad_id, together=AXIS,
+            eos_id=sampling.eos_id, pad_id=sampling.pad_id,
+            together=None if at_once == 1 else AXIS,
         )  # fmt: skip
 
     return over_members(draw, mesh, at_once)
