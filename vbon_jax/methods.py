@@ -231,8 +231,10 @@ def _pool(run: Run, w: World) -> tuple[offline.Pool, np.ndarray, np.ndarray | No
         w.sampling.max_new_tokens, engine.bucket_length(max(len(p.tokens) for p in w.prompts)),
         w.sampling.pad_id, w.sampling.eos_id,
     )  # fmt: skip
-    if all(x.log_probs is not None and x.response_tokens is not None for x in samples):
-        log_ref = np.array([x.log_probs[: s.samples.m] for x in samples], np.float32).ravel()  # type: ignore[index]
+    # Of the sampled ids themselves: encoded texts may have others.
+    stored = [x.log_probs for x in samples if x.log_probs and x.response_tokens]
+    if len(stored) == len(samples):
+        log_ref = np.array([row[: s.samples.m] for row in stored], np.float32).ravel()
     else:
         log_ref = offline.log_ref(
             w.reference, *rows, s.sampling.batch_size, config=w.config,

@@ -62,34 +62,6 @@ def kl_estimate(log_mass: ArrayLike, n: ArrayLike) -> jax.Array:
     return jnp.clip(spread + peak, 0.0, bound)  # rounding only; the exact value is inside
 
 
-def direct_kl(log_ratio_PxM: ArrayLike, weights_PxM: ArrayLike) -> jax.Array:
-    """E_bon[log(pi_bon / pi_ref)] of each prompt from a pool of M reference samples.
-
-    KL(bon || ref) by its definition: the pool's log ratios (1), weighted by the probability that a
-    sample wins (`vbon_jax.bon.pool.winner_weights`). Unlike `kl_estimate` it may leave
-    [0, `kl_upper_bound(n)`], as an estimate from samples does.
-
-    Args:
-        log_ratio_PxM: log(pi_bon / pi_ref) of each sample, in nats (`log_bon_ratio`, `log_ratio`).
-        weights_PxM: winner weights, each row adding up to 1. A sample of weight 0 never wins and
-            counts for nothing, also at a log ratio of -inf.
-
-    Returns:
-        float32 [P], in nats.
-
-    Raises:
-        ValueError: no matrices of the same shape.
-    """
-    log_ratio_PxM = jnp.asarray(log_ratio_PxM, jnp.float32)
-    weights_PxM = jnp.asarray(weights_PxM, jnp.float32)
-    if log_ratio_PxM.ndim != 2 or log_ratio_PxM.shape != weights_PxM.shape:
-        raise ValueError(
-            "log_ratio_PxM and weights_PxM must be matrices of the same shape, one row a prompt, "
-            f"got shapes {log_ratio_PxM.shape} and {weights_PxM.shape}"
-        )
-    return jnp.sum(jnp.where(weights_PxM == 0, 0.0, weights_PxM * log_ratio_PxM), axis=-1)
-
-
 def win_rate(n: ArrayLike) -> jax.Array:
     """n / (n + 1): how often best-of-n beats one reference sample, counting a tie as half.
 

@@ -20,6 +20,7 @@ from vbon_jax.evaluation import compare
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.responses import Response
 from vbon_jax.rl import kl
+from vbon_jax.rl.next_token import next_token
 from vbon_jax.sampling import decode, engine
 from vbon_jax.sampling import logits as lg
 
@@ -96,20 +97,16 @@ def sequence_kls(
     mask = jnp.concatenate([prompts.mask_BxP, rollout.mask_BxT], axis=1)
     length = rollout.mask_BxT.shape[1]
 
-    def log_softmax(p: Any, c: DecoderConfig) -> jax.Array:
-        logits, _ = decode.response_logits(p, c, tokens, mask, length, temperature)
-        return jax.nn.log_softmax(logits, axis=-1)
-
-    policy, ref = log_softmax(params, config), log_softmax(ref_params, ref_config)
-    chosen, chosen_ref = (
-        jnp.take_along_axis(x, rollout.tokens_BxT[..., None], axis=-1)[..., 0]
-        for x in (policy, ref)
+    logits, ref_logits = (
+        decode.response_logits(p, c, tokens, mask, length, temperature)[0]
+        for p, c in ((params, config), (ref_params, ref_config))
     )
+    found = next_token(logits, ref_logits, rollout.tokens_BxT)
     m = rollout.mask_BxT
     return {
-        "kl": kl.sequence_sum(kl.full_kl(policy, ref, m), m),
-        "kl_k1": kl.k1(chosen, chosen_ref, m),
-        "log_ref": kl.sequence_sum(chosen_ref, m),
+        "kl": kl.sequence_sum(found.kl, m),
+        "kl_k1": kl.k1(found.log_prob, found.log_ref, m),
+        "log_ref": kl.sequence_sum(found.log_ref, m),
     }
 
 

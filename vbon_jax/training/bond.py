@@ -14,6 +14,7 @@ from vbon_jax.bon import references as bon_references
 from vbon_jax.bon.references import References
 from vbon_jax.models import decoder
 from vbon_jax.rl import bond, kl
+from vbon_jax.rl.next_token import next_token
 from vbon_jax.sampling import decode
 from vbon_jax.sampling import logits as lg
 from vbon_jax.training.ppo import RolloutBatch
@@ -49,18 +50,16 @@ def _rows(batch: RolloutBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
     return tokens, mask, rollout.mask_BxT
 
 
-def _log_softmax(params: Any, rows: tuple, config: decoder.DecoderConfig, t: float) -> jax.Array:
+def _logits(params: Any, rows: tuple, config: decoder.DecoderConfig, t: float) -> jax.Array:
     tokens, mask, response_mask = rows
-    logits, _ = decode.response_logits(params, config, tokens, mask, response_mask.shape[1], t)
-    return jax.nn.log_softmax(logits, axis=-1)
+    return decode.response_logits(params, config, tokens, mask, response_mask.shape[1], t)[0]
 
 
 def _log_prob(params: Any, rows: tuple, config: decoder.DecoderConfig, t: float) -> jax.Array:
     """log p(response) in nats, [B]."""
-    tokens, mask, response_mask = rows
-    length = response_mask.shape[1]
-    logits, _ = decode.response_logits(params, config, tokens, mask, length, t)
-    return kl.sequence_sum(lg.log_prob(logits, tokens[:, -length:]), response_mask)
+    tokens, _, response_mask = rows
+    log_probs = lg.log_prob(_logits(params, rows, config, t), tokens[:, -response_mask.shape[1] :])
+    return kl.sequence_sum(log_probs, response_mask)
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "optimizer"), donate_argnums=0)
@@ -94,20 +93,18 @@ def iteration(
     best = jax.tree.map(lambda a, b: jnp.where(first_wins_B[:, None], a, b), *theirs)
 
     params = {"decoder": state.params["decoder"]}
-    policy_lp = _log_softmax(params["decoder"], mine, config, plan.temperature)
-    ref_lp = _log_softmax(ref_params["decoder"], mine, config, plan.temperature)
-    chosen, chosen_ref = (
-        kl.sequence_sum(
-            jnp.take_along_axis(x, policy_batch.rollout.tokens_BxT[..., None], axis=-1)[..., 0],
-            mine[2],
-        )
-        for x in (policy_lp, ref_lp)
+    logits, ref_logits = (
+        _logits(x["decoder"], mine, config, plan.temperature) for x in (params, ref_params)
+    )
+    found = next_token(logits, ref_logits, policy_batch.rollout.tokens_BxT)
+    chosen, chosen_ref, kl_B = (
+        kl.sequence_sum(x, mine[2]) for x in (found.log_prob, found.log_ref, found.kl)
     )
     log_anchor = _log_prob(state.params["anchor"], mine, config, plan.temperature)
     reward = bond.jbond_reward(policy_batch.reward_B, anchor_rewards_Bx2)
     returns = bond.regularised(reward, chosen, log_anchor, 1.0 + plan.beta)
     advantage = bond.leave_one_out(returns)
-    kl_ref = jnp.mean(kl.sequence_sum(kl.full_kl(policy_lp, ref_lp, mine[2]), mine[2]))
+    kl_ref = jnp.mean(kl_B)
     by_order = references.order_PxM is not None
     density = bon_references.density(
         references, policy_batch.row_B, policy_batch.reward_B,
