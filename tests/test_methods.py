@@ -321,5 +321,6 @@ def test_the_world_reads_the_workdir(root, mesh):
     assert world.response_text(ids) == "fade"
     rows = np.array([ids]), np.ones((1, 4), bool)
     np.testing.assert_allclose(
-        world.reward(["b"], None, None, *map(jnp.asarray, rows)), tabular.reward(["b"], ["fade"])
+        world.reward([world.prompts[1]], None, None, *map(jnp.asarray, rows)),
+        tabular.reward(["b"], ["fade"]),
     )

@@ -79,7 +79,7 @@ def population_times(
         )  # fmt: skip
 
     def fresh() -> state.TrainState:
-        params = reference | {"value": heads.init_value(config, jax.random.key(1))}
+        params = reference | {"value": {"head": heads.init_value(config, jax.random.key(1))}}
         return state.create(jax.tree.map(np.array, params), optimizer, jax.random.key(2))
 
     def timed(first: state.TrainState, step: loop.Step) -> tuple[state.TrainState, list[float]]:

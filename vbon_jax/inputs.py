@@ -3,10 +3,12 @@
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
@@ -23,8 +25,9 @@ from vbon_jax.data.reference import PromptSamples, SampleWriter, sorted_rewards
 from vbon_jax.data.reference import rewards as sample_rewards
 from vbon_jax.data.text import Example
 from vbon_jax.errors import InputError
-from vbon_jax.models import hf
+from vbon_jax.models import hf, hub, trainable
 from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.models.trainable import Trainable
 from vbon_jax.progress import log
 from vbon_jax.rewards.classifier import ClassifierReward
 from vbon_jax.rewards.function import FunctionReward
@@ -60,6 +63,19 @@ class Decoder:
     params: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class ValueNetwork:
+    """What a value network of its own starts from: params {"decoder", "head"}."""
+
+    config: DecoderConfig
+    params: Any
+
+
+def trained(s: Settings) -> Trainable:
+    """What of the model is trained."""
+    return Trainable(s.train.num_layers_unfrozen, s.lora.rank, s.lora.targets)
+
+
 class Texts(NamedTuple):
     """Labelled texts: of training, held out, out of distribution (empty where there are none)."""
 
@@ -88,7 +104,7 @@ def make_tokenizer(run: Run, train: Sequence[Example]) -> PreTrainedTokenizerFas
     """The run's tokenizer: the one named, the reference model's own, or one learned here."""
     s = run.settings
     if s.tokenizer.path or s.reference.path:
-        return tokenizers.load(s.tokenizer.path or s.reference.path)
+        return tokenizers.load(hub.resolve(s.tokenizer.path or s.reference.path))
     return tokenizers.build([e.text for e in train], s.tokenizer.kind, s.tokenizer.vocab_size)
 
 
@@ -236,16 +252,78 @@ def load_prompts(run: Run, split: str) -> list[Prompt]:
     return prompt_files.read_jsonl(run.workdir.prompts(split))
 
 
+def _arithmetic(s: Settings, config: DecoderConfig) -> DecoderConfig:
+    """A model's configuration with the run's own ways of computing."""
+    return dataclasses.replace(
+        config,
+        compute_dtype=s.memory.compute_dtype,
+        remat=s.memory.remat,
+        lora_alpha=s.lora.alpha,
+    )
+
+
 def load_decoder(run: Run, path: str | Path) -> Decoder:
-    """A Hugging Face directory as a decoder on the mesh."""
-    config, params = hf.load_decoder(path)
-    return Decoder(config, sharding.place({"decoder": params}, run.mesh))
+    """A Hugging Face directory, or a hub name, as a decoder on the mesh."""
+    config, params = hf.load_decoder(
+        hub.resolve(str(path)),
+        place=partial(sharding.sharding_of, run.mesh),
+        dtype=run.settings.memory.frozen_dtype,
+    )
+    return Decoder(_arithmetic(run.settings, config), {"decoder": params})
+
+
+def policy_of(reference: Decoder, own: Any) -> Decoder:
+    """The policy of what was trained, ``params["decoder"]``, over the reference."""
+    params = trainable.join(reference.params["decoder"], own)
+    return Decoder(reference.config, {"decoder": params})
+
+
+def reference_path(run: Run) -> Path:
+    """Where the reference lies: the user's directory, or what stage ``sft`` trained."""
+    run.workdir.require("sft", "the reference model")
+    return hub.resolve(run.settings.reference.path or str(run.workdir.reference))
 
 
 def load_reference(run: Run) -> Decoder:
-    """The reference: the user's directory, or what stage ``sft`` trained."""
-    run.workdir.require("sft", "the reference model")
-    return load_decoder(run, run.settings.reference.path or run.workdir.reference)
+    """The reference, its upper blocks apart where only these are trained."""
+    reference = load_decoder(run, reference_path(run))
+    try:
+        params = trainable.divide(
+            reference.params["decoder"], trained(run.settings), reference.config.layers
+        )
+    except ValueError as error:
+        raise InputError(f"train.{error}") from error
+    return Decoder(reference.config, {"decoder": params})
+
+
+def load_value(run: Run, policy: DecoderConfig) -> ValueNetwork | None:
+    """What values of a network of their own start from, the reward model (Huang et al. 2024); None
+    where a head on the policy gives them.
+
+    Raises InputError where that model is no decoder, or reads other tokens than the policy.
+    """
+    s = run.settings
+    if s.train.value_network == "head":
+        return None
+    run.workdir.require("reward", "the reward model")
+    path = hub.resolve(s.reward.path or str(run.workdir.reward))
+    config, params, labels = hf.load_classifier(
+        path, place=partial(sharding.sharding_of, run.mesh), dtype=s.memory.param_dtype
+    )
+    key = "train.value_network=reward"
+    if not isinstance(config, DecoderConfig):
+        raise InputError(f"{key}: {path} is an encoder; values need a causal model: set head")
+    if config.vocab_size < policy.vocab_size or not tokenizers.same(
+        tokenizers.load(path), load_tokenizer(run)
+    ):
+        raise InputError(
+            f"{key}: {path} has another vocabulary than the policy, whose tokens it would read: "
+            "set train.value_network=head"
+        )
+    column = 0 if s.reward.score == "scalar" else labels.index(s.reward.label)
+    kernel = params["score"]["kernel"][:, column : column + 1].astype(jnp.float32)
+    head = {"kernel": kernel, "bias": jnp.zeros(1)}
+    return ValueNetwork(_arithmetic(s, config), {"decoder": params["decoder"], "head": head})
 
 
 def load_policy(run: Run) -> Decoder:

@@ -19,7 +19,7 @@ from vbon_jax.data import reference as reference_files
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError
 from vbon_jax.inputs import Decoder, Run
-from vbon_jax.models import heads
+from vbon_jax.models import heads, trainable
 from vbon_jax.rl import preference
 from vbon_jax.sampling import engine
 from vbon_jax.settings import OFFLINE, Settings
@@ -94,22 +94,55 @@ def optimizer(
     if method.name in OFFLINE:
         updates, rate = offline_steps(s, prompts), s.offline.learning_rate
     schedule = optax.linear_schedule(rate, 0.0, updates)
-    return state.adamw(schedule, t.adam_eps, t.weight_decay, t.max_grad_norm), schedule
+    tx = state.adamw(
+        schedule, t.adam_eps, t.weight_decay, t.max_grad_norm, s.memory.optimizer_dtype
+    )
+    return tx, schedule
+
+
+def has_values(method: Spec) -> bool:
+    """Whether a method learns values beside its policy."""
+    return method.name not in OFFLINE and not _jeffreys(method)
 
 
 def first_state(
-    s: Settings, method: Spec, reference: Decoder, key: jax.Array, prompts: int
+    s: Settings,
+    method: Spec,
+    reference: Decoder,
+    key: jax.Array,
+    prompts: int,
+    value: inputs.ValueNetwork | None = None,
 ) -> state.TrainState:
-    """The policy before its first step: the reference's weights, in arrays of their own."""
+    """The policy before its first step: of the reference's weights those that are trained, in
+    arrays of their own. ``value``: what a value network of its own starts from.
+
+    Raises InputError where the model has not the layers or projections that are to be trained.
+    """
     tx, _ = optimizer(s, method, prompts)
-    decoder = jax.tree.map(np.array, jax.device_get(reference.params["decoder"]))
-    params: dict[str, Any] = {"decoder": decoder}
-    if method.name not in OFFLINE and not _jeffreys(method):
-        params["value"] = heads.init_value(reference.config, key)
-    fresh = state.create(params, tx, key)
-    if _jeffreys(method):  # the optimizer does not see the anchor
-        fresh = fresh._replace(params=params | {"anchor": jax.tree.map(np.array, decoder)})
-    return fresh
+    what, dtype = inputs.trained(s), s.memory.param_dtype
+
+    def make(base: Any, network: Any) -> state.TrainState:
+        params: dict[str, Any] = {"decoder": trainable.start(base, what, key, dtype)}
+        if has_values(method):
+            params["value"] = {"head": heads.init_value(reference.config, key)}
+        if network is not None:
+            params["value"] = jax.tree.map(lambda x: jnp.array(x, dtype), network)
+        fresh = state.create(params, tx, key)
+        if _jeffreys(method):  # the optimizer does not see the anchor
+            fresh = fresh._replace(
+                params=params | {"anchor": jax.tree.map(jnp.copy, params["decoder"])}
+            )
+        return fresh
+
+    network = None if value is None or not has_values(method) else value.params
+    base = reference.params["decoder"]
+    try:
+        like = jax.eval_shape(make, base, network)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    mesh = jax.sharding.get_mesh()
+    to = None if mesh.empty else sharding.shardings(like, mesh)
+    return jax.jit(make, out_shardings=to)(base, network)
 
 
 def world(run: Run, method: Spec) -> World:
@@ -132,8 +165,10 @@ def world(run: Run, method: Spec) -> World:
     )
 
 
-def online(s: Settings, method: Spec, config: Any, prompts: int) -> Online:
-    """An online method's iteration."""
+def online(
+    s: Settings, method: Spec, config: Any, prompts: int, value_config: Any = None
+) -> Online:
+    """An online method's iteration; ``value_config``: of a value network of its own."""
     t = s.train
     tx, schedule = optimizer(s, method, prompts)
     if _jeffreys(method):
@@ -163,12 +198,14 @@ def online(s: Settings, method: Spec, config: Any, prompts: int) -> Online:
         whiten=t.whiten,
         penalty=t.penalty,
         temperature=s.sampling.temperature,
+        accumulate=s.memory.accumulate,
+        chunk=s.memory.chunk,
     )
 
     def iterate_ppo(state, reference, batches, references, n, beta):
         return ppo.iteration(
             state, reference, batches[0], references, n, beta,
-            config=config, plan=ppo_plan, optimizer=tx,
+            config=config, plan=ppo_plan, optimizer=tx, value_config=value_config,
         )  # fmt: skip
 
     a_step = t.ppo_epochs * (t.batch_size // t.minibatch_size)
@@ -179,12 +216,12 @@ def single(run: Run, w: World) -> tuple[state.TrainState, Step]:
     """First state, on the mesh, and step of the one policy of ``method``."""
     s, method = run.settings, spec(run.settings)
     reference = Decoder(w.config, w.reference)
-    fresh = first_state(s, method, reference, run.key("train"), len(w.prompts))
-    fresh = sharding.place(fresh, run.mesh)
+    value = inputs.load_value(run, w.config) if has_values(method) else None
+    fresh = first_state(s, method, reference, run.key("train"), len(w.prompts), value)
     if method.name in OFFLINE:
         member = Member(s.method.n, s.method.beta, s.seed, s.samples.m)
         return fresh, _offline_step(run, w, method, [member], alone=True)
-    own = online(s, method, w.config, len(w.prompts))
+    own = online(s, method, w.config, len(w.prompts), None if value is None else value.config)
     table = sharding.place(w.references, run.mesh)
     n, beta = (sharding.place(jnp.float32(v), run.mesh) for v in (s.method.n, s.method.beta))
 
@@ -208,11 +245,12 @@ def many(
     s = run.settings
     reference = Decoder(w.config, w.reference)
     keys = jnp.stack([run.key("train", m.seed) for m in members])
-    one = first_state(s, method, reference, keys[0], len(w.prompts))
+    value = inputs.load_value(run, w.config) if has_values(method) else None
+    one = first_state(s, method, reference, keys[0], len(w.prompts), value)
     states = population.repeated(one, keys, run.mesh)
     if method.name in OFFLINE:
         return states, _offline_step(run, w, method, members, alone=False, at_once=at_once)
-    own = online(s, method, w.config, len(w.prompts))
+    own = online(s, method, w.config, len(w.prompts), None if value is None else value.config)
     rollout_keys = jnp.stack([run.key("rollout", m.seed) for m in members])
     return states, population.online(
         w, own.iteration, own.sources, members, rollout_keys, s.train.batch_size, at_once,
@@ -287,9 +325,12 @@ def _offline_step(
         examples = np.stack([orders[int(i // a_pass)][i % a_pass] for i in at])
         return offline.Choices(*(x[examples] for x in chosen[member]))
 
-    def steps(pool, state, choices, beta, alpha):
+    base = None if inputs.trained(s).whole else w.reference["decoder"]
+
+    def steps(shared, state, choices, beta, alpha):
+        pool, base = shared
         return offline.steps(
-            state, pool, choices, beta, alpha, config=w.config, plan=plan, optimizer=tx
+            state, pool, choices, beta, alpha, base, config=w.config, plan=plan, optimizer=tx
         )
 
     if alone:
@@ -297,8 +338,8 @@ def _offline_step(
         scalars = (jnp.float32(betas[0]), jnp.float32(alphas[0]))
     else:
 
-        def guarded(pool, state, choices, beta, alpha):
-            new, metrics = steps(pool, state, choices, beta, alpha)
+        def guarded(shared, state, choices, beta, alpha):
+            new, metrics = steps(shared, state, choices, beta, alpha)
             return population.keep_finite(state, new, metrics)
 
         update = population.over_members(guarded, run.mesh, at_once, donate=True)
@@ -314,7 +355,7 @@ def _offline_step(
         else:
             stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
             choices = sharding.place(stacked, run.mesh, population.AXIS)
-        state, metrics = update(pool, state, choices, *scalars)
+        state, metrics = update((pool, base), state, choices, *scalars)
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         values["learning_rate"] = float(schedule(step * width))
         values["seconds_update"] = time.monotonic() - began

@@ -12,7 +12,7 @@ from vbon_jax import inputs, sharding
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError
 from vbon_jax.inputs import Run
-from vbon_jax.models import decoder, heads, hf
+from vbon_jax.models import decoder, heads, hf, hub
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.progress import log
 from vbon_jax.settings import Evaluator, Fit, Model, Reward
@@ -69,7 +69,7 @@ def sft(run: Run) -> None:
     tokenizer = inputs.make_tokenizer(run, train)
     inputs.eos_id(run, tokenizer)  # refuses a tokenizer without EOS before any work
     if own:
-        config = hf.load_decoder(s.reference.path)[0]
+        config = hf.read_config(hub.resolve(s.reference.path))[1]
         if config.vocab_size < len(tokenizer):
             raise InputError(
                 f"reference.path={s.reference.path!r} has {config.vocab_size} embeddings, its "
@@ -102,13 +102,19 @@ def sft(run: Run) -> None:
 
 
 def save_policy(
-    run: Run, path: Path, config: DecoderConfig, params: Any, tokenizer: PreTrainedTokenizerFast
+    run: Run,
+    path: Path,
+    config: DecoderConfig,
+    params: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    like: dict[str, Any] | None = None,
 ) -> None:
-    """A Hugging Face directory whose defaults for generation are the distribution of this run."""
+    """A Hugging Face directory whose defaults for generation are the distribution of this run;
+    ``like``: the config.json of the model it comes from."""
     hf.save_decoder(
         path, config, params, bos_id=tokenizer.bos_token_id,
         eos_id=inputs.eos_id(run, tokenizer), pad_id=tokenizer.pad_token_id,
-        temperature=run.settings.sampling.temperature,
+        temperature=run.settings.sampling.temperature, like=like,
     )  # fmt: skip
     tokenizers.save(tokenizer, path)
 
@@ -123,10 +129,8 @@ def _check_positions(name: str, max_tokens: int, positions: int) -> None:
 def reward(run: Run) -> None:
     """The reward model: trained on the labels, or the user's own, checked."""
     r = run.settings.reward
-    if r.function:
+    if r.function or r.path:
         inputs.load_reward(run, inputs.load_tokenizer(run))
-    elif r.path:
-        hf.load_classifier(r.path)
     else:
         _classifier(run, "reward", r, run.workdir.reward, run.settings.seed)
 
@@ -137,10 +141,8 @@ def evaluator(run: Run) -> None:
     Of the embedded reviews it reads texts of a seed of its own. A user's labelled texts serve both.
     """
     e = run.settings.evaluator
-    if e.function:
+    if e.function or e.path:
         inputs.load_evaluator(run, inputs.load_tokenizer(run))
-    elif e.path:
-        hf.load_classifier(e.path)
     elif e.train:
         _classifier(run, "evaluator", e, run.workdir.evaluator, run.settings.seed + EVALUATOR_SEED)
     else:

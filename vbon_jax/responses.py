@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,11 +14,9 @@ from vbon_jax.data.reference import PromptSamples, SampleWriter
 from vbon_jax.errors import InputError
 from vbon_jax.inputs import Decoder
 from vbon_jax.progress import Stopped, StopSignal, reporting
+from vbon_jax.rewards.combined import Reward
 from vbon_jax.sampling import engine
 from vbon_jax.sampling.engine import Request, Sampling
-
-# (prompt texts, prompt ids and mask, response ids and mask) -> rewards [B]
-Reward = Callable[[Sequence[str], Any, Any, jax.Array, jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +40,7 @@ def requests_for(prompts: Sequence[Prompt], count: int) -> list[Request]:
 
 
 def check_rewards(
-    rewards: np.ndarray, prompts: Sequence[str], text_of: Callable[[int], str]
+    rewards: np.ndarray, prompts: Sequence[Prompt], text_of: Callable[[int], str]
 ) -> np.ndarray:
     """``rewards`` as they are; raises InputError naming the first response whose reward is NaN."""
     bad = np.flatnonzero(np.isnan(rewards))
@@ -51,7 +48,7 @@ def check_rewards(
         i = int(bad[0])
         raise InputError(
             f"the reward of {bad.size} of {rewards.size} responses is NaN, the first of them "
-            f"prompt={prompts[i]!r} response={text_of(i)!r}: a reward must be a number"
+            f"prompt={prompts[i].text!r} response={text_of(i)!r}: a reward must be a number"
         )
     return rewards
 
@@ -63,10 +60,35 @@ def response_text(
     return tokenizer.decode([t for t in tokens if t != eos_id], skip_special_tokens=False)
 
 
-def score_batch(reward: Reward, batch: engine.Batch, texts: dict[int, str]) -> jax.Array:
-    """Rewards of a batch: at least of its ``batch.size`` real rows, which come first."""
+def counts_of(reward: Reward | None, role: str = "reward") -> dict[str, float]:
+    """What a reward has counted since last asked, by the name of the metric; see
+    ``rewards.combined.WeightedReward.take_counts``. "responses" is none of them.
+
+    ``role`` "evaluator" names them after it: evaluator_truncated, evaluator/<name>."""
+    take = getattr(reward, "take_counts", None)
+    counts: dict[str, float] = take() if take is not None else {}
+    named = {
+        name if name.startswith("reward") or role == "reward" else f"{role}_{name}": value
+        for name, value in counts.items()
+        if name != "responses"
+    }
+    return {name.replace("reward", role, 1): value for name, value in named.items()}
+
+
+def counts_line(counts: dict[str, float]) -> str:
+    """The words for what was counted; shares as such, means as numbers."""
+    return ", ".join(
+        f"{name} {value:.3f}" if "/" in name and "truncated" not in name else f"{name} {value:.1%}"
+        for name, value in counts.items()
+    )
+
+
+def score_batch(reward: Reward, batch: engine.Batch, prompts: dict[int, Prompt]) -> jax.Array:
+    """Rewards of a batch: at least of its ``batch.size`` real rows, which come first.
+
+    ``prompts``: by their ids."""
     return reward(
-        [texts[r.prompt_id] for r in batch.requests],
+        [prompts[r.prompt_id] for r in batch.requests],
         batch.prompts.tokens_BxP,
         batch.prompts.mask_BxP,
         batch.rollout.tokens_BxT,
@@ -92,12 +114,12 @@ def scored(
 
     Raises InputError when a reward is NaN, with the prompt and the response.
     """
-    texts = {p.id: p.text for p in prompts}
+    by_id = {p.id: p for p in prompts}
     for batch in engine.generate(
         model.params["decoder"], model.config, sampling, mesh, key, requests, batch_size
     ):
         rewards, rollout, extra = jax.device_get(
-            (score_batch(reward, batch, texts), batch.rollout, also(batch) if also else {})
+            (score_batch(reward, batch, by_id), batch.rollout, also(batch) if also else {})
         )
         rows = [
             row[keep].tolist()
@@ -108,7 +130,7 @@ def scored(
         )
         rewards = check_rewards(
             np.asarray(rewards, np.float32)[: batch.size],
-            [texts[r.prompt_id] for r in batch.requests],
+            [by_id[r.prompt_id] for r in batch.requests],
             decoded.__getitem__,
         )
         log_probs = rollout.log_probs_BxT.sum(axis=1, dtype=np.float64)
@@ -133,13 +155,13 @@ def also_evaluator(evaluator: Reward | None, prompts: Sequence[Prompt]) -> Also 
     """What ``scored`` is to measure besides: the evaluator's reward, as "evaluator"."""
     if evaluator is None:
         return None
-    texts = {p.id: p.text for p in prompts}
+    by_id = {p.id: p for p in prompts}
 
     def also(batch: engine.Batch) -> dict[str, jax.Array]:
-        scores = score_batch(evaluator, batch, texts)
+        scores = score_batch(evaluator, batch, by_id)
         check_rewards(
             np.asarray(scores)[: batch.size],
-            [texts[r.prompt_id] for r in batch.requests],
+            [by_id[r.prompt_id] for r in batch.requests],
             lambda row: f"number {row} of the batch (by the evaluator)",
         )
         return {"evaluator": scores}
@@ -202,6 +224,9 @@ def write_samples(
                     raise Stopped(
                         stop.signum, f"{len(writer.done)} of {len(prompts)} prompts are in {path}"
                     )
+            counts = counts_of(reward) | counts_of(evaluator, "evaluator")
+            if counts:
+                report.say(f"{title}: {counts_line(counts)}")
 
 
 def _prompt_samples(prompt: Prompt, responses: Sequence[Response]) -> PromptSamples:

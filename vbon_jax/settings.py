@@ -7,12 +7,13 @@ line turns it into these frozen dataclasses, and nothing below the stages sees t
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 from vbon_jax.bon.log_f import ESTIMATORS, TIES
 from vbon_jax.data import tokenizer
 from vbon_jax.errors import InputError
+from vbon_jax.models import trainable
+from vbon_jax.models.config import DTYPES, REMAT
 from vbon_jax.rewards import classifier
 
 STAGES = (
@@ -23,6 +24,8 @@ ONLINE = ("vbon", "ppo", "bond")
 OFFLINE = ("bon_sft", "dpo", "bonbon")
 METHODS = ("bon", *ONLINE, *OFFLINE)
 CORPORA = ("reviews", "tabular")
+FORMATS = ("text", "tldr", "chat")
+MISSING_EOS = ("none", "replace", "subtract")
 HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as uniform
 
 
@@ -34,6 +37,11 @@ def key(doc: str, **rules: Any) -> Any:
     return dataclasses.field(metadata={"doc": doc, **rules})
 
 
+def named(cls: type, doc: str) -> Any:
+    """Any number of groups of keys, each under a name the user chooses."""
+    return dataclasses.field(metadata={"doc": doc, "of": cls})
+
+
 def group() -> Any:
     """A group of keys below a name of its own."""
     return dataclasses.field()
@@ -43,6 +51,8 @@ def group() -> Any:
 class Data:
     corpus: str = key("embedded corpus used when `data.path` is empty", choices=CORPORA)
     path: str = key('labelled text, one `{"text", "label"}` a line; empty for the corpus')
+    tfds: str = key("or a TensorFlow Datasets name with features text and label: imdb_reviews")
+    tfds_dir: str = key("where it is prepared, as array_record; empty for the library's default")
     test_path: str = key("held-out text of the same form; empty holds out a tenth of `data.path`")
     train: int = key("texts the corpus writes for training", least=1)
     test: int = key("texts the corpus writes for the held-out split", least=1)
@@ -51,7 +61,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    path: str = key('training prompts, one `{"prompt"}` a line; empty takes prefixes of the texts')
+    format: str = key('of the files: text, `{"prompt"}` a line; tldr, the public TL;DR layout; '
+                      'chat, `{"messages"}` or `{"prompt"}`, by the tokenizer\'s template',
+                      choices=FORMATS)  # fmt: skip
+    path: str = key("training prompts; empty takes prefixes of the texts")
     test_path: str = key("held-out prompts of the same form; empty takes prefixes of held-out text")
     ood_path: str = key("out-of-distribution prompts of the same form; empty takes prefixes that "
                         "name a genre no training text has")  # fmt: skip
@@ -60,6 +73,11 @@ class PromptSet:
     ood: int = key("number of out-of-distribution prompts; 0 for none", least=0)
     min_tokens: int = key("shortest prefix, tokens", least=1)
     max_tokens: int = key("longest prefix, tokens", least=1)
+    longest: int = key("longest prompt of a tldr file (cut, as in the data set's own code) or of a "
+                       "chat file (refused), tokens", least=1)  # fmt: skip
+    subreddits: tuple[str, ...] = key("of tldr: what is in distribution; all other is not")
+    template_arguments: str = key("of chat: arguments of the template, as JSON: "
+                                  '`{"enable_thinking": false}`')  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +107,37 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    path: str = key("Hugging Face GPT-2 directory; empty trains one on the texts")
+    path: str = key("Hugging Face directory or hub name; empty trains a GPT-2 on the texts")
     model: Model = group()
     fit: Fit = group()
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardPart:
+    path: str = key("Hugging Face sequence classifier: directory or hub name")
+    function: str = key('or a Python callable "module:function"')
+    label: str = key("the label whose score it gives; any for `scalar`")
+    score: str = key("as `reward.score`", choices=classifier.KINDS)
+    template: str = key("as `reward.template`")
+    max_tokens: int = key("as `reward.max_tokens`", least=0)
+    weight: float = key("of its score in the sum")
+
+
+@dataclasses.dataclass(frozen=True)
 class Reward:
-    path: str = key("Hugging Face GPT-2 sequence classifier; empty trains one on the labels")
+    path: str = key("Hugging Face sequence classifier, directory or hub name; empty trains one on "
+                    "the labels")  # fmt: skip
     function: str = key('a Python callable "module:function"; empty for a classifier')
-    label: str = key("the label whose score is the reward")
-    score: str = key("the score: the label's logit, its log odds, or its probability",
+    label: str = key("the label whose score is the reward; any for `scalar`")
+    score: str = key("the label's probability, log odds or logit; scalar: a model's only output",
                      choices=classifier.KINDS)  # fmt: skip
+    template: str = key("how it reads prompt and response; chat: its tokenizer's template")
+    max_tokens: int = key("longer texts lose their beginning; 0 for what it can read", least=0)
+    weight: float = key("of this reward in the sum with `others`")
+    others: dict[str, RewardPart] = named(RewardPart, "further rewards, each under a name")
+    missing_eos: str = key("a response without EOS: the reward is replaced by the value, or the "
+                           "value subtracted", choices=MISSING_EOS)  # fmt: skip
+    missing_eos_value: float = key("the value")
     model: Model = group()
     fit: Fit = group()
 
@@ -109,10 +146,12 @@ class Reward:
 class Evaluator:
     train: bool = key("train one, on texts and a seed of its own; without path or function, False "
                       "means none")  # fmt: skip
-    path: str = key("a second reward that only measures: Hugging Face GPT-2 sequence classifier")
+    path: str = key("a second reward that only measures: Hugging Face classifier or hub name")
     function: str = key('or a Python callable "module:function"')
-    label: str = key("the label whose score it gives")
+    label: str = key("the label whose score it gives; any for `scalar`")
     score: str = key("as `reward.score`", choices=classifier.KINDS)
+    template: str = key("as `reward.template`")
+    max_tokens: int = key("as `reward.max_tokens`", least=0)
     model: Model = group()
     fit: Fit = group()
 
@@ -185,8 +224,38 @@ class Train:
     whiten: bool = key("advantages to zero mean and unit variance over a rollout")
     penalty: str = key("KL penalty by the sampled token's log-ratio, or by the full distribution",
                        choices=("sampled", "full"))  # fmt: skip
+    num_layers_unfrozen: int = key("upper blocks that are trained, above a frozen trunk that "
+                                   "policy and reference share; -1: all", least=-1)  # fmt: skip
+    value_network: str = key("values by a head on the policy, or by a network of their own that "
+                             "starts as the reward model", choices=("head", "reward"))  # fmt: skip
     checkpoint_every: int = key("iterations between checkpoints", least=1)
     keep: int = key("checkpoints kept", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int = key("of adapters on every block, in place of training it; 0 for none", least=0)
+    alpha: float = key("they are added with the factor alpha / rank", above=0)
+    targets: tuple[str, ...] = key(f"the projections that have one: {', '.join(trainable.TARGETS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    compute_dtype: str = key("of activations and caches", choices=DTYPES)
+    param_dtype: str = key("of what is trained", choices=DTYPES)
+    frozen_dtype: str = key("of what is not: reference, trunk, rewards", choices=DTYPES)
+    optimizer_dtype: str = key("of AdamW's moments", choices=DTYPES)
+    remat: str = key("what the backward pass finds stored of a block: all, its products with "
+                     "weights, its input only", choices=tuple(REMAT))  # fmt: skip
+    accumulate: int = key("microbatches a gradient step; divides train.minibatch_size", least=1)
+    chunk: int = key("tokens whose logits are held at once", least=1)
+    device_gib: float = key("of `vbon plan`: GiB a device has; 0 asks this machine", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    form: str = key("of the policy: a whole model, or a PEFT adapter directory (LoRA)",
+                    choices=("model", "adapter"))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +330,10 @@ class Settings:
     method: Method = group()
     bond: Bond = group()
     train: Train = group()
+    lora: Lora = group()
+    memory: Memory = group()
     offline: Offline = group()
+    export: Export = group()
     evaluate: Evaluate = group()
     convergence: Convergence = group()
     sweep: Sweep = group()
@@ -275,7 +347,9 @@ def parse(values: dict[str, Any]) -> Settings:
     Raises InputError naming the key, its value and what is allowed.
     """
     settings = _build(Settings, values, "config")
-    _check_across(settings)
+    from vbon_jax import constraints  # which needs the classes above
+
+    constraints.check(settings)
     return settings
 
 
@@ -294,13 +368,17 @@ def _build(cls: type, values: Any, where: str) -> Any:
         raise InputError(
             f"config key {prefix}{sorted(missing)[0]} is missing: the file must set it"
         )
-    built = {
-        name: _build(f.type, values[name], prefix + name)
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
-        else _value(f, values[name], prefix + name)
-        for name, f in fields.items()
-    }
-    return cls(**built)
+    return cls(**{name: _field(f, values[name], prefix + name) for name, f in fields.items()})
+
+
+def _field(f: dataclasses.Field, value: Any, where: str) -> Any:
+    if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+        return _build(f.type, value, where)
+    if "of" in f.metadata:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}={value!r}: must be groups of keys, each under a name")
+        return {name: _build(f.metadata["of"], v, f"{where}.{name}") for name, v in value.items()}
+    return _value(f, value, where)
 
 
 def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
@@ -344,120 +422,16 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_across(s: Settings) -> None:
-    """What no single key can tell."""
-
-    def refuse(unless: bool, text: str) -> None:
-        if not unless:
-            raise InputError(text)
-
-    for stage in s.stages:
-        refuse(stage in STAGES, f"stages names {stage!r}: choose from {', '.join(STAGES)}")
-    t, p, m = s.train, s.prompts, s.method
-    refuse(
-        t.batch_size % t.minibatch_size == 0,
-        f"train.batch_size={t.batch_size} is not a multiple of "
-        f"train.minibatch_size={t.minibatch_size}",
-    )
-    refuse(
-        p.min_tokens <= p.max_tokens,
-        f"prompts.min_tokens={p.min_tokens} is more than prompts.max_tokens={p.max_tokens}",
-    )
-    refuse(
-        m.estimator not in ("strict", "interval") or m.objective == "exact",
-        f"method.estimator={m.estimator} gives no finite log F for "
-        f"method.objective={m.objective}: choose smoothed, harmonic or exponential",
-    )
-    _check_methods(s, refuse)
-    refuse(len(s.stages) > 0, f"stages is empty: choose from {', '.join(STAGES)}")
-    temperatures = s.evaluate.temperatures
-    refuse(len(temperatures) > 0, "evaluate.temperatures is empty: give at least one")
-    refuse(
-        len(set(temperatures)) == len(temperatures),
-        f"evaluate.temperatures={temperatures} names one twice",
-    )
-    for temperature in s.evaluate.temperatures:
-        number = float(temperature) if isinstance(temperature, float) else math.nan
-        refuse(
-            0 < number <= HOTTEST,
-            f"evaluate.temperatures has {temperature!r}: each must be a number above 0, "
-            f"at most {HOTTEST:g}",
-        )
-    for name, model in (
-        ("reference", s.reference.model),
-        ("reward", s.reward.model),
-        ("evaluator", s.evaluator.model),
-    ):
-        refuse(
-            model.width % model.heads == 0,
-            f"{name}.model.width={model.width} is not a multiple of "
-            f"{name}.model.heads={model.heads}",
-        )
-    for name, r in (("reward", s.reward), ("evaluator", s.evaluator)):
-        refuse(
-            not (r.path and r.function),
-            f"{name}.path={r.path!r} and {name}.function={r.function!r}: set one of them",
-        )
-    refuse(
-        not s.data.test_path or bool(s.data.path),
-        f"data.test_path={s.data.test_path!r} is set but data.path is empty: set both",
-    )
-
-
-def _check_methods(s: Settings, refuse: Callable[[bool, str], None]) -> None:
-    """What the methods, and a sweep over them, cannot do."""
-    m, o, w = s.method, s.offline, s.sweep
-    if m.name in ("bon_sft", "bonbon"):
-        refuse(
-            m.n.is_integer() and m.n <= s.samples.m,
-            f"method.n={m.n:g}: {m.name} takes the best of a whole number n of the samples.m="
-            f"{s.samples.m} stored ones",
-        )
-    for name, n in (("method.n", m.n if m.name == "bonbon" else 2), *_named("sweep.bonbon", w)):
-        refuse(n >= 2, f"{name}={n:g}: bonbon needs a best and a worst, n of at least 2")
-    for name, n in (("method.n", m.n if m.name == "bond" else 2), *_named("sweep.bond", w)):
-        refuse(n > 1, f"{name}={n:g}: bond has the KL coefficient 1/(n-1), so n must be above 1")
-    for key in ("sweep.bonbon", "sweep.bon_sft"):
-        for name, n in _named(key, w):
-            refuse(n <= s.samples.m, f"{name} has {n}, more than samples.m={s.samples.m}")
-    for name, n in _named("sweep.bon", w):
-        refuse(n <= s.evaluate.m, f"{name} has {n}, more than evaluate.m={s.evaluate.m}")
-    for key in ("sweep.bon", "sweep.vbon", "sweep.lower_bound", "sweep.bon_sft", "sweep.m"):
-        for name, n in _named(key, w):
-            refuse(n >= 1, f"{name} has {n}: it must be at least 1")
-    for name, m_less in _named("sweep.m", w):
-        refuse(m_less <= s.samples.m, f"{name} has {m_less}, more than samples.m={s.samples.m}")
-    for key in ("sweep.ppo", "sweep.dpo", "sweep.temperatures"):
-        for name, value in _named(key, w):
-            refuse(value > 0, f"{name} has {value}: it must be above 0")
-    most = o.responses * (o.responses - 1) // 2
-    no_dpo = m.name != "dpo" and not w.dpo
-    refuse(
-        o.pairs <= most or no_dpo,
-        f"offline.pairs={o.pairs} is more than the {most} pairs of offline.responses={o.responses}",
-    )
-    refuse(
-        o.responses <= s.samples.m or no_dpo,
-        f"offline.responses={o.responses} is more than samples.m={s.samples.m}",
-    )
-    offline = m.name in OFFLINE or w.dpo or w.bonbon or w.bon_sft
-    # Samples made elsewhere bring their own number of prompts.
-    examples = o.pairs * s.prompts.train
-    refuse(
-        not offline or bool(s.samples.path or s.prompts.path) or examples >= o.batch_size,
-        f"offline.batch_size={o.batch_size} is more than the {examples} examples of "
-        f"prompts.train={s.prompts.train} x offline.pairs={o.pairs}: lower it",
-    )
-    for m_less in s.convergence.m:
-        refuse(
-            1 <= m_less < s.convergence.m_full,
-            f"convergence.m has {m_less}: each must be at least 1 and below "
-            f"convergence.m_full={s.convergence.m_full}",
-        )
-
-
-def _named(key: str, sweep: Sweep) -> list[tuple[str, Any]]:
-    return [(key, value) for value in getattr(sweep, key.removeprefix("sweep."))]
+def template_arguments(s: Settings) -> dict[str, Any]:
+    """Arguments of the chat template. Raises InputError where they are no JSON object."""
+    text = s.prompts.template_arguments
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise InputError(f"prompts.template_arguments={text!r}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"prompts.template_arguments={text!r}: must be a JSON object")
+    return value
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
@@ -485,6 +459,9 @@ def reference_rows() -> list[tuple[str, str]]:
         for f in dataclasses.fields(cls):
             if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
                 out += rows(f.type, f"{prefix}{f.name}.")
+            elif "of" in f.metadata:
+                out.append((prefix + f.name, f.metadata["doc"]))
+                out += rows(f.metadata["of"], f"{prefix}{f.name}.NAME.")
             else:
                 out.append((prefix + f.name, f.metadata["doc"]))
         return out

@@ -25,16 +25,16 @@ BATCH = ("data", "fsdp")
 # replicated.
 TABLE: tuple[tuple[str, P], ...] = (
     (r"^population\b", P(BATCH)),  # members first: each device has whole ones
-    (r"decoder/wte$", P("tensor", "fsdp")),
-    (r"decoder/wpe$", P(None, "fsdp")),
-    (r"attention/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),  # [L, D, 3, H, K]
-    (r"attention/qkv/bias$", P(None, None, "tensor", None)),  # [L, 3, H, K]
+    (r"coder/(wte|head)$", P("tensor", "fsdp")),  # of a decoder or an encoder
+    (r"coder/wpe$", P(None, "fsdp")),
+    (r"attention/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),  # [L, D, H, K]
+    (r"attention/(q|k|v)/bias$", P(None, "tensor", None)),  # [L, H, K]
     (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),  # [L, H, K, D]
-    (r"mlp/up/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
-    (r"mlp/up/bias$", P(None, "tensor")),  # [L, F]
+    (r"mlp/(up|gate)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
+    (r"mlp/(up|gate)/bias$", P(None, "tensor")),  # [L, F]
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
     (r"^batch\b", P(BATCH)),  # rows first: tokens, masks, log-probs, rewards
-    (r"^cache/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, H, S, K]
+    (r"^cache/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, G, S, K]
     (r"^cache/mask_BxS$", P(BATCH)),  # [B, S]
 )
 
@@ -88,6 +88,11 @@ def spec_for(path: str, shape: Sequence[int], mesh: Any) -> P:
     while kept and kept[-1] is None:  # one spelling of a spec: jit tells P(None) from P()
         kept.pop()
     return P(*kept)
+
+
+def sharding_of(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
+    """Where the table puts one leaf."""
+    return NamedSharding(mesh, spec_for(path, shape, mesh))
 
 
 def path_of(key_path: Sequence[Any]) -> str:

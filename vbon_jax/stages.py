@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from vbon_jax import inputs, methods, pretrain, responses, sharding, sweep
+from vbon_jax import inputs, methods, pretrain, responses, sweep
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import reference as reference_files
+from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare, heldout, measure
 from vbon_jax.inputs import Decoder, Run
-from vbon_jax.models import hf
+from vbon_jax.models import hf, peft, trainable
 from vbon_jax.progress import log
 from vbon_jax.sampling import engine
 from vbon_jax.settings import as_dict
@@ -101,16 +102,29 @@ def export(run: Run) -> None:
     tokenizer = inputs.load_tokenizer(run)
     reference = inputs.load_reference(run)
     prompts = len(inputs.load_prompts(run, "train"))
-    like = methods.first_state(s, methods.spec(s), reference, run.key("train"), prompts)
+    method = methods.spec(s)
+    value = inputs.load_value(run, reference.config) if methods.has_values(method) else None
+    like = methods.first_state(s, method, reference, run.key("train"), prompts, value)
     checkpointer = Checkpointer(run.workdir.checkpoints("train"), s.train.keep)
     try:
-        restored = checkpointer.restore(sharding.place(like, run.mesh))
+        restored = checkpointer.restore(like)
     finally:
         checkpointer.close()
     if restored is None:
         raise InputError(f"no checkpoint in {checkpointer.directory}: run `vbon train` first")
-    params = jax.device_get(restored[0].params["decoder"])
-    pretrain.save_policy(run, run.workdir.policy, reference.config, params, tokenizer)
+    own = restored[0].params["decoder"]
+    if s.export.form == "adapter":
+        peft.save(
+            run.workdir.policy, own, s.lora.alpha, base=str(inputs.reference_path(run)),
+            config=reference.config,
+        )  # fmt: skip
+        tokenizers.save(tokenizer, run.workdir.policy)
+        return
+    params = trainable.merged(
+        trainable.join(reference.params["decoder"], own), reference.config.lora_alpha
+    )
+    raw = hf.read_config(inputs.reference_path(run))[2]
+    pretrain.save_policy(run, run.workdir.policy, reference.config, params, tokenizer, raw)
 
 
 def evaluate(run: Run) -> None:

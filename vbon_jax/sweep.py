@@ -302,14 +302,14 @@ def _measure(run: Run, unit: Unit, place: Path, world: World, state: Any, splits
             f"sweep: {unit.name}: {int(np.sum(refused > 0))} of {len(unit.members)} policies had "
             "steps refused because the loss or gradient was not finite (refused_steps in the table)"
         )
+    reference = Decoder(world.config, world.reference)
     test = splits.get("test", s.sampling.temperature)
     rate = test.speed(splits.models.reference, 1, True)[0]
     by_beta = unit.label in ("ppo", "dpo")
 
     def row(i: int, held: heldout.HeldOut, study: str) -> tuple[dict[str, Any], Any]:
         member = unit.members[i]
-        params = population.member(state.params["decoder"], i)
-        policy = Decoder(world.config, {"decoder": params})
+        policy = inputs.policy_of(reference, population.member(state.params["decoder"], i))
         at = f"{unit.name} {i + 1}/{len(unit.members)} {held.split} T={held.sampling.temperature:g}"
         found, drawn = held.policy(unit.label, member.n, policy, at, member.seed)
         common = {
@@ -340,9 +340,7 @@ def _measure(run: Run, unit: Unit, place: Path, world: World, state: Any, splits
     exact = []
     if tabular(s):
         for i, member in enumerate(unit.members):
-            policy = Decoder(
-                world.config, {"decoder": population.member(state.params, i)["decoder"]}
-            )
+            policy = inputs.policy_of(reference, population.member(state.params["decoder"], i))
             beta = member.beta if by_beta else None
             n = round(member.n, 6)  # of a beta: 1 / beta + 1
             exact.append(

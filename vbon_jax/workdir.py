@@ -16,10 +16,13 @@ from vbon_jax.progress import log
 
 # The settings a stage's results follow from: keys, or groups of keys. Later stages add to those of
 # the ones they read.
-_SFT = ("seed", "data", "tokenizer", "reference", "sampling.stop_at_eos")
+_SFT = ("seed", "data", "tokenizer", "reference", "sampling.stop_at_eos", "memory.frozen_dtype")
 _REWARD = (*_SFT, "reward.path", "reward.function", "reward.model", "reward.fit")
-_SAMPLE = (*_REWARD, "reward", "prompts", "sampling", "samples")
-_TRAIN = (*_SAMPLE, "method", "bond", "train", "offline")
+_SAMPLE = (*_REWARD, "reward", "prompts", "sampling", "samples", "memory.compute_dtype")
+_TRAIN = (
+    *_SAMPLE, "method", "bond", "train", "offline", "lora", "memory.param_dtype",
+    "memory.optimizer_dtype",
+)  # fmt: skip
 _DEPENDS = {
     "sft": _SFT,
     "reward": _REWARD,
@@ -33,7 +36,7 @@ _DEPENDS = {
     ),
     "sample": _SAMPLE,
     "train": _TRAIN,
-    "export": _TRAIN,
+    "export": (*_TRAIN, "export"),
     "evaluate": (*_TRAIN, "evaluate", "evaluator"),
     "convergence": (*_SAMPLE, "convergence"),
     "sweep": (*_TRAIN, "evaluate", "evaluator", "sweep"),
@@ -41,7 +44,7 @@ _DEPENDS = {
 }
 # Settings that change how fast a result comes, not what it is.
 _FREE = (
-    "sampling.batch_size", "train.checkpoint_every", "train.keep", "sweep.at_once",
+    "data.tfds_dir", "sampling.batch_size", "train.checkpoint_every", "train.keep", "sweep.at_once",
     "sweep.stale_seconds",
 )  # fmt: skip
 # What holds a stage's results, to be removed to do it again.

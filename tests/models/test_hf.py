@@ -4,13 +4,16 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
 
+from vbon_jax import sharding
 from vbon_jax.models import decoder, heads, hf
 
 CONFIG = decoder.DecoderConfig(
@@ -33,6 +36,35 @@ def saved(tmp_path):
     return tmp_path
 
 
+LLAMA = {
+    "vocab_size": 13, "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 10, "max_position_embeddings": 9,
+    "pad_token_id": 0,
+}  # fmt: skip
+ENCODER = {
+    "vocab_size": 13, "dim": 6, "n_layers": 2, "n_heads": 3, "hidden_dim": 10,
+    "max_position_embeddings": 9,
+}  # fmt: skip
+BERT = {
+    "vocab_size": 13, "hidden_size": 6, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "intermediate_size": 10, "max_position_embeddings": 9,
+}  # fmt: skip
+
+
+def theirs(model_type, sizes, classifier=None):
+    """A torch model of transformers with every parameter random."""
+    classifier = "dim" in sizes if classifier is None else classifier
+    auto = transformers.AutoModelForSequenceClassification if classifier else (
+        transformers.AutoModelForCausalLM
+    )  # fmt: skip
+    model = auto.from_config(transformers.AutoConfig.for_model(model_type, **sizes))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
 def edit_json(path, **changes):
     value = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
@@ -42,6 +74,12 @@ def edit_tensors(directory, change):
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")
     change(tensors)
     safetensors.numpy.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def assert_files_equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
 def assert_trees_equal(first, second):
@@ -71,9 +109,9 @@ def test_our_directory_loads_in_transformers(saved):
 def test_our_directory_comes_back_exactly(saved):
     config, loaded = hf.load_decoder(saved)
     assert config == CONFIG
-    assert all(
-        type(leaf) is np.ndarray and leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded)
-    )
+    for leaf in jax.tree.leaves(loaded):
+        assert isinstance(leaf, jax.Array)
+        assert (leaf.dtype, leaf.weak_type, leaf.committed) == (np.float32, False, False)
     assert_trees_equal(loaded, params())
 
 
@@ -85,9 +123,7 @@ def test_a_transformers_directory_comes_back_exactly(torch_lm, tmp_path):
         safetensors.numpy.load_file(tmp_path / side / "model.safetensors")
         for side in ("theirs", "ours")
     )
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        np.testing.assert_array_equal(theirs[name], ours[name], err_msg=name)
+    assert_files_equal(theirs, ours)
     # Every setting that we do write, other than dropout, says what theirs said.
     theirs, ours = (
         json.loads((tmp_path / side / "config.json").read_text()) for side in ("theirs", "ours")
@@ -192,7 +228,10 @@ def test_half_precision_is_cast_to_float32(saved, dtype):
             r"misshapen: h\.1\.attn\.c_attn\.weight \(18, 6\), expected \(6, 18\)",
         ),
         (lambda t: t.update({WTE: t[WTE].astype(np.int32)}), r"other than .*: wte\.weight I32"),
-        (lambda t: t.update({"lm_head.weight": t[WTE] + 1}), r"lm_head\.weight differs .* untied"),
+        (
+            lambda t: t.update({"lm_head.weight": t[WTE] + 1}),
+            r"lm_head\.weight differs from wte\.weight, .* untied",
+        ),
         (
             lambda t: t.update({"lm_head.weight": t[WTE][:5]}),
             r"misshapen: lm_head\.weight \(5, 6\)",
@@ -221,19 +260,19 @@ def test_several_faults_are_listed_at_once(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama': only 'gpt2'"),
-        ({"model_type": ...}, "model_type is None: only 'gpt2'"),
+        ({"model_type": "bloom"}, "model_type is 'bloom': supported are .*gpt2"),
+        ({"model_type": ...}, "model_type is None: supported are"),
+        ({"model_type": ["gpt2"]}, r"model_type is \['gpt2'\]: supported are"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True: only False"),
         ({"add_cross_attention": True}, "add_cross_attention is True: only False"),
         ({"scale_attn_weights": False}, "scale_attn_weights is False: only True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False: only True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
-        ({"activation_function": "swish"}, "activation_function is 'swish': give one of"),
-        ({"n_embd": 7}, "n_embd is 7: give a multiple"),
-        ({"n_embd": "6", "n_inner": None}, "n_embd is '6': give an integer"),
-        ({"n_inner": 0}, "n_inner is 0: give an integer"),
-        ({"n_layer": ..., "n_head": ...}, "missing keys: n_layer, n_head"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}: quantized"),
+        ({"activation_function": "swish"}, "activation is 'swish': give one of"),
+        ({"n_embd": 7}, "width is 7: give a multiple"),
+        ({"n_embd": "6"}, "transformers does not accept it: .*'n_embd' expected int"),
+        ({"n_inner": 0}, "mlp_width is 0: give an integer"),
     ],
 )
 def test_configs_of_other_models_are_refused(saved, changes, message):
@@ -309,9 +348,21 @@ def test_labels_that_do_not_count_up_are_refused(torch_classifier, tmp_path, id2
         hf.load_classifier(tmp_path)
 
 
-def test_a_language_model_is_no_classifier(saved):
+def test_models_of_another_kind_are_refused(saved, torch_classifier, tmp_path):
+    message = (
+        r"config\.json: architectures is \['GPT2LMHeadModel'\]: a GPT2ForSequence\w+ is needed"
+    )
+    with pytest.raises(hf.CheckpointError, match=message):
+        hf.load_classifier(saved)
+    edit_json(saved / "config.json", architectures=...)
     with pytest.raises(hf.CheckpointError, match=r"missing: score\.weight"):
         hf.load_classifier(saved)
+    torch_classifier().save_pretrained(tmp_path / "classifier")
+    with pytest.raises(hf.CheckpointError, match="a GPT2LMHeadModel is needed here"):
+        hf.load_decoder(tmp_path / "classifier")
+    theirs("distilbert", ENCODER).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(hf.CheckpointError, match="model_type is 'distilbert', an encoder"):
+        hf.load_decoder(tmp_path / "encoder")
 
 
 # Writing
@@ -337,21 +388,283 @@ def test_params_that_do_not_fit_the_config_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_crash_leaves_the_old_files_whole(saved, monkeypatch):
+@pytest.mark.parametrize("shard_bytes", [10**9, 500])
+def test_a_crash_leaves_the_old_files_whole(saved, monkeypatch, shard_bytes):
+    """The disk is full at the last of the files of weights."""
+    hf.save_decoder(saved, CONFIG, params(), **IDS, shard_bytes=shard_bytes)
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
-    real = safetensors.numpy.save_file
+    last = max(name for name in before if name.endswith(".safetensors"))
+    real = os.fsync
 
-    def torn(tensors, path, metadata):
-        real(tensors, path, metadata)
-        os.truncate(path, 100)
-        raise OSError("disk full")
+    def full(number):
+        if last in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError("disk full")
+        real(number)
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", torn)
+    monkeypatch.setattr(os, "fsync", full)
     doubled = jax.tree.map(lambda leaf: 2 * leaf, params())
     with pytest.raises(OSError, match="disk full"):
-        hf.save_decoder(saved, CONFIG, doubled, **IDS)
+        hf.save_decoder(saved, CONFIG, doubled, **IDS, shard_bytes=shard_bytes)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
     monkeypatch.undo()
-    hf.save_decoder(saved, CONFIG, doubled, **IDS)
+    hf.save_decoder(saved, CONFIG, doubled, **IDS, shard_bytes=shard_bytes)
     assert_trees_equal(hf.load_decoder(saved)[1], doubled)
     assert {file.name for file in saved.iterdir()} == before.keys()
+
+
+def test_weights_are_split_and_those_of_another_split_go(saved):
+    def weights():
+        return sorted(file.name for file in saved.iterdir() if "model" in file.name)
+
+    (saved / "notes.safetensors").write_text("somebody's")
+    assert weights() == ["model.safetensors"]
+    for shard_bytes in (500, 900):
+        hf.save_decoder(saved, CONFIG, params(), **IDS, shard_bytes=shard_bytes)
+        assert_trees_equal(hf.load_decoder(saved)[1], params())
+        index = json.loads((saved / "model.safetensors.index.json").read_text())
+        files = sorted(set(index["weight_map"].values()))
+        n = len(files)
+        assert n > 2
+        assert files == [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        assert weights() == [*files, "model.safetensors.index.json"]
+        sizes = [
+            sum(x.nbytes for x in safetensors.numpy.load_file(saved / file).values())
+            for file in files
+        ]
+        assert max(sizes) <= shard_bytes  # no tensor here is larger than that
+        assert sum(sizes) == index["metadata"]["total_size"]
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    np.testing.assert_array_equal(model.transformer.wte.weight.detach(), params()["wte"])
+    hf.save_decoder(saved, CONFIG, params(), **IDS)
+    assert weights() == ["model.safetensors"]
+    assert (saved / "notes.safetensors").exists()
+
+
+def test_bfloat16_is_written_as_it_is(tmp_path):
+    halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
+    hf.save_decoder(tmp_path, CONFIG, halved, **IDS)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert_trees_equal(hf.load_decoder(tmp_path, dtype="bfloat16")[1], halved)
+
+
+def test_a_file_of_two_dtypes_is_readable(tmp_path):
+    mixed = dict(params(), wte=params()["wte"].astype(jnp.bfloat16))
+    hf.save_decoder(tmp_path, CONFIG, mixed, **IDS)
+    file = tmp_path / "model.safetensors"
+    with safetensors.safe_open(file, framework="pt") as handle:
+        assert handle.offset_keys()[-1] == WTE  # behind all float32, which so stay aligned
+    tensors = safetensors.torch.load_file(file)
+    assert tensors[WTE].dtype == torch.bfloat16
+    assert tensors[C_ATTN].dtype == torch.float32
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    np.testing.assert_array_equal(tensors["transformer.wpe.weight"], params()["wpe"])
+
+
+def test_sharded_parameters_are_written(tmp_path):
+    """The same bytes as unsharded ones, a piece at a time."""
+    hf.save_decoder(tmp_path / "whole", EVEN, even(), **IDS)
+    placed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(
+            leaf, place("decoder/" + sharding.path_of(path), leaf.shape)
+        ),
+        even(),
+    )
+    assert len(placed["wte"].sharding.device_set) == 8
+    hf.save_decoder(tmp_path / "sharded", EVEN, placed, **IDS)
+    first, second = (
+        (tmp_path / side / "model.safetensors").read_bytes() for side in ("whole", "sharded")
+    )
+    assert first == second
+
+
+# `like`: the config.json a model came with
+
+
+def test_like_keeps_its_own_settings(tmp_path):
+    theirs("llama", LLAMA).save_pretrained(tmp_path / "theirs")
+    own = {"pretraining_tp": 2, "a_key_of_theirs": {"x": [1]}, "torch_dtype": "float16"}
+    edit_json(tmp_path / "theirs" / "config.json", **own, dtype=..., eos_token_id=[7, 8])
+    _, _, raw = hf.read_config(tmp_path / "theirs")
+    before = json.dumps(raw)
+    config, loaded = hf.load_decoder(tmp_path / "theirs")
+    changed = dataclasses.replace(config, compute_dtype="bfloat16", remat="full")
+    hf.save_decoder(tmp_path / "ours", changed, loaded, bos_id=1, eos_id=2, pad_id=0, like=raw)
+    assert json.dumps(raw) == before
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert "torch_dtype" not in written
+    assert written == {
+        **{key: value for key, value in raw.items() if key != "torch_dtype"},
+        "dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    assert_trees_equal(hf.load_decoder(tmp_path / "ours")[1], loaded)
+
+
+def test_like_must_describe_the_model(tmp_path):
+    theirs("llama", LLAMA).save_pretrained(tmp_path / "theirs")
+    config, loaded = hf.load_decoder(tmp_path / "theirs")
+    _, _, raw = hf.read_config(tmp_path / "theirs")
+    for changes, message in (
+        ({"vocab_size": 14}, r"like describes .*: vocab_size 14, not 13; give"),
+        ({"rms_norm_eps": 0.5}, "norm_eps 0.5, not"),
+        ({"rope_parameters": raw["rope_parameters"] | {"rope_theta": 5.0}}, "rotary .*5.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf.save_decoder(tmp_path / "ours", config, loaded, **IDS, like=raw | changes)
+    with pytest.raises(ValueError, match=r"a GPT-2 from scratch \(like is None\) .*norm 'layer'"):
+        hf.save_decoder(tmp_path / "ours", config, loaded, **IDS)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_an_untied_head_comes_back(tmp_path):
+    model = theirs("llama", LLAMA)
+    model.save_pretrained(tmp_path)
+    config, loaded = hf.load_decoder(tmp_path)
+    assert not config.tied
+    np.testing.assert_array_equal(loaded["head"], model.lm_head.weight.detach())
+    _, _, raw = hf.read_config(tmp_path)
+    hf.save_decoder(tmp_path / "ours", config, loaded, **IDS, like=raw)
+    assert_files_equal(
+        safetensors.numpy.load_file(tmp_path / "model.safetensors"),
+        safetensors.numpy.load_file(tmp_path / "ours" / "model.safetensors"),
+    )
+    edit_tensors(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(hf.CheckpointError, match=r"missing: lm_head\.weight"):
+        hf.load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("llama", "LLAMA"), ("distilbert", "ENCODER"), ("bert", "BERT"), ("roberta", "BERT")],
+)
+def test_classifiers_of_families_come_back(model_type, sizes, tmp_path):
+    """One label, a scalar reward; names with and without prefix as the family has it."""
+    model = theirs(model_type, globals()[sizes] | {"num_labels": 1}, classifier=True)
+    model.save_pretrained(tmp_path / "theirs")
+    config, loaded, labels = hf.load_classifier(tmp_path / "theirs")
+    assert labels == ("LABEL_0",)
+    assert "head" not in loaded.get("decoder", {})
+    _, _, raw = hf.read_config(tmp_path / "theirs")
+    ids = {"bos_id": None, "eos_id": None, "pad_id": 1 if model_type == "roberta" else 0}
+    hf.save_classifier(tmp_path / "ours", config, loaded, ("reward",), **ids, like=raw)
+    again, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(again) is type(model)
+    assert again.config.id2label == {0: "reward"}
+    files = (
+        safetensors.numpy.load_file(tmp_path / side / "model.safetensors")
+        for side in ("theirs", "ours")
+    )
+    assert_files_equal(*files)
+
+
+def test_an_encoder_from_scratch_needs_like(tmp_path):
+    theirs("distilbert", ENCODER).save_pretrained(tmp_path)
+    config, loaded, labels = hf.load_classifier(tmp_path)
+    with pytest.raises(ValueError, match="like is None, which is for a GPT-2 from scratch"):
+        hf.save_classifier(tmp_path, config, loaded, labels, **IDS)
+
+
+# Streaming
+
+
+EVEN = decoder.DecoderConfig(vocab_size=16, positions=9, layers=2, width=8, heads=2, mlp_width=16)
+
+
+@functools.cache
+def even():
+    return jax.jit(functools.partial(decoder.init, EVEN))(jax.random.key(6))
+
+
+@functools.cache
+def mesh():
+    return sharding.make_mesh(fsdp=4, tensor=2)
+
+
+def place(path, shape):
+    return jax.sharding.NamedSharding(mesh(), sharding.spec_for(path, shape, mesh()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("piece", [1, 48, 2**20])  # a row, some rows (the last overlap), all
+def test_leaves_arrive_on_their_devices(tmp_path, monkeypatch, dtype, piece):
+    hf.save_decoder(tmp_path, EVEN, even(), **IDS, shard_bytes=1000)
+    monkeypatch.setattr(hf, "_PIECE", piece)
+    _, loaded = hf.load_decoder(tmp_path, place=place, dtype=dtype)
+    assert_trees_equal(loaded, jax.tree.map(lambda leaf: leaf.astype(dtype), even()))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded):
+        assert leaf.sharding == place("decoder/" + sharding.path_of(path), leaf.shape)
+        assert leaf.dtype == dtype
+    assert {s.data.shape for s in loaded["wte"].addressable_shards} == {(8, 2)}
+    assert_trees_equal(hf.load_decoder(tmp_path, dtype=dtype)[1], loaded)
+
+
+def test_a_large_table_is_read_by_rows(saved, monkeypatch):
+    """The embedding, its tied head beside it: never the whole of either."""
+    edit_tensors(saved, lambda t: t.update({"lm_head.weight": t[WTE].copy()}))
+    read, real = [], hf._read_rows
+
+    def counted(found, start, stop):
+        read.append((found.shape, stop - start))
+        return real(found, start, stop)
+
+    monkeypatch.setattr(hf, "_read_rows", counted)
+    monkeypatch.setattr(hf, "_PIECE", 3 * 6 * 4)
+    assert_trees_equal(hf.load_decoder(saved)[1], params())
+    assert {rows for shape, rows in read if shape == (13, 6)} <= {1, 2, 3}
+
+
+def test_a_difference_in_the_last_row_of_the_head_is_seen(saved, monkeypatch):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors[WTE].copy()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    edit_tensors(saved, change)
+    monkeypatch.setattr(hf, "_PIECE", 3 * 6 * 4)
+    with pytest.raises(hf.CheckpointError, match="differs"):
+        hf.load_decoder(saved)
+
+
+def test_one_device_of_many(saved):
+    device = jax.devices()[3]
+    _, loaded = hf.load_decoder(
+        saved, place=lambda path, shape: jax.sharding.SingleDeviceSharding(device)
+    )
+    assert {leaf.device for leaf in jax.tree.leaves(loaded)} == {device}
+    assert_trees_equal(loaded, params())
+
+
+def test_placements_and_dtypes_we_cannot_do_are_refused(saved):
+    spec = jax.sharding.PartitionSpec("tensor")
+    by_layer = jax.sharding.NamedSharding(mesh(), spec)
+
+    def place(path, shape):
+        return (
+            by_layer if "blocks" in path else jax.sharding.NamedSharding(mesh(), spec.__class__())
+        )
+
+    with pytest.raises(ValueError, match="for layers: their axis must not be sharded"):
+        hf.load_decoder(saved, place=place)
+    unnamed = jax.sharding.GSPMDSharding.get_replicated(jax.devices())
+    with pytest.raises(TypeError, match=r"give a NamedSharding or a SingleDeviceSharding"):
+        hf.load_decoder(saved, place=lambda path, shape: unnamed)
+    with pytest.raises(ValueError, match="dtype is 'float16': give one of"):
+        hf.load_decoder(saved, dtype="float16")
+
+
+def test_a_label_count_without_names(torch_classifier, tmp_path):
+    torch_classifier(num_labels=1).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", id2label=..., label2id=..., num_labels=1)
+    _, loaded, labels = hf.load_classifier(tmp_path)
+    assert labels == ("LABEL_0",)
+    assert loaded["score"]["kernel"].shape == (24, 1)
+    edit_json(tmp_path / "config.json", id2label={"0": "a", "1": "b"})
+    with pytest.raises(hf.CheckpointError, match="num_labels is 1, but id2label names 2"):
+        hf.load_classifier(tmp_path)

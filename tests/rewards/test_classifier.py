@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vbon_jax.errors import InputError
-from vbon_jax.models import heads
+from vbon_jax.models import encoder, heads
 from vbon_jax.rewards import classifier
 
 LABELS = ("NEGATIVE", "POSITIVE")
@@ -26,6 +26,37 @@ RESPONSE = (
     jnp.array([[10, 11, EOS, 0], [12, 13, 14, 15]]),
     jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool),
 )
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "want"),
+    [
+        ("logit", 1, [0.5, -2.0]),
+        # e^1, e^0.5, e^-1: p = 1.6487 / (2.7183 + 1.6487 + 0.3679); then e^0, e^-2, e^0.
+        ("prob", 1, [0.348208, 0.063379]),
+        ("log_odds", 1, [-0.626929, -2.693147]),
+        ("prob", 2, [0.077695, 0.468311]),
+    ],
+)
+def test_the_kinds_by_hand(kind, label, want):
+    logits = jnp.float32([[1.0, 0.5, -1.0], [0.0, -2.0, 0.0]])
+    got = classifier.score_of(logits, kind, label)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_scalar_is_the_only_column_and_bf16_is_read_as_float32():
+    got = classifier.score_of(jnp.bfloat16([[1.5], [-3.0]]), "scalar", 0)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, [1.5, -3.0])
+    with pytest.raises(ValueError, match="kind is 'rank'"):
+        classifier.score_of(jnp.zeros((1, 1)), "rank", 0)
+
+
+def test_log_odds_do_not_saturate_where_probabilities_do():
+    logits = jnp.float32([[0.0, 30.0], [0.0, 40.0]])
+    assert len(np.unique(classifier.score_of(logits, "prob", 1))) == 1
+    np.testing.assert_array_equal(classifier.score_of(logits, "log_odds", 1), [30, 40])
 
 
 def test_kinds_agree_with_each_other(scorer):
@@ -56,14 +87,37 @@ def test_an_empty_response_is_scored_at_its_prompt(scorer):
     assert np.all(np.isfinite(out))
 
 
+def test_an_encoder_is_told_by_its_config():
+    config = encoder.EncoderConfig(
+        vocab_size=17, positions=8, layers=1, width=8, heads=2, mlp_width=12, head="distilbert",
+        initializer_range=0.5,
+    )  # fmt: skip
+    params = encoder.init(config, 1, jax.random.key(0))
+    tokens, mask = jnp.array([[2, 5, 9, 0], [2, 4, 3, 1]]), jnp.array([[1, 1, 1, 0], [1] * 4], bool)
+    got = classifier.score(params, tokens, mask, config=config, kind="scalar", label=0)
+    np.testing.assert_allclose(
+        got, encoder.score(params, config, tokens, mask)[:, 0], rtol=1e-5, atol=1e-6
+    )
+    assert abs(float(got[0] - got[1])) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("labels", "label", "kind", "message"),
     [
         (LABELS, "GOOD", "logit", "reward.label='GOOD': the reward model knows NEGATIVE, POSITIVE"),
         (LABELS, "POSITIVE", "rank", "reward.score='rank': choose one of"),
-        (("LABEL_0",), "LABEL_0", "prob", "needs two labels"),
+        (LABELS, "POSITIVE", "scalar", r"reward.score='scalar' is for models with one.*has 2"),
+        (("LABEL_0",), "LABEL_0", "prob", "needs two labels.*set reward.score=scalar"),
+        (("LABEL_0",), "LABEL_0", "log_odds", "needs two labels"),
     ],
 )
 def test_bad_settings_are_named(params, config, labels, label, kind, message):
     with pytest.raises(InputError, match=message):
         classifier.ClassifierReward({"decoder": params}, config, labels, label, kind, EOS)
+
+
+def test_a_scalar_model_needs_no_label_and_messages_name_their_key():
+    assert classifier.label_index(("LABEL_0",), "", "scalar", "reward") == 0
+    assert classifier.label_index(LABELS, "POSITIVE", "prob", "reward") == 1
+    with pytest.raises(InputError, match=r"^reward\.others\.tone\.label='x'"):
+        classifier.label_index(LABELS, "x", "prob", "reward.others.tone")

@@ -4,6 +4,7 @@ import types
 import numpy as np
 import pytest
 
+from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.rewards import function
 
@@ -66,7 +67,7 @@ def test_the_text_leaves_eos_and_padding_out(module):
     )
     tokens = np.array([[1, 2, 9, 0], [3, 0, 4, 5]])
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
-    reward(["a", "b"], None, None, tokens, mask)
+    reward([Prompt(0, "a", (1,)), Prompt(1, "b", (2,))], None, None, tokens, mask)
     assert seen == [(["a", "b"], ["12", "3045"])]
 
 
@@ -76,4 +77,4 @@ def test_messages_name_the_key_the_function_came_from(module):
     module.bad = lambda prompts, responses: [float("nan")]
     reward = function.FunctionReward("a_users_reward:bad", lambda rows: ["r"], None, "evaluator")
     with pytest.raises(InputError, match=r"evaluator\.function='a_users_reward:bad' returned NaN"):
-        reward(["a"], None, None, np.ones((1, 1), int), np.ones((1, 1), bool))
+        reward([Prompt(0, "a", (1,))], None, None, np.ones((1, 1), int), np.ones((1, 1), bool))

@@ -49,7 +49,9 @@ def world(config, params):
     def fresh(mesh):
         tree = {
             "decoder": jax.tree.map(np.array, host),
-            "value": {**heads.init_value(config, jax.random.key(1)), "kernel": value.copy()},
+            "value": {
+                "head": {**heads.init_value(config, jax.random.key(1)), "kernel": value.copy()}
+            },
         }
         return sharding.place(
             state.create(sharding.place(tree, mesh), optimizer, jax.random.key(7)), mesh

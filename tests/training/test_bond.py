@@ -148,7 +148,7 @@ def test_n_is_reported_on_and_changes_nothing_else(models):
     assert {k for k in with_2 if with_2[k] != with_64[k]} == {"kl_bon"}
 
 
-def token_reward(names, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
+def token_reward(prompts, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
     """The share of small ids, made injective by the sum."""
     tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
     small = np.sum((tokens < V // 2) & mask, axis=1)

@@ -60,7 +60,7 @@ def world(mesh):
     )
     params = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
 
-    def reward(names, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
+    def reward(prompts, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
         return np.sum(np.asarray(response_BxT) * 10.0 ** np.arange(3), axis=1)
 
     sampling = engine.Sampling(temperature=1.0, max_new_tokens=3, eos_id=0, pad_id=0)
@@ -125,6 +125,32 @@ def test_every_source_draws_samples_of_its_own(world, monkeypatch):
     assert loop.note({"reward": [1.0, 2.0], "kl_ref": [0, 1], "kl_bon": [3, 4]}) == (
         "reward 1.500  KL to ref 0.500  to BoN 3.500 nats"
     )
+
+
+def test_what_the_reward_counts_is_written_with_the_iteration(world):
+    """Of all sources' responses, and once: what is taken is gone."""
+
+    class Counting:
+        seen = 0
+
+        def __call__(self, prompts, *rows):
+            assert all(isinstance(p, Prompt) for p in prompts)
+            self.seen += len(prompts)
+            return np.zeros(len(prompts), np.float32)
+
+        def take_counts(self):
+            seen, self.seen = self.seen, 0
+            return {"responses": float(seen), "reward_truncated": seen / 100}
+
+    own = world._replace(reward=Counting())
+    state = SimpleNamespace(params=world.reference)
+    metrics = {"reward": jnp.float32(0), "kl_ref": jnp.float32(0)}
+    step = loop.online(
+        own, lambda s, batches: (s, metrics), ("decoder", "decoder"), 8, 3, jax.random.key(0), float
+    )
+    for _ in range(2):
+        _, values, _ = step(state, 3)
+        assert values["reward_truncated"] == 0.16 and "responses" not in values
 
 
 @pytest.fixture

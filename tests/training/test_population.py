@@ -34,7 +34,7 @@ BOND = Spec("bond", "jeffreys", "smoothed")
 MEMBERS = [Member(2.0, 0.5, 0, M), Member(9.0, 0.1, 1, M), Member(64.0, 0.02, 2, M)]
 
 
-def token_reward(names, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
+def token_reward(prompts, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
     """A reward that a policy can raise: the share of small ids, made injective by the sum."""
     tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
     small = np.sum((tokens < 18) & mask, axis=1)
@@ -279,9 +279,9 @@ def infinite_for(which, from_pass=1):
     """A reward that is infinite for some members from a pass on."""
     calls = []
 
-    def reward(names, *rows):
+    def reward(prompts, *rows):
         calls.append(1)
-        values = token_reward(names, *rows).reshape(-1, BATCH)
+        values = token_reward(prompts, *rows).reshape(-1, BATCH)
         if len(calls) > from_pass:
             values[which] = np.inf
         return values.ravel()
@@ -327,8 +327,8 @@ def test_a_population_that_diverges_as_a_whole_stops(tiny, one_device, tmp_path)
 
 
 def test_a_nan_reward_names_the_members_prompt(tiny, one_device):
-    def reward(names, *rows):
-        values = token_reward(names, *rows)
+    def reward(prompts, *rows):
+        values = token_reward(prompts, *rows)
         values[BATCH + 3] = np.nan
         return values
 

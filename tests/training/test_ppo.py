@@ -47,7 +47,9 @@ def twin_log_probs(world, params, batch, row):
         logits = np.asarray(decoder.logits(params["decoder"], world.config, hidden), np.float64)[0]
         logits = logits / world.plan.temperature
         log_probs.append(logits[response[t]] - np.log(np.sum(np.exp(logits))))
-        values.append(float(heads.value(params["value"], hidden)[0]) if "value" in params else 0.0)
+        values.append(
+            float(heads.value(params["value"]["head"], hidden)[0]) if "value" in params else 0.0
+        )
     return np.array(log_probs), np.array(values)
 
 
@@ -145,8 +147,9 @@ def test_the_policy_that_is_its_reference_has_no_kl(world, mesh, batch):
 def test_the_ratio_is_one_before_the_first_step(world, mesh, batch):
     exp, _ = experience(world, mesh, batch)
     info = jax.jit(ppo.loss, static_argnames=("config", "plan"))(
-        world.fresh(mesh).params, world.reference(mesh), exp, config=world.config, plan=world.plan
-    )[1]
+        world.fresh(mesh).params, world.reference(mesh), exp, jnp.float32(1), config=world.config,
+        plan=world.plan,
+    )[1]  # fmt: skip
     assert float(info["approx_kl"]) < 1e-10
     assert float(info["policy_clip_fraction"]) == 0
     assert float(info["value_clip_fraction"]) == 0
@@ -172,9 +175,14 @@ def test_an_update_improves_its_own_surrogate(world, mesh, batch, objective):
     new, metrics = world.iterate(mesh, world.fresh(mesh), batch, objective=objective)
     loss = jax.jit(ppo.loss, static_argnames=("config", "plan"))
     before, after = (
-        loss(params, world.reference(mesh), exp, config=world.config, plan=world.plan)[1][
-            "policy_loss"
-        ]
+        loss(
+            params,
+            world.reference(mesh),
+            exp,
+            jnp.float32(exp.response_mask_BxT.sum()),
+            config=world.config,
+            plan=world.plan,
+        )[1]["policy_loss"]
         for params in (world.fresh(mesh).params, new.params)
     )
     assert float(before) == pytest.approx(0, abs=1e-6)  # advantages are whitened
@@ -207,7 +215,9 @@ def test_gradients_stop_at_old_quantities(world, mesh, batch):
     params, reference = world.fresh(mesh).params, world.reference(mesh)
 
     def loss(e):
-        return ppo.loss(params, reference, e, config=world.config, plan=world.plan)[0]
+        return ppo.loss(params, reference, e, jnp.float32(1), config=world.config, plan=world.plan)[
+            0
+        ]
 
     grads = jax.jit(jax.grad(loss, allow_int=True))(exp)
     for name in ("log_probs_BxT", "values_BxT", "advantages_BxT", "returns_BxT"):
@@ -239,7 +249,7 @@ def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, ob
         {"decoder": jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(s))}
         for s in (1, 2)
     )
-    params["value"] = heads.init_value(config, jax.random.key(0))
+    params["value"] = {"head": heads.init_value(config, jax.random.key(0))}
     batch = all_responses(world, mesh, 3, 4)
     plan = dataclasses.replace(
         world.plan, objective=objective, penalty=penalty, whiten=False, lam=1.0, value_coef=0.0,
@@ -282,7 +292,7 @@ def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, ob
 
         def one(row):
             single = jax.tree.map(lambda x: jnp.asarray(x)[row][None], exp)
-            return ppo.loss(p, reference, single, config=config, plan=plan)[0] * 3  # a mean over 3
+            return ppo.loss(p, reference, single, jnp.float32(1), config=config, plan=plan)[0]
 
         return jnp.sum(weights * jax.vmap(one)(jnp.arange(len(tokens))))
 
@@ -359,6 +369,8 @@ def test_response_logits_are_the_positions_that_predict(world, mesh, batch):
     mask = jnp.ones_like(tokens, bool)
     params = world.reference(mesh)["decoder"]
     a, _ = decode.response_logits(params, world.config, tokens, mask, 6, 1.0)
-    b, _ = decode.response_logits(params, world.config, tokens.at[:, -2].add(1), mask, 6, 1.0)
+    b, _ = decode.response_logits(
+        params, world.config, (tokens.at[:, -2].add(1)) % 37, mask, 6, 1.0
+    )
     np.testing.assert_allclose(a[:, :5], b[:, :5], atol=1e-6)
     assert float(jnp.max(jnp.abs(a[:, 5] - b[:, 5]))) > 1e-3

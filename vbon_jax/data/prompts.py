@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -18,12 +19,14 @@ from vbon_jax.errors import InputError
 class Prompt:
     """A prompt: `tokens` are what the model sees, `text` is their decoding.
 
-    Two prompts may have the same text; their ids differ.
+    Two prompts may have the same text; their ids differ. `messages` are the (role, content) pairs
+    that a chat template made the tokens of, in order; none where the prompt is plain text.
     """
 
     id: int
     text: str
     tokens: tuple[int, ...]
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 def _cut(
@@ -154,12 +157,17 @@ def fits_context(prompts: Sequence[Prompt], max_new_tokens: int, positions: int)
 
 
 def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None:
-    """Writes {"id", "prompt", "tokens"} lines; the file appears whole or not at all."""
+    """Writes {"id", "prompt", "tokens"} lines, with "messages", a list of {"role", "content"}, where
+    a prompt has them; the file appears whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         for prompt in prompts:
-            record = {"id": prompt.id, "prompt": prompt.text, "tokens": list(prompt.tokens)}
+            record: dict[str, Any] = {
+                "id": prompt.id, "prompt": prompt.text, "tokens": list(prompt.tokens)
+            }  # fmt: skip
+            if prompt.messages:
+                record["messages"] = [{"role": r, "content": c} for r, c in prompt.messages]
             file.write(jsonl.dump_line(record))
         file.flush()
         os.fsync(file.fileno())
@@ -168,6 +176,31 @@ def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def parse_messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:
+    """The (role, content) pairs of a list of {"role": str, "content": str}; other keys are ignored.
+
+    Args:
+      value: what JSON gave.
+      where: "file:line", for the message.
+
+    Raises:
+      InputError: it is no list, or a message is not an object with two strings.
+    """
+    if not isinstance(value, list):
+        raise InputError(f"{where}: 'messages' must be a list of messages, not {value!r}")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise InputError(
+                f'{where}: message {number} must be {{"role": ..., "content": ...}}, '
+                f"not {message!r}"
+            )
+        here = f"{where}: message {number}"
+        role = jsonl.text_field(message, "role", here)
+        messages.append((role, jsonl.text_field(message, "content", here)))
+    return tuple(messages)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Prompt]:
@@ -187,8 +220,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Prompt]:
         tokens = jsonl.field(record, "tokens", where)
         if not isinstance(tokens, list) or not tokens or not all(map(_is_count, tokens)):
             raise InputError(f"{where}: 'tokens' must be a list of token ids, not {tokens!r}")
+        messages = parse_messages(record.get("messages", []), where)
         seen.add(number)
-        prompts.append(Prompt(number, text, tuple(tokens)))
+        prompts.append(Prompt(number, text, tuple(tokens), messages))
     if not prompts:
         raise InputError(f"{path}: the file is empty; it needs one prompt a line")
     return prompts

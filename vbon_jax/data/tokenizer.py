@@ -106,6 +106,11 @@ def save(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str]) -> No
     tokenizer.save_pretrained(path)
 
 
+def same(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether two tokenizers have one vocabulary: the same ids for the same tokens."""
+    return one.get_vocab() == other.get_vocab()
+
+
 def eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The id of the end-of-sequence token.
 

@@ -65,7 +65,11 @@ class HeldOut:
     def policy(
         self, name: str, n: float, policy: Decoder, title: str, seed: int = 0
     ) -> tuple[dict[str, Any], list[list[responses.Response]]]:
-        """The row of a policy, without its speed, and the responses behind it."""
+        """The row of a policy, without its speed, and the responses behind it.
+
+        What the reward and the evaluator count (texts they cut, responses without an end, the
+        means of their parts) stands in the row under the names of the metrics.
+        """
         s, m = self.run.settings, self.models
 
         def kls(batch: engine.Batch) -> dict[str, jax.Array]:
@@ -80,6 +84,7 @@ class HeldOut:
         each = s.evaluate.samples_per_prompt
         requests = responses.requests_for(self.prompts, each)
         drawn: list[responses.Response] = []
+        _counts(m)  # of what came before
         with reporting(title, len(requests)) as report:
             for group in responses.scored(
                 policy, self.sampling, self.run.mesh, jax.random.fold_in(self.key("policy"), seed),
@@ -90,7 +95,8 @@ class HeldOut:
         rows = measure.grouped(drawn, each)
         by_order = self.yardstick.references.order_PxM is not None
         order = _orders(rows, self.sampling.max_new_tokens) if by_order else None
-        return measure.row(name, n, measure.of_policy(rows, order), self.yardstick), rows
+        row = measure.row(name, n, measure.of_policy(rows, order), self.yardstick)
+        return row | _counts(m), rows
 
     def reference(self) -> dict[str, Any]:
         """The row of the reference."""
@@ -115,7 +121,7 @@ class HeldOut:
 
     def speed(self, model: Decoder, calls: int, scoring: bool) -> tuple[float, float]:
         """Responses and tokens a second; see ``measure.throughput``."""
-        texts = {p.id: p.text for p in self.prompts}
+        by_id = {p.id: p for p in self.prompts}
         size = self.run.settings.sampling.batch_size
         count = len(self.prompts)
         requests = [
@@ -129,11 +135,15 @@ class HeldOut:
                     self.key("speed"), requests, size,
                 )
             ),
-            (lambda batch: responses.score_batch(self.models.reward, batch, texts))
+            (lambda batch: responses.score_batch(self.models.reward, batch, by_id))
             if scoring
             else None,
             calls,
         )  # fmt: skip
+
+
+def _counts(m: Models) -> dict[str, float]:
+    return responses.counts_of(m.reward) | responses.counts_of(m.evaluator, "evaluator")
 
 
 def _key(run: Run, name: str, split: str, temperature: float) -> jax.Array:

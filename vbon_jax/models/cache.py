@@ -20,7 +20,7 @@ class KVCache:
     """Keys and values of every layer, one array a layer so that a step updates each in place.
 
     Attributes:
-      k: a tuple of `layers` arrays [B, H, S, K] in the compute dtype: heads before slots, or
+      k: a tuple of `layers` arrays [B, G, S, K] in the compute dtype: heads before slots, or
         every step would transpose the whole cache for its matrix products.
       v: the same for the values.
       mask_BxS: bool, True at slots that hold a token to attend to.
@@ -47,7 +47,7 @@ def init(config: DecoderConfig, batch: int, length: int) -> KVCache:
     for name, value in (("batch", batch), ("length", length)):
         if value < 1:
             raise ValueError(f"cache {name} is {value}: give at least 1")
-    shape = (batch, config.heads, length, config.head_width)
+    shape = (batch, config.kv_heads, length, config.head_width)
 
     def zeros() -> tuple[jax.Array, ...]:
         # One buffer a layer, never one shared: a donated buffer may be given away only once.

@@ -1,233 +1,89 @@
-"""A GPT-2 decoder: pure functions of a parameter tree, with the Linen modules behind them.
+"""One decoder for every family: pure functions of a parameter tree, with the Linen modules behind.
 
-Shape suffixes: B batch, T tokens, P prompt columns, S cache slots, D width, H heads, K head width,
-F MLP width, V vocabulary, L layers.
+What a family is (GPT-2, Llama, Gemma, ...) is said by ``DecoderConfig`` alone.
 
-The parameter tree, all float32, block parameters stacked over a leading layer axis:
+Shape suffixes: B batch, T tokens, P prompt columns, S cache slots, D width, H heads, G key-value
+heads, R = H / G, K head width, F MLP width, V vocabulary, L layers.
 
-    wte [V, D]    wpe [positions, D]    ln_f/{scale, bias} [D]
-    blocks/ln_1/{scale, bias} [L, D]    blocks/ln_2/{scale, bias} [L, D]
-    blocks/attention/qkv/{kernel [L, D, 3, H, K], bias [L, 3, H, K]}
-    blocks/attention/out/{kernel [L, H, K, D], bias [L, D]}
-    blocks/mlp/up/{kernel [L, D, F], bias [L, F]}
-    blocks/mlp/down/{kernel [L, F, D], bias [L, D]}
+The parameter tree, block parameters stacked over a leading layer axis; what stands in brackets is
+there where the configuration asks for it:
 
-Activations are in `config.compute_dtype`; layer-norm statistics, softmax and logits are float32.
+    wte [V, D]    [wpe [positions, D]]    [head [V, D]]    ln_f/{scale, [bias]} [D]
+    blocks/{ln_1, ln_2, [post_attention, post_mlp]}/{scale, [bias]} [L, D]
+    blocks/attention/q/{kernel [L, D, H, K], [bias [L, H, K]]}    k, v: the same with G heads
+    blocks/attention/out/{kernel [L, H, K, D], [bias [L, D]]}    [{q_norm, k_norm}/scale [L, K]]
+    blocks/mlp/{up, [gate]}/{kernel [L, D, F], [bias [L, F]]}
+    blocks/mlp/down/{kernel [L, F, D], [bias [L, D]]}
 
-Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+``blocks`` may be a tuple of such trees, lower layers first: a trunk and what stands on it
+(``trunk`` and ``top``). Beside any kernel may stand a low-rank adapter, lora_a [L, in, r] and
+lora_b [L, r, out]; see ``models.trainable``.
+
+Activations are in ``config.compute_dtype``; norms, attention's softmax and logits are float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vbon_jax.models.blocks import Block, Norm, rows, views
+from vbon_jax.models.config import REMAT, Params
+from vbon_jax.models.config import DecoderConfig as DecoderConfig
+from vbon_jax.models.config import Rotary as Rotary
+
 if TYPE_CHECKING:
     from vbon_jax.models.cache import KVCache
 
-Params = dict[str, Any]
-
-_gelu_tanh: Callable[[jax.Array], jax.Array] = functools.partial(jax.nn.gelu, approximate=True)
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-}
-
-COMPUTE_DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape and the arithmetic of a GPT-2 decoder.
-
-    Attributes:
-      vocab_size: V, rows of the tied embedding.
-      positions: the longest context, in tokens.
-      layers: L.
-      width: D, a multiple of heads.
-      heads: H.
-      mlp_width: F; 4 * width in GPT-2.
-      norm_eps: epsilon of every layer norm.
-      activation: a key of ACTIVATIONS, under its Hugging Face name.
-      compute_dtype: dtype of activations, float32 or bfloat16. Parameters stay float32.
-      initializer_range: standard deviation of the random initial weights.
-
-    Raises:
-      ValueError: on construction, naming the field, its value and what is allowed.
-    """
-
-    vocab_size: int
-    positions: int
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int
-    norm_eps: float = 1e-5
-    activation: str = "gelu_new"
-    compute_dtype: str = "float32"
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "positions", "layers", "width", "heads", "mlp_width"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}: give an integer of at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}: give a multiple of heads, {self.heads}")
-        for name in ("norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}: give a positive number")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}: give one of {list(ACTIVATIONS)}")
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"compute_dtype is {self.compute_dtype!r}: give one of {list(COMPUTE_DTYPES)}"
-            )
-
-    @property
-    def head_width(self) -> int:
-        """K, the width of one attention head."""
-        return self.width // self.heads
-
-
-def _layer_norm(config: DecoderConfig, name: str | None = None) -> nn.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels badly where a mean is large.
-    return nn.LayerNorm(
-        epsilon=config.norm_eps, dtype=config.compute_dtype, use_fast_variance=False, name=name
-    )
-
-
-def _rows(x_BxTxD: jax.Array) -> jax.Array:
-    # Matrix products take [B * T, D]: with two batch axes the gradient of a weight contracts over
-    # both, for which XLA on CPU first copies the whole activation into transposed order.
-    return x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-
-
-def _attend(
-    q_BxHxTxK: jax.Array, k_BxHxSxK: jax.Array, v_BxHxSxK: jax.Array, mask_BxTxS: jax.Array
-) -> jax.Array:
-    """Softmax attention; a query that may see no key averages all of them, so it stays finite."""
-    scores_BxHxTxS = jnp.einsum(
-        "BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, preferred_element_type=jnp.float32
-    )
-    scores_BxHxTxS *= q_BxHxTxK.shape[-1] ** -0.5
-    lowest = jnp.finfo(jnp.float32).min  # finite: -inf would make a fully masked row NaN
-    scores_BxHxTxS = jnp.where(mask_BxTxS[:, None], scores_BxHxTxS, lowest)
-    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(v_BxHxSxK.dtype)
-    return jnp.einsum("BHTS,BHSK->BHTK", weights_BxHxTxS, v_BxHxSxK)
-
-
-class _Attention(nn.Module):
-    """Multi-head self-attention, over its own keys or over those of a cache it first extends."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD, mask_BxTxS, kv=None, index=None):
-        c = self.config
-        batch, length, _ = x_BxTxD.shape
-        dense = functools.partial(nn.DenseGeneral, dtype=c.compute_dtype)
-        qkv_Nx3xHxK = dense(
-            (3, c.heads, c.head_width),
-            kernel_init=nn.initializers.normal(c.initializer_range),
-            name="qkv",
-        )(_rows(x_BxTxD))
-        q_BxHxTxK, k_BxHxSxK, v_BxHxSxK = (
-            qkv_Nx3xHxK[:, i].reshape(batch, length, c.heads, c.head_width).swapaxes(1, 2)
-            for i in range(3)
-        )
-        if kv is not None:
-            k_BxHxSxK = jax.lax.dynamic_update_slice(kv[0], k_BxHxSxK, (0, 0, index, 0))
-            v_BxHxSxK = jax.lax.dynamic_update_slice(kv[1], v_BxHxSxK, (0, 0, index, 0))
-        attended_BxTxHxK = _attend(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, mask_BxTxS).swapaxes(1, 2)
-        out_NxD = dense(c.width, axis=(-2, -1), kernel_init=_residual_initializer(c), name="out")(
-            attended_BxTxHxK.reshape(batch * length, c.heads, c.head_width)
-        )
-        return out_NxD.reshape(x_BxTxD.shape), (k_BxHxSxK, v_BxHxSxK)
-
-
-class _MLP(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD):
-        c = self.config
-        dense = functools.partial(nn.Dense, dtype=c.compute_dtype)
-        up_init = nn.initializers.normal(c.initializer_range)
-        x_NxF = dense(c.mlp_width, kernel_init=up_init, name="up")(_rows(x_BxTxD))
-        x_NxF = ACTIVATIONS[c.activation](x_NxF)
-        x_NxD = dense(c.width, kernel_init=_residual_initializer(c), name="down")(x_NxF)
-        return x_NxD.reshape(x_BxTxD.shape)
-
-
-class _Block(nn.Module):
-    """One pre-norm transformer block: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD, mask_BxTxS, kv=None, index=None):
-        """Returns the new x_BxTxD and the (k, v), [B, H, S, K] each, that were attended to."""
-        with jax.named_scope("attention"):
-            normed_BxTxD = _layer_norm(self.config, "ln_1")(x_BxTxD)
-            out_BxTxD, kv = _Attention(self.config, name="attention")(
-                normed_BxTxD, mask_BxTxS, kv, index
-            )
-            x_BxTxD += out_BxTxD
-        with jax.named_scope("mlp"):
-            normed_BxTxD = _layer_norm(self.config, "ln_2")(x_BxTxD)
-            x_BxTxD += _MLP(self.config, name="mlp")(normed_BxTxD)
-        return x_BxTxD, kv
-
-
-def _residual_initializer(config: DecoderConfig):
-    # GPT-2: two residual additions a block, so their variances sum to that of one weight matrix.
-    return nn.initializers.normal(config.initializer_range / math.sqrt(2 * config.layers))
-
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
-    """Draws the parameters of a GPT-2 decoder.
+    """Draws the parameters of a decoder.
 
-    Weights are normal with standard deviation `initializer_range`, divided by sqrt(2 * layers) for
-    the projections back into the residual stream; biases are 0 and layer-norm scales 1.
+    Weights are normal with standard deviation ``initializer_range``, divided by sqrt(2 * layers)
+    for the projections back into the residual stream; biases are 0 and norms the identity.
 
     Returns:
       The tree of the module docstring, float32.
     """
     wte_key, wpe_key, blocks_key = jax.random.split(key, 3)
-    x_BxTxD = jnp.zeros((1, 1, config.width))
-    mask_BxTxS = jnp.ones((1, 1, 1), bool)
+    x_1x1xD = jnp.zeros((1, 1, config.width))
+    one = jnp.zeros((1, 1), jnp.int32)
+    view, _ = views(config, jnp.ones((1, 1, 1), bool), one, one)
 
     def init_block(block_key: jax.Array) -> Params:
-        return _Block(config).init(block_key, x_BxTxD, mask_BxTxS)["params"]
+        return Block(config).init(block_key, x_1x1xD, view)["params"]
 
     normal = nn.initializers.normal(config.initializer_range)
-    return {
+    params = {
         "wte": normal(wte_key, (config.vocab_size, config.width)),
-        "wpe": normal(wpe_key, (config.positions, config.width)),
         "blocks": jax.vmap(init_block)(jax.random.split(blocks_key, config.layers)),
-        "ln_f": {"scale": jnp.ones(config.width), "bias": jnp.zeros(config.width)},
+        "ln_f": Norm(config).init(key, x_1x1xD)["params"],
     }
+    if config.rotary is None:
+        params["wpe"] = normal(wpe_key, (config.positions, config.width))
+    if not config.tied:
+        head_key = jax.random.fold_in(wte_key, 1)
+        params["head"] = normal(head_key, (config.vocab_size, config.width))
+    return params
 
 
 def _embed(
     params: Params, config: DecoderConfig, tokens_BxT: jax.Array, positions_BxT: jax.Array
 ) -> jax.Array:
     # jit cannot raise, so an id out of range becomes NaN instead of quietly the nearest row.
-    token_BxTxD = params["wte"].at[tokens_BxT].get(mode="fill", fill_value=jnp.nan)
-    position_BxTxD = params["wpe"].at[positions_BxT].get(mode="fill", fill_value=jnp.nan)
-    return (token_BxTxD + position_BxTxD).astype(config.compute_dtype)
+    x_BxTxD = params["wte"].at[tokens_BxT].get(mode="fill", fill_value=jnp.nan)
+    if config.rotary is None:
+        x_BxTxD += params["wpe"].at[positions_BxT].get(mode="fill", fill_value=jnp.nan)
+    else:
+        x_BxTxD = jnp.where(positions_BxT[..., None] < config.positions, x_BxTxD, jnp.nan)
+    x_BxTxD = x_BxTxD.astype(config.compute_dtype)
+    if config.embed_scale != 1.0:
+        x_BxTxD *= jnp.asarray(config.embed_scale, config.compute_dtype)
+    return x_BxTxD
 
 
 def _positions(mask_BxT: jax.Array) -> jax.Array:
@@ -242,11 +98,89 @@ def _causal(mask_BxT: jax.Array) -> jax.Array:
 
 
 def _final_norm(params: Params, config: DecoderConfig, x: jax.Array) -> jax.Array:
-    return _layer_norm(config).apply({"params": params["ln_f"]}, x)
+    return Norm(config).apply({"params": params["ln_f"]}, x)
+
+
+def _segments(params: Params) -> tuple[Params, ...]:
+    blocks = params["blocks"]
+    return blocks if isinstance(blocks, tuple) else (blocks,)
+
+
+def _depth(blocks: Params) -> int:
+    return jax.tree.leaves(blocks)[0].shape[0]
 
 
 def _layer(params: Params, index: int) -> Params:
-    return jax.tree.map(lambda leaf: leaf[index], params["blocks"])
+    for blocks in _segments(params):
+        if index < _depth(blocks):
+            return jax.tree.map(lambda leaf, i=index: leaf[i], blocks)
+        index -= _depth(blocks)
+    raise IndexError(f"layer {index} past the last")
+
+
+def _run(
+    config: DecoderConfig, blocks: Params, first: int, x_BxTxD: jax.Array, mask_BxT: jax.Array
+) -> jax.Array:
+    """x through a stack of blocks, the first of which is layer ``first``, scanning over them."""
+    position_BxT = _positions(mask_BxT)
+    whole, windowed = views(config, _causal(mask_BxT), position_BxT, position_BxT)
+    block = Block(config)
+    layers = range(first, first + _depth(blocks))
+    in_window = [config.is_windowed(i) for i in layers]
+
+    def apply_block(x_BxTxD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        params, here = layer
+        if len(set(in_window)) > 1:
+            view = jax.tree.map(lambda a, b: jnp.where(here, a, b), windowed, whole)
+        else:
+            view = windowed if in_window[0] else whole
+        with jax.named_scope("block"):
+            x_BxTxD, _ = block.apply({"params": params}, x_BxTxD, view)
+        return x_BxTxD, None
+
+    if config.remat != "none":
+        # prevent_cse: scan already keeps the forward and the backward pass apart.
+        apply_block = jax.checkpoint(apply_block, policy=REMAT[config.remat], prevent_cse=False)
+    x_BxTxD, _ = jax.lax.scan(apply_block, x_BxTxD, (blocks, jnp.array(in_window)))
+    return x_BxTxD
+
+
+def unstacked(params: Params) -> Params:
+    """The same tree with a segment a layer, for what unrolls the layers in a loop: cut out of a
+    stack inside the loop, each layer's weights would be copied in every pass."""
+    layers = []
+    for blocks in _segments(params):
+        layers += [
+            jax.tree.map(lambda x, i=i: x[i : i + 1], blocks) for i in range(_depth(blocks))
+        ]
+    return {**params, "blocks": tuple(layers)}
+
+
+def trunk(
+    params: Params, config: DecoderConfig, tokens_BxT: jax.Array, mask_BxT: jax.Array
+) -> jax.Array:
+    """Embeddings and all but the last segment of ``blocks``: what ``top`` goes on from, [B, T, D]
+    in the compute dtype. Arguments as ``hidden``."""
+    mask_BxT = mask_BxT.astype(bool)
+    with jax.named_scope("trunk"):
+        x_BxTxD = _embed(params, config, tokens_BxT, _positions(mask_BxT))
+        first = 0
+        for blocks in _segments(params)[:-1]:
+            x_BxTxD = _run(config, blocks, first, x_BxTxD, mask_BxT)
+            first += _depth(blocks)
+    return x_BxTxD
+
+
+def top(
+    params: Params, config: DecoderConfig, x_BxTxD: jax.Array, mask_BxT: jax.Array
+) -> jax.Array:
+    """The last segment of ``blocks`` and the final norm on what ``trunk`` gave; of ``params`` only
+    these are read. Returns hidden_BxTxD as ``hidden`` does."""
+    with jax.named_scope("top"):
+        blocks = _segments(params)[-1]
+        first = config.layers - _depth(blocks)
+        x_BxTxD = _run(config, blocks, first, x_BxTxD, mask_BxT.astype(bool))
+        return _final_norm(params, config, x_BxTxD)
 
 
 def hidden(
@@ -262,40 +196,35 @@ def hidden(
         position ids count real tokens only, and no query attends to padding.
 
     Returns:
-      hidden_BxTxD after the final layer norm, in the compute dtype. At padding it is finite and
-      means nothing. A token id past the vocabulary, or a real token at or past
-      `config.positions`, gives NaN.
+      hidden_BxTxD after the final norm, in the compute dtype. At padding it is finite and means
+      nothing. A token id past the vocabulary, or a real token at or past `config.positions`,
+      gives NaN.
     """
-    mask_BxT = mask_BxT.astype(bool)
-    mask_BxTxS = _causal(mask_BxT)
-    block = _Block(config)
+    return top(params, config, trunk(params, config, tokens_BxT, mask_BxT), mask_BxT)
 
-    # Keep only the weight products for the backward pass and redo the rest: saving every
-    # elementwise result took 3 times the memory and 1.4 times the time on CPU.
-    @functools.partial(
-        jax.checkpoint,
-        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        prevent_cse=False,  # scan already keeps the forward and the backward pass apart
-    )
-    def apply_block(x_BxTxD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        with jax.named_scope("block"):
-            x_BxTxD, _ = block.apply({"params": layer}, x_BxTxD, mask_BxTxS)
-        return x_BxTxD, None
 
-    with jax.named_scope("decoder"):
-        x_BxTxD = _embed(params, config, tokens_BxT, _positions(mask_BxT))
-        x_BxTxD, _ = jax.lax.scan(apply_block, x_BxTxD, params["blocks"])
-        return _final_norm(params, config, x_BxTxD)
+def head(params: Params) -> jax.Array:
+    """The output matrix [V, D]: its own, or the embedding where it is tied."""
+    return params["head"] if "head" in params else params["wte"]
+
+
+def project(head_VxD: jax.Array, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+    """Next-token logits [..., V], float32, of hidden states [..., D], by an output matrix."""
+    with jax.named_scope("logits"):
+        logits_NxV = jnp.einsum(
+            "ND,VD->NV",
+            rows(hidden),
+            head_VxD.astype(config.compute_dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if config.logit_cap is not None:
+            logits_NxV = config.logit_cap * jnp.tanh(logits_NxV / config.logit_cap)
+        return logits_NxV.reshape(*hidden.shape[:-1], -1)
 
 
 def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """Next-token logits [..., V], float32, of hidden states [..., D], by the tied embedding."""
-    with jax.named_scope("logits"):
-        wte_VxD = params["wte"].astype(config.compute_dtype)
-        logits_NxV = jnp.einsum(
-            "ND,VD->NV", _rows(hidden), wte_VxD, preferred_element_type=jnp.float32
-        )
-        return logits_NxV.reshape(*hidden.shape[:-1], config.vocab_size)
+    """Next-token logits [..., V], float32, of hidden states [..., D]."""
+    return project(head(params), config, hidden)
 
 
 def prefill(
@@ -328,18 +257,19 @@ def prefill(
             " the cache as long as the prompt columns plus the new tokens"
         )
     mask_BxP = mask_BxP.astype(bool)
-    mask_BxPxP = _causal(mask_BxP)
-    block = _Block(config)
+    position_BxP = _positions(mask_BxP)
+    seen = views(config, _causal(mask_BxP), position_BxP, position_BxP)
+    block = Block(config)
     k, v = list(cache.k), list(cache.v)
     with jax.named_scope("prefill"):
-        x_BxPxD = _embed(params, config, tokens_BxP, _positions(mask_BxP))
+        x_BxPxD = _embed(params, config, tokens_BxP, position_BxP)
         for i in range(config.layers):
             with jax.named_scope(f"block_{i}"):
-                x_BxPxD, (k_BxHxPxK, v_BxHxPxK) = block.apply(
-                    {"params": _layer(params, i)}, x_BxPxD, mask_BxPxP
+                x_BxPxD, (k_BxGxPxK, v_BxGxPxK) = block.apply(
+                    {"params": _layer(params, i)}, x_BxPxD, seen[config.is_windowed(i)]
                 )
-            k[i] = jax.lax.dynamic_update_slice(k[i], k_BxHxPxK, (0, 0, 0, 0))
-            v[i] = jax.lax.dynamic_update_slice(v[i], v_BxHxPxK, (0, 0, 0, 0))
+            k[i] = jax.lax.dynamic_update_slice(k[i], k_BxGxPxK, (0, 0, 0, 0))
+            v[i] = jax.lax.dynamic_update_slice(v[i], v_BxGxPxK, (0, 0, 0, 0))
         hidden_BxPxD = _final_norm(params, config, x_BxPxD)
     mask_BxS = jnp.zeros_like(cache.mask_BxS).at[:, :prompt_length].set(mask_BxP)
     index = jnp.full_like(cache.index, prompt_length)
@@ -372,7 +302,8 @@ def step(
     """
     seen_Bx1 = jnp.ones((token_B.shape[0], 1), bool)
     mask_BxS = jax.lax.dynamic_update_slice(cache.mask_BxS, seen_Bx1, (0, cache.index))
-    block = _Block(config)
+    seen = views(config, mask_BxS[:, None, :], position_B[:, None], _positions(mask_BxS))
+    block = Block(config)
     k, v = list(cache.k), list(cache.v)
     with jax.named_scope("step"):
         x_Bx1xD = _embed(params, config, token_B[:, None], position_B[:, None])
@@ -381,7 +312,7 @@ def step(
                 x_Bx1xD, (k[i], v[i]) = block.apply(
                     {"params": _layer(params, i)},
                     x_Bx1xD,
-                    mask_BxS[:, None, :],
+                    seen[config.is_windowed(i)],
                     (k[i], v[i]),
                     cache.index,
                 )

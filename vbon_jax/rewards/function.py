@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+Decode = Callable[[list[list[int]]], list[str]]
 
 
 def load(name: str, key: str = "reward") -> RewardFunction:
@@ -76,16 +78,25 @@ def call(
     return rewards
 
 
+def texts_of(
+    response_BxT: jax.Array,
+    response_mask_BxT: jax.Array,
+    count: int,
+    eos_id: int | None,
+    decode: Decode,
+) -> list[str]:
+    """The texts of the first ``count`` responses of a padded batch, EOS left out."""
+    tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
+    tokens, mask = tokens[:count], mask[:count]
+    if eos_id is not None:
+        mask = mask & (tokens != eos_id)
+    return decode([row[keep].tolist() for row, keep in zip(tokens, mask)])
+
+
 class FunctionReward:
     """A callable reward behind the same call as ``ClassifierReward``: ids are decoded to text."""
 
-    def __init__(
-        self,
-        name: str,
-        decode: Callable[[list[list[int]]], list[str]],
-        eos_id: int | None,
-        key: str = "reward",
-    ):
+    def __init__(self, name: str, decode: Decode, eos_id: int | None, key: str = "reward"):
         """``decode`` turns lists of ids into texts; ``name`` is "module:function"; ``key`` is the
         config group that messages name."""
         self._name, self._function, self._key = name, load(name, key), key
@@ -93,7 +104,7 @@ class FunctionReward:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         prompt_BxP: jax.Array,
         prompt_mask_BxP: jax.Array,
         response_BxT: jax.Array,
@@ -104,9 +115,7 @@ class FunctionReward:
         ``prompts`` may be fewer than the rows: those that only fill the batch are left alone.
         """
         del prompt_BxP, prompt_mask_BxP
-        tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
-        tokens, mask = tokens[: len(prompts)], mask[: len(prompts)]
-        if self._eos_id is not None:
-            mask = mask & (tokens != self._eos_id)
-        responses = self._decode([row[keep].tolist() for row, keep in zip(tokens, mask)])
-        return call(self._name, self._function, list(prompts), responses, self._key)
+        responses = texts_of(
+            response_BxT, response_mask_BxT, len(prompts), self._eos_id, self._decode
+        )
+        return call(self._name, self._function, [p.text for p in prompts], responses, self._key)

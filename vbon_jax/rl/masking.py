@@ -13,7 +13,12 @@ def masked(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0)
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of x over all slots where `mask` is true, a float32 scalar; 0 when there are none."""
-    count = jnp.sum(mask.astype(bool).astype(jnp.float32))
+def masked_mean(x: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """Mean of x over all slots where `mask` is true, a float32 scalar; 0 when there are none.
+
+    With `count` given the sum is divided by that: the parts of a batch, each with the count of the
+    whole, then add up to the mean of the whole.
+    """
+    if count is None:
+        count = jnp.sum(mask.astype(bool).astype(jnp.float32))
     return jnp.sum(masked(x, mask)) / jnp.maximum(count, 1.0)

@@ -12,6 +12,7 @@ def policy_loss(
     advantages: jax.Array,
     mask: jax.Array,
     clip: jax.Array | float,
+    count: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The clipped surrogate loss, Eq. 7 of the PPO paper, to be minimised:
 
@@ -23,6 +24,7 @@ def policy_loss(
         advantages: A_t, BxT; no gradient flows through them.
         mask: true (or 1) at response tokens, BxT.
         clip: the clip range, 0.2 in the paper.
+        count: what sums are divided by; None for the number of tokens (see `masked_mean`).
 
     Returns:
         (loss, info): the mean over all tokens inside the mask, and float32 scalars
@@ -34,11 +36,11 @@ def policy_loss(
     log_ratio = masked(log_prob, mask) - jax.lax.stop_gradient(masked(old_log_prob, mask))
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
-    loss = -masked_mean(jnp.minimum(ratio * advantages, clipped * advantages), mask)
+    loss = -masked_mean(jnp.minimum(ratio * advantages, clipped * advantages), mask, count)
     info = {
-        "clip_fraction": masked_mean(jnp.abs(ratio - 1) > clip, mask),
-        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
-        "ratio_mean": masked_mean(ratio, mask),
+        "clip_fraction": masked_mean(jnp.abs(ratio - 1) > clip, mask, count),
+        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask, count),
+        "ratio_mean": masked_mean(ratio, mask, count),
     }
     return loss, jax.lax.stop_gradient(info)
 
@@ -49,6 +51,7 @@ def value_loss(
     returns: jax.Array,
     mask: jax.Array,
     clip: jax.Array | float,
+    count: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The clipped squared error of the value head, to be minimised:
 
@@ -60,6 +63,7 @@ def value_loss(
         returns: R_t, BxT; no gradient flows through it.
         mask: true (or 1) at response tokens, BxT.
         clip: the clip range, in units of the value.
+        count: what sums are divided by; None for the number of tokens (see `masked_mean`).
 
     Returns:
         (loss, info): the mean over all tokens inside the mask, and the float32 scalar
@@ -71,8 +75,8 @@ def value_loss(
     moved = values - old_values
     clipped = old_values + jnp.clip(moved, -clip, clip)
     worst = jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
-    info = {"clip_fraction": masked_mean(jnp.abs(moved) > clip, mask)}
-    return masked_mean(worst, mask) / 2, jax.lax.stop_gradient(info)
+    info = {"clip_fraction": masked_mean(jnp.abs(moved) > clip, mask, count)}
+    return masked_mean(worst, mask, count) / 2, jax.lax.stop_gradient(info)
 
 
 def token_entropy(log_probs_BxTxV: jax.Array, mask_BxT: jax.Array) -> jax.Array:

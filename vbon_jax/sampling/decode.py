@@ -78,6 +78,7 @@ def rollout(
     Returns:
       Rollout with T = max_new_tokens slots a row.
     """
+    params = decoder.unstacked(params)
     batch, prompt_len = prompt_BxP.shape
     uniform_TxB = jax.vmap(
         lambda t: jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys_B)

@@ -12,7 +12,7 @@ from vbon_jax import sharding
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
 from vbon_jax.bon.references import References
-from vbon_jax.models import decoder
+from vbon_jax.models import decoder, trainable
 from vbon_jax.rl import bond, kl
 from vbon_jax.rl.next_token import next_token
 from vbon_jax.sampling import decode
@@ -78,7 +78,7 @@ def iteration(
 
     Args:
       state: donated. params are {"decoder", "anchor"}; the optimizer sees {"decoder"} only.
-      ref_params: {"decoder"} of the reference, for the metrics alone.
+      ref_params: {"decoder"} of the reference: for the metrics, and what is not trained.
       batches: responses to the same prompts by the policy and, twice, by the anchor (``SOURCES``).
       references: each prompt's reference rewards. n: of the best-of-n that ``kl_bon`` is about;
         J-BOND itself has no n, it moves along n = 2, 4, ... as its anchor moves.
@@ -93,14 +93,17 @@ def iteration(
     best = jax.tree.map(lambda a, b: jnp.where(first_wins_B[:, None], a, b), *theirs)
 
     params = {"decoder": state.params["decoder"]}
+    base = ref_params["decoder"]
     logits, ref_logits = (
-        _logits(x["decoder"], mine, config, plan.temperature) for x in (params, ref_params)
+        _logits(x, mine, config, plan.temperature)
+        for x in (trainable.join(base, params["decoder"]), base)
     )
     found = next_token(logits, ref_logits, policy_batch.rollout.tokens_BxT)
     chosen, chosen_ref, kl_B = (
         kl.sequence_sum(x, mine[2]) for x in (found.log_prob, found.log_ref, found.kl)
     )
-    log_anchor = _log_prob(state.params["anchor"], mine, config, plan.temperature)
+    anchor = trainable.join(base, state.params["anchor"])
+    log_anchor = _log_prob(anchor, mine, config, plan.temperature)
     reward = bond.jbond_reward(policy_batch.reward_B, anchor_rewards_Bx2)
     returns = bond.regularised(reward, chosen, log_anchor, 1.0 + plan.beta)
     advantage = bond.leave_one_out(returns)
@@ -114,8 +117,9 @@ def iteration(
 
     def loss(params: Any, part: Any) -> jax.Array:
         own, best_of_two, advantage_B = part
-        log_policy = _log_prob(params["decoder"], own, config, plan.temperature)
-        log_best = _log_prob(params["decoder"], best_of_two, config, plan.temperature)
+        policy = trainable.join(base, params["decoder"])
+        log_policy = _log_prob(policy, own, config, plan.temperature)
+        log_best = _log_prob(policy, best_of_two, config, plan.temperature)
         return jnp.mean(bond.jbond_loss(log_best, log_policy, advantage_B, plan.jeffreys))
 
     rows = advantage.shape[0]

@@ -16,9 +16,10 @@ from vbon_jax import sharding
 from vbon_jax.bon.references import References
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
+from vbon_jax.models import trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.progress import Stopped, StopSignal, reporting
-from vbon_jax.responses import Reward, check_rewards
+from vbon_jax.responses import Reward, check_rewards, counts_of
 from vbon_jax.sampling import engine
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.engine import Request, Sampling
@@ -33,7 +34,7 @@ class World(NamedTuple):
     """What online training reads and never changes.
 
     prompts: P of them; row i of ``references`` holds the reference rewards of prompts[i].
-    reward: (prompt texts, prompt ids and mask, response ids and mask) -> float rewards [B].
+    reward: (prompts, prompt ids and mask, response ids and mask) -> float rewards [B].
     response_text: token ids -> text, for messages.
     reference: params {"decoder"} on ``mesh``, of ``config``.
     """
@@ -143,12 +144,12 @@ def scored_batch(
     )
     tokens_drawn = int(jnp.sum(rollout.mask_BxT))  # waits for the rollout
     drawn = time.monotonic()
-    texts, row_of = index(world.prompts)
-    names = [texts[r.prompt_id] for r in requests]
+    by_id, row_of = index(world.prompts)
+    prompts = [by_id[r.prompt_id] for r in requests]
     rewards = np.asarray(
-        world.reward(names, *rows, rollout.tokens_BxT, rollout.mask_BxT), np.float32
+        world.reward(prompts, *rows, rollout.tokens_BxT, rollout.mask_BxT), np.float32
     )
-    check_rewards(rewards, names, functools.partial(_text, rollout, world.response_text))
+    check_rewards(rewards, prompts, functools.partial(_text, rollout, world.response_text))
     numbers = np.array([row_of[r.prompt_id] for r in requests], np.int32)
     batch = ppo.RolloutBatch(
         rows.tokens_BxP,
@@ -163,9 +164,9 @@ def scored_batch(
     }
 
 
-def index(prompts: Sequence[Prompt]) -> tuple[dict[int, str], dict[int, int]]:
-    """Text and row of each prompt by its id."""
-    return {p.id: p.text for p in prompts}, {p.id: i for i, p in enumerate(prompts)}
+def index(prompts: Sequence[Prompt]) -> tuple[dict[int, Prompt], dict[int, int]]:
+    """Each prompt and its row by its id."""
+    return {p.id: p for p in prompts}, {p.id: i for i, p in enumerate(prompts)}
 
 
 def online(
@@ -193,7 +194,8 @@ def online(
         batches, seconds = [], {"seconds_rollout": 0.0, "seconds_reward": 0.0, "tokens": 0.0}
         for i, source in enumerate(sources):
             own = [Request(r.prompt_id, r.sample * len(sources) + i, r.tokens) for r in requests]
-            batch, took = scored_batch(world, state.params[source], key, step, own)
+            params = trainable.join(world.reference["decoder"], state.params[source])
+            batch, took = scored_batch(world, params, key, step, own)
             batches.append(batch)
             seconds = {name: value + took[name] for name, value in seconds.items()}
         scored = time.monotonic()
@@ -206,6 +208,7 @@ def online(
             **seconds,
             "seconds_update": updated - scored,
             "tokens_per_second": tokens / (updated - began),
+            **counts_of(world.reward),
         }
         return state, values, note(values)
 

@@ -21,6 +21,7 @@ from vbon_jax.bon import pool as bon_pool
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.reference import PromptSamples
 from vbon_jax.errors import InputError
+from vbon_jax.models import trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.rl import kl, preference
 from vbon_jax.sampling import decode, engine
@@ -318,6 +319,7 @@ def loss(
     rows: Choices,
     beta: jax.Array | float,
     alpha: jax.Array | float,
+    base: Any = None,
     *,
     config: DecoderConfig,
     plan: OfflinePlan,
@@ -325,10 +327,11 @@ def loss(
     """Mean loss of a minibatch of choices.
 
     Args:
-      params: {"decoder": ...}.
+      params: {"decoder": ...}, what ``models.trainable`` trains of ``base``.
       rows: B examples.
       beta: dpo's beta, or bonbon's beta_n (`preference.bonbon_beta`); unused by bon_sft.
       alpha: bonbon's weight of its likelihood term; unused by the others.
+      base: the reference's decoder, which holds what is not trained; None where all is.
 
     Returns:
       (float32 scalar, metrics): ``loss``, ``nll`` (mean -log policy(best), nats a response), and of
@@ -339,7 +342,10 @@ def loss(
     rows_B = jnp.concatenate([rows.best_E, rows.worst_E]) if pairwise else rows.best_E
     # Gathered rows would be whole on every device: each would do all of the minibatch.
     batch = sharding.constrain(jax.tree.map(lambda x: jnp.asarray(x)[rows_B], pool), "batch")
-    log_policy = log_prob(params, *batch[:3], config=config, temperature=plan.temperature)
+    policy = params["decoder"] if base is None else trainable.join(base, params["decoder"])
+    log_policy = log_prob(
+        {"decoder": policy}, *batch[:3], config=config, temperature=plan.temperature
+    )
     size = rows.best_E.shape[0]
     nll = -jnp.mean(log_policy[:size])
     if not pairwise:
@@ -365,6 +371,7 @@ def steps(
     choices_SxB: Choices,
     beta: jax.Array | float,
     alpha: jax.Array | float,
+    base: Any = None,
     *,
     config: DecoderConfig,
     plan: OfflinePlan,
@@ -378,7 +385,7 @@ def steps(
     Args:
       state: params are {"decoder": ...}.
       choices_SxB: `Choices` with leading axes [S, B].
-      beta, alpha: as in `loss`; data, not structure.
+      beta, alpha, base: as in `loss`; data, not structure.
 
     Returns:
       (state S steps on, metrics of `loss`, means over the steps, and ``grad_norm``, the largest).
@@ -387,7 +394,7 @@ def steps(
     def gradient_step(carry, rows):
         params, opt_state = carry
         grads, info = jax.grad(loss, has_aux=True)(
-            params, pool, rows, beta, alpha, config=config, plan=plan
+            params, pool, rows, beta, alpha, base, config=config, plan=plan
         )
         updates, opt_state = optimizer.update(grads, opt_state, params)
         info["grad_norm"] = optax.tree.norm(grads)

@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from vbon_jax import sharding
 from vbon_jax.bon.references import References
+from vbon_jax.models import trainable
 from vbon_jax.models.decoder import DecoderConfig
-from vbon_jax.responses import check_rewards
+from vbon_jax.responses import check_rewards, counts_of
 from vbon_jax.sampling import decode, engine
 from vbon_jax.sampling.engine import Request, Sampling
 from vbon_jax.training import loop, ppo, state
@@ -105,9 +106,11 @@ def _divisor(count: int, most: int) -> int:
 
 
 def _drawer(config: DecoderConfig, sampling: Sampling, mesh: Mesh, at_once: int) -> Callable:
-    def draw(step, params, key, tokens_BxP, mask_BxP, ids_B, samples_B):
+    def draw(shared, params, key, tokens_BxP, mask_BxP, ids_B, samples_B):
+        step, base = shared
         return decode.rollout(
-            params, tokens_BxP, mask_BxP, decode.identity_keys(key, step, ids_B, samples_B),
+            trainable.join(base, params), tokens_BxP, mask_BxP,
+            decode.identity_keys(key, step, ids_B, samples_B),
             sampling.temperature, config=config, max_new_tokens=sampling.max_new_tokens,
             eos_id=sampling.eos_id, pad_id=sampling.pad_id,
             together=None if at_once == 1 else AXIS,
@@ -133,11 +136,11 @@ def _rows(world: World, batches: Sequence[Sequence[Request]], length: int) -> tu
 
 def _scores(world: World, batches: Sequence[Sequence[Request]], rows: tuple, rollout: Any) -> Any:
     """Rewards [K, B], all members' responses scored as one batch."""
-    texts, _ = loop.index(world.prompts)
-    names = [texts[r.prompt_id] for batch in batches for r in batch]
+    by_id, _ = loop.index(world.prompts)
+    prompts = [by_id[r.prompt_id] for batch in batches for r in batch]
     flat = [x.reshape(-1, x.shape[-1]) for x in (*rows[:2], rollout.tokens_BxT, rollout.mask_BxT)]
-    rewards = np.asarray(world.reward(names, *flat), np.float32)
-    check_rewards(rewards, names, lambda i: world.response_text(flat[2][i][flat[3][i]].tolist()))
+    rewards = np.asarray(world.reward(prompts, *flat), np.float32)
+    check_rewards(rewards, prompts, lambda i: world.response_text(flat[2][i][flat[3][i]].tolist()))
     return rewards.reshape(len(batches), -1)
 
 
@@ -205,6 +208,8 @@ def online(
     def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
         began = time.monotonic()
         base = [loop.batch_requests(world.prompts, batch_size, step, m.seed) for m in members]
+        whole = trainable.trains_head(state.params[sources[0]])
+        base = {} if whole else world.reference["decoder"]
         scored, seconds, tokens = [], {"rollout": 0.0, "reward": 0.0}, 0
         for i, source in enumerate(sources):
             batches = [
@@ -213,7 +218,7 @@ def online(
             ]
             start = time.monotonic()
             rows = _rows(world, batches, length)
-            rollout = draw(np.int32(step), state.params[source], keys_K, *rows)
+            rollout = draw((np.int32(step), base), state.params[source], keys_K, *rows)
             tokens += int(jnp.sum(rollout.mask_BxT))  # waits for the rollout
             drawn = time.monotonic()
             rewards = _scores(world, batches, rows, rollout)
@@ -234,6 +239,7 @@ def online(
             "seconds_reward": seconds["reward"],
             "seconds_update": updated - ready,
             "tokens_per_second": tokens / (updated - began),
+            **counts_of(world.reward),  # of all members together
         }
         return state, values, loop.note(values)
 

@@ -13,8 +13,8 @@ from vbon_jax.bon import distribution
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
 from vbon_jax.bon.references import References
-from vbon_jax.models import decoder, heads
-from vbon_jax.rl import gae, kl, ppo, shaping
+from vbon_jax.models import decoder, heads, trainable
+from vbon_jax.rl import chunked, gae, kl, ppo, shaping
 from vbon_jax.rl.masking import masked_mean
 from vbon_jax.rl.next_token import NextToken, next_token
 from vbon_jax.sampling import decode
@@ -35,6 +35,8 @@ class PPOPlan:
       next-token distributions, differentiated exactly (see ``loss``): the same objective and the
       same expected gradient, with less noise.
     temperature: of the rollouts, and so of every log-prob.
+    accumulate: microbatches a minibatch, one after the other; their gradients add up.
+    chunk: tokens whose logits are held at once.
     """
 
     objective: str = "exact"
@@ -49,6 +51,8 @@ class PPOPlan:
     whiten: bool = True
     penalty: str = "sampled"
     temperature: float = 0.7
+    accumulate: int = 1
+    chunk: int = 1024
 
 
 class RolloutBatch(NamedTuple):
@@ -69,7 +73,9 @@ class RolloutBatch(NamedTuple):
 class Experience(NamedTuple):
     """What the PPO epochs read: tokens and masks of the whole rows [B, S], and of the response
     slots [B, T] the log-probs and values of the policy that sampled, advantages and returns.
-    ref_hidden_BxTxD: the reference's hidden states there, from which its logits follow.
+    trunk_BxSxD: activations of the frozen trunk, computed once for all epochs; None without one.
+    ref_hidden_BxTxD: the reference's hidden states, from which its logits follow; None where the
+    loss does not ask for them.
     kl_weight_B, entropy_weight_B: weights of the "full" penalty in the loss, one value repeated."""
 
     tokens_BxS: jax.Array
@@ -79,9 +85,105 @@ class Experience(NamedTuple):
     values_BxT: jax.Array
     advantages_BxT: jax.Array
     returns_BxT: jax.Array
-    ref_hidden_BxTxD: jax.Array
+    trunk_BxSxD: jax.Array | None
+    ref_hidden_BxTxD: jax.Array | None
     kl_weight_B: jax.Array
     entropy_weight_B: jax.Array
+
+
+class Forward(NamedTuple):
+    """What a rollout's tokens are worth to policy and reference. log_policy, log_ref, kl, entropy,
+    values: [B, T], 0 outside the response. The rest as in Experience."""
+
+    found: NextToken
+    values_BxT: jax.Array
+    trunk_BxSxD: jax.Array | None
+    ref_hidden_BxTxD: jax.Array | None
+
+
+def _values(
+    params: Any,
+    hidden_BxTxD: jax.Array,
+    tokens_BxS: jax.Array,
+    mask_BxS: jax.Array,
+    value_config: decoder.DecoderConfig | None,
+) -> jax.Array:
+    """Values of the response's states: by a head on the policy's hidden states, or by a network of
+    its own."""
+    if value_config is not None:
+        hidden = decoder.hidden(params["decoder"], value_config, tokens_BxS, mask_BxS)
+        hidden_BxTxD = hidden[:, -hidden_BxTxD.shape[1] - 1 : -1]
+    return heads.value(params["head"], hidden_BxTxD)
+
+
+def forward(
+    params: Any,
+    ref_params: Any,
+    tokens_BxS: jax.Array,
+    mask_BxS: jax.Array,
+    response_mask_BxT: jax.Array,
+    *,
+    config: decoder.DecoderConfig,
+    plan: PPOPlan,
+    value_config: decoder.DecoderConfig | None = None,
+) -> Forward:
+    """One pass of policy and reference over a rollout. A frozen trunk runs once for both."""
+    mask, response_len = response_mask_BxT, response_mask_BxT.shape[1]
+    base = ref_params["decoder"]
+    policy = trainable.join(base, params["decoder"])
+    trunk = None
+    if trainable.divided(base):
+        trunk = decoder.trunk(base, config, tokens_BxS, mask_BxS)
+        hidden, ref_hidden = (decoder.top(x, config, trunk, mask_BxS) for x in (policy, base))
+    else:
+        hidden, ref_hidden = (
+            decoder.hidden(x, config, tokens_BxS, mask_BxS) for x in (policy, base)
+        )
+    hidden, ref_hidden = (x[:, -response_len - 1 : -1] for x in (hidden, ref_hidden))
+    values = _values(params["value"], hidden, tokens_BxS, mask_BxS, value_config)
+
+    def project(head: Any, states: Any) -> Any:
+        return tuple(
+            lg.temper(decoder.project(h, config, x), plan.temperature) for h, x in zip(head, states)
+        )
+
+    found = chunked.map_logits(
+        lambda logits, tokens: next_token(logits[0], logits[1], tokens),
+        project,
+        (decoder.head(policy), decoder.head(base)),
+        (_flat(hidden), _flat(ref_hidden)),
+        (_flat(tokens_BxS[:, -response_len:]),),
+        plan.chunk,
+    )
+    found = NextToken(*(jnp.where(mask, x.reshape(mask.shape), 0.0) for x in found))
+    return Forward(
+        found,
+        jnp.where(mask, values, 0.0),
+        trunk,
+        ref_hidden if plan.penalty == "full" else None,
+    )
+
+
+def _flat(x_BxT: jax.Array) -> jax.Array:
+    """[B, T, ...] -> [B * T, ...]."""
+    return x_BxT.reshape(-1, *x_BxT.shape[2:])
+
+
+def in_microbatches(f: Any, rows: Any, size: int) -> Any:
+    """f of ``size`` rows at a time: what it holds meanwhile is that of so few."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if count <= size:
+        return f(rows)
+    out = jax.lax.map(
+        lambda part: f(sharding.constrain(part, "batch")), _parts(rows, count // size)
+    )
+    together = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), out)
+    return sharding.constrain(together, "batch")
+
+
+def _parts(rows: Any, count: int) -> Any:
+    """Row i goes to part i % count, so that rows sharded over devices stay so in each part."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), rows)
 
 
 def experience(
@@ -94,6 +196,7 @@ def experience(
     *,
     config: decoder.DecoderConfig,
     plan: PPOPlan,
+    value_config: decoder.DecoderConfig | None = None,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Log-probs, values, the objective's per-token rewards and advantages of a rollout.
 
@@ -102,22 +205,19 @@ def experience(
     """
     rollout = batch.rollout
     mask = rollout.mask_BxT
-    response_len = mask.shape[1]
     tokens = jnp.concatenate([batch.prompt_BxP, rollout.tokens_BxT], axis=1)
     token_mask = jnp.concatenate([batch.prompt_mask_BxP, mask], axis=1)
 
     with jax.named_scope("score"):
-        logits, hidden = decode.response_logits(
-            params["decoder"], config, tokens, token_mask, response_len, plan.temperature
+        scored = in_microbatches(
+            lambda rows: forward(
+                params, ref_params, *rows, config=config, plan=plan, value_config=value_config
+            ),
+            (tokens, token_mask, mask),
+            plan.minibatch_size // plan.accumulate,
         )
-        ref_logits, ref_hidden = decode.response_logits(
-            ref_params["decoder"], config, tokens, token_mask, response_len, plan.temperature
-        )
-        found = NextToken(
-            *(jnp.where(mask, x, 0.0) for x in next_token(logits, ref_logits, rollout.tokens_BxT))
-        )
-        log_policy, log_ref, full_kl_BxT, entropy_BxT = found
-        values = jnp.where(mask, heads.value(params["value"], hidden), 0.0)
+        log_policy, log_ref, full_kl_BxT, entropy_BxT = scored.found
+        values = scored.values_BxT
         full_kl = kl.sequence_sum(full_kl_BxT, mask)
 
     with jax.named_scope("log_f"):
@@ -185,7 +285,8 @@ def experience(
             values,
             advantages,
             returns,
-            ref_hidden,
+            scored.trunk_BxSxD,
+            scored.ref_hidden_BxTxD,
             jnp.full(rows, weight * kl_coef / scale, jnp.float32),
             jnp.full(rows, weight * entropy_coef / scale, jnp.float32),
         ),
@@ -197,11 +298,17 @@ def loss(
     params: Any,
     ref_params: Any,
     exp: Experience,
+    count: jax.Array,
     *,
     config: decoder.DecoderConfig,
     plan: PPOPlan,
+    value_config: decoder.DecoderConfig | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy loss + value_coef * clipped value loss of a minibatch.
+    """Clipped policy loss + value_coef * clipped value loss, summed over tokens / ``count``.
+
+    With the tokens of a whole minibatch as ``count``, the losses of its microbatches, and their
+    gradients, add up to its own. Logits are made ``plan.chunk`` tokens at a time, their gradient at
+    once with them: [B, T, V] is never stored.
 
     With the "full" penalty, mean_t [kl_coef KL_t - entropy_coef H_t] of the whole next-token
     distributions is added. For J = E[R - c sum_t KL_t], with KL_t a function of the state,
@@ -211,38 +318,89 @@ def loss(
     the first part is what the advantages carry (the KL_t' of later states are in the rewards), the
     second is this term. The sampled penalty estimates it from one token instead.
     """
-    response_len = exp.response_mask_BxT.shape[1]
-    logits, hidden = decode.response_logits(
-        params["decoder"], config, exp.tokens_BxS, exp.mask_BxS, response_len, plan.temperature
-    )
-    ref_logits = decoder.logits(ref_params["decoder"], config, exp.ref_hidden_BxTxD)
-    found = next_token(
-        logits, lg.temper(ref_logits, plan.temperature), exp.tokens_BxS[:, -response_len:]
-    )
-    values = heads.value(params["value"], hidden)
     mask = exp.response_mask_BxT
-    policy_loss, policy_info = ppo.policy_loss(
-        found.log_prob, exp.log_probs_BxT, exp.advantages_BxT, mask, plan.clip_policy
+    response_len = mask.shape[1]
+    base = ref_params["decoder"]
+    policy = trainable.join(base, params["decoder"])
+    if exp.trunk_BxSxD is not None:
+        hidden = decoder.top(policy, config, exp.trunk_BxSxD, exp.mask_BxS)
+    else:
+        hidden = decoder.hidden(policy, config, exp.tokens_BxS, exp.mask_BxS)
+    hidden = hidden[:, -response_len - 1 : -1]
+    full = plan.penalty == "full"
+
+    def project(head: jax.Array, states: jax.Array) -> jax.Array:
+        return lg.temper(decoder.project(head, config, states), plan.temperature)
+
+    def token_loss(logits, frozen, tokens, old, advantages, here, kl_w, entropy_w, ref_hidden):
+        ref_head, count = frozen
+        if full:
+            found = next_token(logits, project(ref_head, ref_hidden), tokens)
+            chosen = found.log_prob
+        else:
+            chosen = lg.log_prob(logits, tokens)
+        total, info = ppo.policy_loss(chosen, old, advantages, here, plan.clip_policy, count)
+        policy_part = total
+        if full:
+            total += masked_mean(kl_w * found.kl - entropy_w * found.entropy, here, count)
+        return total, {"policy_loss": policy_part, **info}
+
+    def each_token(weight_B: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(weight_B[:, None], mask.shape).reshape(-1)
+
+    total, info = chunked.sum_logits(
+        token_loss,
+        project,
+        decoder.head(policy),
+        _flat(hidden),
+        (
+            *map(_flat, (exp.tokens_BxS[:, -response_len:], exp.log_probs_BxT, exp.advantages_BxT)),
+            _flat(mask),
+            each_token(exp.kl_weight_B),
+            each_token(exp.entropy_weight_B),
+            _flat(exp.ref_hidden_BxTxD) if full else None,
+        ),
+        plan.chunk,
+        frozen=(decoder.head(base) if full else None, count),
+        train_head=trainable.trains_head(params["decoder"]),
     )
+    values = _values(params["value"], hidden, exp.tokens_BxS, exp.mask_BxS, value_config)
     value_loss, value_info = ppo.value_loss(
-        values, exp.values_BxT, exp.returns_BxT, mask, plan.clip_value
+        values, exp.values_BxT, exp.returns_BxT, mask, plan.clip_value, count
     )
-    total = policy_loss + plan.value_coef * value_loss
-    if plan.penalty == "full":
-        penalty_BxT = exp.kl_weight_B[:, None] * found.kl
-        penalty_BxT -= exp.entropy_weight_B[:, None] * found.entropy
-        total += masked_mean(penalty_BxT, mask)
+    total += plan.value_coef * value_loss
     return total, {
         "loss": total,
-        "policy_loss": policy_loss,
+        "policy_loss": info["policy_loss"],
         "value_loss": value_loss,
-        "approx_kl": policy_info["approx_kl"],
-        "policy_clip_fraction": policy_info["clip_fraction"],
+        "approx_kl": info["approx_kl"],
+        "policy_clip_fraction": info["clip_fraction"],
         "value_clip_fraction": value_info["clip_fraction"],
     }
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "optimizer"), donate_argnums=0)
+def gradients(
+    params: Any, ref_params: Any, minibatch: Experience, plan: PPOPlan, **static: Any
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradient of ``loss`` and its metrics, by ``plan.accumulate`` microbatches in turn."""
+    count = jnp.maximum(jnp.sum(minibatch.response_mask_BxT), 1).astype(jnp.float32)
+
+    def of(rows: Experience) -> tuple[Any, dict[str, jax.Array]]:
+        return jax.grad(loss, has_aux=True)(params, ref_params, rows, count, plan=plan, **static)
+
+    if plan.accumulate == 1:
+        return of(minibatch)
+    parts = _parts(minibatch, plan.accumulate)
+
+    def add(total: Any, part: Experience) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of(sharding.constrain(part, "batch"))), None
+
+    like = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+@partial(jax.jit, static_argnames=("config", "plan", "optimizer", "value_config"), donate_argnums=0)
 def iteration(
     state: TrainState,
     ref_params: Any,
@@ -254,23 +412,27 @@ def iteration(
     config: decoder.DecoderConfig,
     plan: PPOPlan,
     optimizer: optax.GradientTransformation,
+    value_config: decoder.DecoderConfig | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One PPO iteration: experience of a scored rollout, then epochs of minibatch steps.
 
     Args:
-      state: donated. params are {"decoder", "value"}.
-      ref_params: {"decoder"} of the reference.
+      state: donated. params are {"decoder", "value"}: what ``models.trainable`` trains of the
+        reference, and {"head"} of the values, beside it "decoder" for a network of their own.
+      ref_params: {"decoder"} of the reference, which holds all that is not trained.
       batch: B rows, B a multiple of plan.minibatch_size.
       references: each prompt's reference rewards.
       n, beta: float32 scalars; data, not structure, so another value needs no compile.
+      value_config: of the value network of its own, if there is one.
 
     Returns:
       (state one step on, metrics: float32 scalars; those of the loss are means over the gradient
       steps, ``grad_norm`` is the largest, ``first_approx_kl`` that of the first step, which must
       be 0).
     """
+    static = {"config": config, "value_config": value_config}
     exp, metrics = experience(
-        state.params, ref_params, batch, references, n, beta, config=config, plan=plan
+        state.params, ref_params, batch, references, n, beta, plan=plan, **static
     )
     rows = exp.tokens_BxS.shape[0]
     minibatches = rows // plan.minibatch_size
@@ -286,9 +448,7 @@ def iteration(
         params, opt_state = carry
         # Gathered rows would be whole on every device: each would do all of the minibatch.
         minibatch = sharding.constrain(jax.tree.map(lambda x: x[rows_of_step], exp), "batch")
-        grads, info = jax.grad(loss, has_aux=True)(
-            params, ref_params, minibatch, config=config, plan=plan
-        )
+        grads, info = gradients(params, ref_params, minibatch, plan, **static)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         info["grad_norm"] = optax.tree.norm(grads)
         return (optax.apply_updates(params, updates), opt_state), info

@@ -1,0 +1,182 @@
+"""How a tensor lies in a Hugging Face file, and how it lies in ours: both ways, one place.
+
+A family (``models.families``) is a table of ``Tensor`` rows, by which ``models.hf`` reads and
+writes files. Each layout knows the shape of the file's tensor, and turns it into our leaves and
+back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vbon_jax.models.config import Rotary
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """One way of storing leaves.
+
+    shape: (shapes of the leaves) -> shape of the file's tensor.
+    read: (the file's tensor, shapes of the leaves) -> the leaves, views where that is possible.
+    write: the leaves -> the file's tensor.
+    rows: slices of the file's first axis are slices of the leaf's first axis, so a large tensor can
+      be read piece by piece.
+    """
+
+    shape: Callable[[Sequence[Shape]], Shape]
+    read: Callable[[np.ndarray, Sequence[Shape]], list[np.ndarray]]
+    write: Callable[[Sequence[np.ndarray]], np.ndarray]
+    rows: bool = False
+
+
+class Tensor(NamedTuple):
+    """One row of a family's table.
+
+    name: of the file, the family's prefix left out; "{i}" stands for the layer.
+    paths: "/"-joined paths of the leaves in our tree; leaves of a name with "{i}" have a leading
+      layer axis, which the layout does not see.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    layout: Layout
+
+
+def _linear(in_axes: int) -> Layout:
+    """torch.nn.Linear: [out, in], its axes ours after a transposition; the leaf is
+    [*in (``in_axes`` of them), *out]."""
+
+    def shape(leaves: Sequence[Shape]) -> Shape:
+        (leaf,) = leaves
+        return (math.prod(leaf[in_axes:]), math.prod(leaf[:in_axes]))
+
+    return Layout(
+        shape,
+        lambda array, leaves: [array.T.reshape(leaves[0])],
+        lambda leaves: leaves[0].reshape(math.prod(leaves[0].shape[:in_axes]), -1).T,
+    )
+
+
+def _conv1d(in_axes: int) -> Layout:
+    """transformers' Conv1D of GPT-2: [in, out], ours after a reshape."""
+
+    def shape(leaves: Sequence[Shape]) -> Shape:
+        (leaf,) = leaves
+        return (math.prod(leaf[:in_axes]), math.prod(leaf[in_axes:]))
+
+    return Layout(
+        shape,
+        lambda array, leaves: [array.reshape(leaves[0])],
+        lambda leaves: leaves[0].reshape(math.prod(leaves[0].shape[:in_axes]), -1),
+    )
+
+
+AS_IS = Layout(
+    lambda leaves: leaves[0], lambda array, leaves: [array], lambda leaves: leaves[0], rows=True
+)
+# A bias over heads: ours is [H, K], the file's [H * K].
+FLAT = Layout(
+    lambda leaves: (math.prod(leaves[0]),),
+    lambda array, leaves: [array.reshape(leaves[0])],
+    lambda leaves: leaves[0].reshape(-1),
+)
+LINEAR = _linear(1)  # [D, ...] from [..., D]
+LINEAR_HEADS = _linear(2)  # the projection out of the heads, [H, K, D] from [D, H * K]
+CONV1D = _conv1d(1)
+CONV1D_HEADS = _conv1d(2)
+
+# Queries, keys and values in one tensor. GPT-2: [D, 3 * H * K], the three one after the other.
+CONV1D_QKV = Layout(
+    lambda leaves: (leaves[0][0], sum(math.prod(leaf[1:]) for leaf in leaves)),
+    lambda array, leaves: [
+        part.reshape(leaf) for part, leaf in zip(np.split(array, 3, axis=1), leaves, strict=True)
+    ],
+    lambda leaves: np.concatenate([x.reshape(x.shape[0], -1) for x in leaves], axis=1),
+)
+FLAT_QKV = Layout(
+    lambda leaves: (sum(math.prod(leaf) for leaf in leaves),),
+    lambda array, leaves: [
+        part.reshape(leaf) for part, leaf in zip(np.split(array, 3), leaves, strict=True)
+    ],
+    lambda leaves: np.concatenate([x.reshape(-1) for x in leaves]),
+)
+# GPT-NeoX: [H * 3 * K, D] and [H * 3 * K], the three side by side within each head.
+LINEAR_HEAD_QKV = Layout(
+    lambda leaves: (3 * math.prod(leaves[0][1:]), leaves[0][0]),
+    lambda array, leaves: [
+        array.reshape(leaves[0][1], 3, leaves[0][2], leaves[0][0])[:, i].transpose(2, 0, 1)
+        for i in range(3)
+    ],
+    lambda leaves: np.stack([x.transpose(1, 2, 0) for x in leaves], axis=1).reshape(
+        -1, leaves[0].shape[0]
+    ),
+)
+FLAT_HEAD_QKV = Layout(
+    lambda leaves: (3 * math.prod(leaves[0]),),
+    lambda array, leaves: [array.reshape(leaves[0][0], 3, leaves[0][1])[:, i] for i in range(3)],
+    lambda leaves: np.stack(leaves, axis=1).reshape(-1),
+)
+
+
+class Family(NamedTuple):
+    """How checkpoints of one ``model_type`` are read and written.
+
+    config: transformers' config object (which fills in its own defaults) -> ours: a DecoderConfig
+      or an EncoderConfig. Raises ValueError naming the key and its value where the file asks for
+      something we do not compute.
+    tensors: our config -> the table of the bare model, without any head; paths from its root.
+    prefix: of the bare model's names in files with a head; may be absent in files without.
+    head: the name of the untied output matrix, [V, D]; "" for encoders.
+    classifier: the rows of a sequence classifier's head, without prefix; paths below "score/".
+    buffers: a regular expression of names (prefix left out) that old files carry and nobody needs.
+    causal, sequence: transformers' class names, for ``architectures``.
+    """
+
+    config: Callable[[Any], Any]
+    tensors: Callable[[Any], list[Tensor]]
+    prefix: str
+    head: str
+    classifier: tuple[Tensor, ...]
+    buffers: str
+    causal: str
+    sequence: str
+
+
+def only(hf: Any, **supported: Any) -> None:
+    """Refuses settings we do not compute: each must have the value given, or one of a tuple.
+
+    Raises ValueError naming the key, its value and what is supported.
+    """
+    for key, allowed in supported.items():
+        values = allowed if isinstance(allowed, tuple) else (allowed,)
+        value = getattr(hf, key, values[0])
+        if value not in values:
+            raise ValueError(f"{key} is {value!r}: only {values[0]!r} is supported")
+
+
+def rotary(rope: dict[str, Any]) -> Rotary:
+    """``rope_parameters`` of a transformers config.
+
+    Raises ValueError on a rope_type other than default, linear and llama3.
+    """
+    kind = rope.get("rope_type", "default")
+    base = {"theta": rope["rope_theta"], "fraction": rope.get("partial_rotary_factor", 1.0)}
+    if kind == "default":
+        return Rotary(**base)
+    if kind == "linear":
+        return Rotary(**base, scaling="linear", factor=rope["factor"])
+    if kind == "llama3":
+        return Rotary(
+            **base,
+            scaling="llama3",
+            factor=rope["factor"],
+            low=rope["low_freq_factor"],
+            high=rope["high_freq_factor"],
+            original=rope["original_max_position_embeddings"],
+        )
+    raise ValueError(f"rope_type is {kind!r}: supported are default, linear and llama3")
