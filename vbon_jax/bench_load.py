@@ -127,7 +127,7 @@ def _resident(key: str) -> int:
 def _measure_here(directory: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]:
     mesh = sharding.make_mesh(fsdp=fsdp, tensor=tensor)
 
-    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
         return jax.sharding.NamedSharding(mesh, sharding.spec_for(path, shape, mesh))
 
     # Libraries and the runtime are there before and after: not what loading takes.

@@ -160,7 +160,9 @@ def iteration_times(
 
     seconds = {"rollout": _median(lambda: draw(train_state.params["decoder"]), repeats)}
     rows, rollout = draw(train_state.params["decoder"])
-    batch = ppo.RolloutBatch(*rows, rollout, rewards, jnp.arange(work.rows))
+    batch = ppo.RolloutBatch(
+        rows.tokens_BxP, rows.mask_BxP, rollout, rewards, jnp.arange(work.rows)
+    )
     n, beta = jnp.float32(8), jnp.float32(1 / 7)
     score = jax.jit(ppo.experience, static_argnames=("config", "plan"))
     seconds["score"] = _median(

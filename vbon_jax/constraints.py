@@ -60,7 +60,8 @@ def check(s: Settings) -> None:
             f"{name}.model.heads={model.heads}",
         )
     others = {f"reward.others.{name}": part for name, part in s.reward.others.items()}
-    for name, r in {"reward": s.reward, "evaluator": s.evaluator, **others}.items():
+    scores: dict[str, Any] = {"reward": s.reward, "evaluator": s.evaluator, **others}
+    for name, r in scores.items():
         refuse(
             not (r.path and r.function),
             f"{name}.path={r.path!r} and {name}.function={r.function!r}: set one of them",

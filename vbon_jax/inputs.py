@@ -25,14 +25,16 @@ from vbon_jax.data.reference import PromptSamples, SampleWriter, sorted_rewards
 from vbon_jax.data.reference import rewards as sample_rewards
 from vbon_jax.data.text import Example
 from vbon_jax.errors import InputError
-from vbon_jax.models import hf, hub, trainable
+from vbon_jax.models import hf, hub, peft, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.trainable import Trainable
 from vbon_jax.progress import log
 from vbon_jax.rewards.classifier import ClassifierReward
+from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
+from vbon_jax.rewards.text import TextReward
 from vbon_jax.sampling.engine import Sampling
-from vbon_jax.settings import Evaluator, Reward, Settings
+from vbon_jax.settings import Evaluator, Reward, RewardPart, Settings
 from vbon_jax.workdir import Workdir
 
 HELD_OUT = 10  # without a test file, every tenth text is held out
@@ -206,12 +208,12 @@ def check_lengths(
     run: Run,
     prompts: Sequence[Prompt],
     reference: Decoder,
-    score: ClassifierReward | FunctionReward,
+    score: WeightedReward,
 ) -> None:
     """Raises InputError where a prompt and its response do not fit the policy or the reward."""
     longest = run.settings.sampling.max_new_tokens
     prompt_files.fits_context(prompts, longest, reference.config.positions)
-    if isinstance(score, ClassifierReward) and score.positions < reference.config.positions:
+    if score.positions is not None and score.positions < reference.config.positions:
         try:
             prompt_files.fits_context(prompts, longest, score.positions)
         except InputError as error:
@@ -336,7 +338,13 @@ def load_policy(run: Run) -> Decoder:
             "method.name=bon has no policy: set generate.model=bon or reference, or train a method"
         )
     run.workdir.require("export", "the policy")
-    return load_decoder(run, run.workdir.policy)
+    path = run.workdir.policy
+    if run.settings.export.form == "model":
+        return load_decoder(run, path)
+    base = load_decoder(run, reference_path(run))
+    own, alpha = peft.load(path, base.config, base=reference_path(run))
+    own = sharding.place(own, run.mesh)
+    return policy_of(Decoder(dataclasses.replace(base.config, lora_alpha=alpha), base.params), own)
 
 
 def references(
@@ -383,14 +391,22 @@ def orders(
     return np.asarray(log_f.response_order(tokens, mask)).reshape(len(samples), m)
 
 
-def load_reward(run: Run, tokenizer: PreTrainedTokenizerFast) -> ClassifierReward | FunctionReward:
-    """The reward: a callable, the user's classifier, or what stage ``reward`` trained."""
-    return _load_score(run, tokenizer, "reward", run.settings.reward, run.workdir.reward)
+Score = ClassifierReward | TextReward | FunctionReward
 
 
-def load_evaluator(
-    run: Run, tokenizer: PreTrainedTokenizerFast
-) -> ClassifierReward | FunctionReward | None:
+def load_reward(run: Run, tokenizer: PreTrainedTokenizerFast) -> WeightedReward:
+    """The reward: a callable, the user's classifier, or what stage ``reward`` trained; with the
+    others that are added to it, and the price of a missing EOS."""
+    r = run.settings.reward
+    own = _load_score(run, tokenizer, "reward", r, run.workdir.reward)
+    parts = [Part("main", r.weight, own)]
+    for name, other in r.others.items():
+        score = _load_score(run, tokenizer, f"reward.others.{name}", other, None)
+        parts.append(Part(name, other.weight, score))
+    return WeightedReward(parts, r.missing_eos, r.missing_eos_value, eos_id(run, tokenizer))
+
+
+def load_evaluator(run: Run, tokenizer: PreTrainedTokenizerFast) -> Score | None:
     """The reward that only measures, from where stage ``evaluator`` has it; None without one."""
     e = run.settings.evaluator
     if not (e.train or e.path or e.function):
@@ -399,30 +415,39 @@ def load_evaluator(
 
 
 def _load_score(
-    run: Run, tokenizer: PreTrainedTokenizerFast, stage: str, r: Reward | Evaluator, made: Path
-) -> ClassifierReward | FunctionReward:
+    run: Run,
+    tokenizer: PreTrainedTokenizerFast,
+    key: str,
+    r: Reward | RewardPart | Evaluator,
+    made: Path | None,
+) -> Score:
+    """One reward; ``made``: where stage ``key`` puts the one it trains.
+
+    A model trained here reads the policy's own ids. A user's has a tokenizer of its own, by which
+    the text is read anew.
+    """
     end = eos_id(run, tokenizer)
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=False)
     if r.function:
-        return FunctionReward(
-            r.function,
-            lambda rows: tokenizer.batch_decode(rows, skip_special_tokens=False),
-            end,
-            stage,
-        )
-    run.workdir.require(stage, f"the {stage} model")
-    path = Path(r.path or made)
-    config, params, labels = hf.load_classifier(path)
-    if config.vocab_size < len(tokenizer):
-        raise InputError(
-            f"{stage} model {path} has {config.vocab_size} embeddings, the tokenizer "
-            f"{len(tokenizer)} tokens: the {stage} must read the policy's tokens"
-        )
-    own = tokenizers.load(path) if (path / "tokenizer.json").exists() else tokenizer
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise InputError(
-            f"{stage} model {path} has another vocabulary than the policy's tokenizer: "
-            "give one trained with the same tokenizer"
-        )
-    return ClassifierReward(
-        sharding.place(params, run.mesh), config, labels, r.label, r.score, end, stage
+        return FunctionReward(r.function, decode, end, key)
+    if made is not None and not r.path:
+        run.workdir.require(key, f"the {key} model")
+        config, params, labels = _load_classifier(run, made)
+        return ClassifierReward(params, config, labels, r.label, r.score, end, key)
+    path = hub.resolve(r.path)
+    config, params, labels = _load_classifier(run, path)
+    return TextReward(
+        params, config, labels, r.label, r.score, tokenizers.load(path), decode, end, run.mesh,
+        template=r.template, max_tokens=r.max_tokens, key=key,
+    )  # fmt: skip
+
+
+def _load_classifier(run: Run, path: Path) -> tuple[Any, Any, tuple[str, ...]]:
+    """A sequence classifier on the mesh: its configuration, parameters and labels."""
+    config, params, labels = hf.load_classifier(
+        path,
+        place=partial(sharding.sharding_of, run.mesh),
+        dtype=run.settings.memory.frozen_dtype,
     )
+    compute = run.settings.memory.compute_dtype
+    return dataclasses.replace(config, compute_dtype=compute), params, labels

@@ -1,4 +1,5 @@
 import collections
+import json
 
 import numpy as np
 import pytest
@@ -159,6 +160,20 @@ def test_file_round_trip_and_atomic_write(tmp_path):
     assert prompts.read_jsonl(path) == made  # the half-written file did not replace it
 
 
+def test_messages_are_an_optional_key(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    chat = Prompt(0, "u: x", (5,), (("system", ""), ("user", "x \u6f22")))
+    plain = Prompt(1, "x", (7,))
+    prompts.write_jsonl(path, [chat, plain])
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first == {
+        "id": 0, "prompt": "u: x", "tokens": [5],
+        "messages": [{"role": "system", "content": ""}, {"role": "user", "content": "x \u6f22"}],
+    }  # fmt: skip
+    assert second == {"id": 1, "prompt": "x", "tokens": [7]}  # as before there were messages
+    assert prompts.read_jsonl(path) == [chat, plain] and plain.messages == ()
+
+
 GOOD = '{"id": 0, "prompt": "x", "tokens": [1]}\n'
 
 
@@ -179,6 +194,14 @@ GOOD = '{"id": 0, "prompt": "x", "tokens": [1]}\n'
         ('{"id": 1, "prompt": "x", "tokens": []}', "'tokens' must be a list of token ids"),
         ('{"id": 1, "prompt": "x", "tokens": [1.5]}', "'tokens' must be a list of token ids"),
         ('{"id": 1, "prompt": "x", "tokens": "ab"}', "'tokens' must be a list of token ids"),
+        (
+            '{"id": 1, "prompt": "x", "tokens": [1], "messages": "u"}',
+            "'messages' must be a list of messages, not 'u'",
+        ),
+        (
+            '{"id": 1, "prompt": "x", "tokens": [1], "messages": [{"role": "user"}]}',
+            "message 1: key 'content' is missing",
+        ),
     ],
 )
 def test_faults_name_file_and_line(tmp_path, line, message):

@@ -184,6 +184,19 @@ def test_the_same_text_has_the_same_score_in_any_company(make, policy_tokenizer)
     assert among[1] == alone[0] and among[2] == among[5]
 
 
+def test_rows_are_padded_by_their_own_length_alone(make, monkeypatch):
+    reward, _, _ = make("gpt2", "logit", batch_size=2)
+    real, seen = classifier.score, []
+
+    def score(params, tokens, mask, **rest):
+        seen.append((tokens.shape, np.asarray(mask).sum(axis=1).tolist()))
+        return real(params, tokens, mask, **rest)
+
+    monkeypatch.setattr(classifier, "score", score)
+    reward.score_ids([[1] * 3, [1] * 40, [1] * 16, [1] * 17, [1] * 5])
+    assert seen == [((2, 16), [3, 16]), ((2, 16), [5, 0]), ((2, 32), [17, 0]), ((2, 48), [40, 0])]
+
+
 def test_few_shapes_are_compiled_however_long_the_texts(make, policy_tokenizer):
     reward, _, _ = make("gpt2", "prob", batch_size=3)
     before = classifier.score._cache_size()

@@ -67,28 +67,36 @@ def read(path: str | os.PathLike[str]) -> list[Conversation]:
     return conversations
 
 
+def _name(tokenizer: PreTrainedTokenizerFast) -> str:
+    return tokenizer.name_or_path or "built here"
+
+
+def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"tokenizer {_name(tokenizer)} has no chat template: give one that has, or add "
+            '"chat_template" to its tokenizer_config.json'
+        )
+
+
 def _apply(
     tokenizer: PreTrainedTokenizerFast, messages: Messages, **arguments: Any
 ) -> tuple[int, ...]:
     """The ids the tokenizer's template makes of messages.
 
     Raises:
-      InputError: there is no template, or it refuses the messages or the arguments.
+      InputError: the template refuses the messages or the arguments.
     """
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path or 'built here'} has no chat template: give "
-            'one that has, or add "chat_template" to its tokenizer_config.json'
-        )
     said = [{"role": role, "content": content} for role, content in messages]
     try:
         # A list, not the dict that transformers 5 returns by default. No special token is added to
         # those the template writes, so there is one BOS at most.
         ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **arguments)
     except Exception as error:  # a template raises whatever it likes
+        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} failed "
-            f"({type(error).__name__}: {error}); check the roles and the template's arguments"
+            f"the chat template of tokenizer {_name(tokenizer)} failed "
+            f"({type(error).__name__}: {reason}); check the roles and the template's arguments"
         ) from error
     return tuple(map(int, ids))
 
@@ -117,6 +125,7 @@ def prompts(
       InputError: the tokenizer has no chat template, an argument is not the template's to have, the
         template refuses a conversation, or a prompt is too long; the last two name the line.
     """
+    _check_template(tokenizer)
     reserved = sorted(_RESERVED & template_arguments.keys())
     if reserved:
         raise InputError(
@@ -154,4 +163,5 @@ def render(
     Raises:
       InputError: the tokenizer has no chat template, or it refuses the messages.
     """
+    _check_template(tokenizer)
     return _apply(tokenizer, (*messages, ("assistant", response)), add_generation_prompt=False)

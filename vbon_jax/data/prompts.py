@@ -157,8 +157,10 @@ def fits_context(prompts: Sequence[Prompt], max_new_tokens: int, positions: int)
 
 
 def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None:
-    """Writes {"id", "prompt", "tokens"} lines, with "messages", a list of {"role", "content"}, where
-    a prompt has them; the file appears whole or not at all."""
+    """Writes {"id", "prompt", "tokens"} lines; the file appears whole or not at all.
+
+    A prompt with messages has them as well: "messages", a list of {"role", "content"}.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:

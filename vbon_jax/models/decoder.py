@@ -150,9 +150,7 @@ def unstacked(params: Params) -> Params:
     stack inside the loop, each layer's weights would be copied in every pass."""
     layers = []
     for blocks in _segments(params):
-        layers += [
-            jax.tree.map(lambda x, i=i: x[i : i + 1], blocks) for i in range(_depth(blocks))
-        ]
+        layers += [jax.tree.map(lambda x, i=i: x[i : i + 1], blocks) for i in range(_depth(blocks))]
     return {**params, "blocks": tuple(layers)}
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from vbon_jax.models import decoder, encoder, families, heads
@@ -32,7 +32,8 @@ from vbon_jax.models.encoder import EncoderConfig
 from vbon_jax.models.layouts import AS_IS, Family, Shape, Tensor
 
 Config = DecoderConfig | EncoderConfig
-Place = Callable[[str, Shape], Sharding]
+_Where = NamedSharding | SingleDeviceSharding | None
+Place = Callable[[str, Shape], NamedSharding | SingleDeviceSharding]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -315,25 +316,24 @@ def _read_rows(found: _Found, start: int, stop: int) -> np.ndarray:
 
 def _equal(first: _Found, second: _Found) -> bool:
     step = max(1, _PIECE // (4 * math.prod(first.shape[1:])))
-    return all(
-        np.array_equal(
-            *(_read_rows(f, start, min(start + step, f.shape[0])).astype(np.float32)
-              for f in (first, second))
-        )
-        for start in range(0, first.shape[0], step)
-    )  # fmt: skip
+    for start in range(0, first.shape[0], step):
+        stop = min(start + step, first.shape[0])
+        rows = _read_rows(first, start, stop).astype(np.float32)
+        if not np.array_equal(rows, _read_rows(second, start, stop).astype(np.float32)):
+            return False
+    return True
 
 
 # Filling arrays on their devices
 
 
 @functools.lru_cache(maxsize=4096)
-def _zeros(shape: Shape, dtype: str, sharding: Sharding | None) -> Callable[[], jax.Array]:
+def _zeros(shape: Shape, dtype: str, sharding: _Where) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=4096)
-def _updater(sharding: Sharding | None) -> Callable[..., jax.Array]:
+def _updater(sharding: _Where) -> Callable[..., jax.Array]:
     """(leaf, piece, at) -> leaf with the piece at that index of every device's own shard.
 
     The leaf is donated. The same index on every device: no device needs another's data.
@@ -347,14 +347,12 @@ def _updater(sharding: Sharding | None) -> Callable[..., jax.Array]:
         update = jax.shard_map(
             update, mesh=sharding.mesh, in_specs=(spec, spec, P()), out_specs=spec
         )
-    elif sharding is not None and sharding.num_devices > 1:
-        raise TypeError(f"place gave {sharding}: give a NamedSharding or a SingleDeviceSharding")
     return jax.jit(update, donate_argnums=0)
 
 
 def _write(
     leaf: jax.Array,
-    sharding: Sharding | None,
+    sharding: _Where,
     layer: int | None,
     rows: Callable[[int, int], np.ndarray],
 ) -> jax.Array:
@@ -377,33 +375,34 @@ def _write(
     # The piece that is under way holds `step` rows for each of the shards of the row axis.
     shape = (*leaf.shape[:axis], shards * step, *leaf.shape[axis + 1 :])
     shape = shape if layer is None else (1, *shape[1:])
+    dtype, fetch = leaf.dtype, functools.lru_cache(maxsize=shards)(rows)  # devices may share rows
+
+    def part(start: int, index: Any) -> np.ndarray:
+        """What lies at an index of the piece whose first row is `start` in every shard."""
+        first = (index[axis].start or 0) // step * count + start
+        values = fetch(first, first + step)[(slice(None), *index[axis + 1 :])]
+        values = np.ascontiguousarray(values, dtype)
+        return values if layer is None else values[None]
+
     for start in range(0, count, step):
         start = min(start, count - step)  # the last overlaps: one shape, one compilation
-        fetched: dict[int, np.ndarray] = {}
-
-        def piece(
-            index: tuple[slice, ...], start: int = start, fetched: dict = fetched
-        ) -> np.ndarray:
-            first = (index[axis].start or 0) // step * count + start
-            if first not in fetched:
-                fetched[first] = rows(first, first + step)
-            part = fetched[first][(slice(None), *index[axis + 1 :])]
-            part = np.ascontiguousarray(part, leaf.dtype)  # noqa: B023 (called at once)
-            return part if layer is None else part[None]
-
         if sharding is None:
-            moved = jnp.asarray(piece((slice(None),) * leaf.ndim))
+            piece = jnp.asarray(part(start, (slice(None),) * leaf.ndim))
         else:
-            moved = jax.make_array_from_callback(shape, sharding, piece)
+            piece = jax.make_array_from_callback(shape, sharding, functools.partial(part, start))
         at = np.array([layer or 0] * axis + [start] + [0] * (leaf.ndim - axis - 1), np.int32)
-        leaf = _updater(sharding)(leaf, moved, at)
+        leaf = _updater(sharding)(leaf, piece, at)
         leaf.block_until_ready()  # or pieces would pile up behind the devices
     return leaf
 
 
+def _slice(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return array[start:stop]
+
+
 def _fill(
     leaves: dict[str, jax.Array],
-    shardings: Mapping[str, Sharding | None],
+    shardings: Mapping[str, _Where],
     entry: _Entry,
     found: _Found,
     shapes: list[Shape],
@@ -413,7 +412,7 @@ def _fill(
         getters: list[Callable[[int, int], np.ndarray]] = [functools.partial(_read_rows, found)]
     else:
         views = entry.row.layout.read(_read_rows(found, 0, found.shape[0]), shapes)
-        getters = [lambda start, stop, view=view: view[start:stop] for view in views]
+        getters = [functools.partial(_slice, view) for view in views]
     for path, getter in zip(entry.row.paths, getters, strict=True):
         leaves[path] = _write(leaves[path], shardings[path], entry.layer, getter)
 
@@ -605,7 +604,7 @@ def _write_tensors(path: Path, tensors: list[_Planned], leaves: Mapping[str, Any
             step = max(1, _PIECE * len(array) // t.nbytes)
             for start in range(0, len(array), step):
                 rows = np.ascontiguousarray(array[start : start + step], _DTYPES[t.dtype])
-                file.write(memoryview(rows.view(np.uint8)))
+                file.write(rows.view(np.uint8).data)
 
 
 def _leaves(params: Params, shapes: Mapping[str, Shape]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def start(base: Params, what: Trainable, key: jax.Array, dtype: str = "float32")
     if not what.rank:
         own = base if what.layers == -1 else {"blocks": base["blocks"][1], "ln_f": base["ln_f"]}
         return jax.tree.map(lambda x: jnp.array(x, dtype), own)  # array, not asarray: a copy
-    flat = {}
+    flat: dict[str, jax.Array] = {}
     kernels = flatten_dict(base["blocks"], sep="/")
     for target in what.targets:
         found = [path for path in kernels if path.endswith(f"/{target}/kernel")]

@@ -358,7 +358,7 @@ def loss(
             _flat(mask),
             each_token(exp.kl_weight_B),
             each_token(exp.entropy_weight_B),
-            _flat(exp.ref_hidden_BxTxD) if full else None,
+            None if exp.ref_hidden_BxTxD is None else _flat(exp.ref_hidden_BxTxD),
         ),
         plan.chunk,
         frozen=(decoder.head(base) if full else None, count),
@@ -430,7 +430,7 @@ def iteration(
       steps, ``grad_norm`` is the largest, ``first_approx_kl`` that of the first step, which must
       be 0).
     """
-    static = {"config": config, "value_config": value_config}
+    static: dict[str, Any] = {"config": config, "value_config": value_config}
     exp, metrics = experience(
         state.params, ref_params, batch, references, n, beta, plan=plan, **static
     )
