@@ -47,6 +47,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "max_tokens": 8,
                 "longest": 512,
                 "subreddits": (),
+                "gap": "\n",
                 "template_arguments": "",
             },
             "tokenizer": {"path": "", "kind": "bpe", "vocab_size": 2_048},

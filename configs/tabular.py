@@ -53,6 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "max_tokens": 1,
                 "longest": 512,
                 "subreddits": (),
+                "gap": "\n",
                 "template_arguments": "",
             },
             "tokenizer": {"path": "", "kind": "characters", "vocab_size": 6},

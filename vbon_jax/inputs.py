@@ -17,8 +17,8 @@ from vbon_jax import sharding
 from vbon_jax.bon import log_f
 from vbon_jax.bon import references as bon_references
 from vbon_jax.bon.references import References
+from vbon_jax.data import chat, tabular, text, tldr
 from vbon_jax.data import prompts as prompt_files
-from vbon_jax.data import tabular, text
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.reference import PromptSamples, SampleWriter, sorted_rewards
@@ -34,7 +34,13 @@ from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import TextReward
 from vbon_jax.sampling.engine import Sampling
-from vbon_jax.settings import Evaluator, Reward, RewardPart, Settings
+from vbon_jax.settings import (
+    Evaluator,
+    Reward,
+    RewardPart,
+    Settings,
+    template_arguments,
+)
 from vbon_jax.workdir import Workdir
 
 HELD_OUT = 10  # without a test file, every tenth text is held out
@@ -95,6 +101,11 @@ def texts(run: Run, seed: int | None = None) -> Texts:
         examples = text.read_jsonl(data.path)
         held_out = examples[::HELD_OUT]
         return Texts([e for i, e in enumerate(examples) if i % HELD_OUT], held_out, [])
+    if data.tfds:
+        from vbon_jax.data import tfds_text  # imports tensorflow_datasets, which takes seconds
+
+        train, test = (tfds_text.load(data.tfds, data.tfds_dir, x) for x in ("train", "test"))
+        return Texts(train, test, [])
     if data.corpus == "tabular":
         return Texts(tabular.corpus(seed, data.train), tabular.corpus(seed + 1, data.test), [])
     from vbon_jax.data import reviews  # imports tensorflow_datasets, which takes seconds
@@ -158,15 +169,36 @@ def sampling(
 
 
 def make_prompts(
-    run: Run,
-    tokenizer: PreTrainedTokenizerFast,
-    found: Texts,
-    adopted: list[Prompt] | None,
+    run: Run, tokenizer: PreTrainedTokenizerFast, adopted: list[Prompt] | None
 ) -> dict[str, list[Prompt]]:
     """{"train", "test"} and, where asked for, "ood": the prompts of the run, ids of their own in
-    each; ``adopted`` ones stand in for the first."""
-    p, s = run.settings.prompts, run.settings
-    tabular_world = s.data.corpus == "tabular" and not s.data.path
+    each; ``adopted`` ones, which samples made elsewhere bring along, stand in for the first."""
+    p = run.settings.prompts
+    if p.format == "tldr":
+        prompts = _tldr_prompts(run, tokenizer)
+    elif p.format == "chat":
+        prompts = _chat_prompts(run, tokenizer)
+    else:
+        prompts = _text_prompts(run, tokenizer, adopted)
+    if adopted:
+        prompts["train"] = adopted
+    if len(prompts["test"]) < 2:
+        raise InputError(
+            f"prompts.test_path={p.test_path!r} has {len(prompts['test'])} prompt: intervals are "
+            "over prompts and need at least 2"
+        )
+    return prompts
+
+
+def _text_prompts(
+    run: Run, tokenizer: PreTrainedTokenizerFast, adopted: list[Prompt] | None
+) -> dict[str, list[Prompt]]:
+    """Prompts of files, or prefixes of the run's texts, which are read only where they are asked
+    for."""
+    s, p = run.settings, run.settings.prompts
+    own = bool(p.path or adopted) and bool(p.test_path) and (bool(p.ood_path) or not p.ood)
+    found = Texts([], [], []) if own else texts(run)
+    tabular_world = s.data.corpus == "tabular" and not (s.data.path or s.data.tfds)
 
     def of(
         path: str, examples: Sequence[Example], count: int, seed: int, naming: Sequence[str] = ()
@@ -183,7 +215,6 @@ def make_prompts(
         )
 
     prompts = {
-        # Samples made elsewhere bring their prompts along.
         "train": adopted or of(p.path, found.train, p.train, s.seed),
         "test": of(p.test_path, found.test, p.test, s.seed + 1),
     }
@@ -196,12 +227,39 @@ def make_prompts(
         from vbon_jax.data import reviews
 
         prompts["ood"] = of(p.ood_path, found.ood, p.ood, s.seed + 2, reviews.HELD_OUT_GENRES)
-    if len(prompts["test"]) < 2:
-        raise InputError(
-            f"prompts.test_path={p.test_path!r} has {len(prompts['test'])} prompt: intervals are "
-            "over prompts and need at least 2"
+    return prompts
+
+
+def _tldr_prompts(run: Run, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[Prompt]]:
+    """Posts of ``prompts.subreddits`` from the files; out of distribution are those of all others,
+    of the test file unless there is a file for them."""
+    p, seed = run.settings.prompts, run.settings.seed
+    test, others = tldr.split(tldr.read(p.test_path), p.subreddits)
+    posts = {"train": (tldr.split(tldr.read(p.path), p.subreddits)[0], p.train)}
+    posts["test"] = (test, p.test)
+    if p.ood or p.ood_path:
+        posts["ood"] = (tldr.read(p.ood_path) if p.ood_path else others, p.ood)
+    prompts = {}
+    for i, (split, (found, count)) in enumerate(posts.items()):
+        prompts[split], cut = tldr.prompts(found, tokenizer, p.longest, count, seed + i, p.gap)
+        log(
+            f"sample: {len(prompts[split])} of {len(found)} posts are the {split} prompts, {cut} "
+            f"cut to {p.longest} tokens"
         )
     return prompts
+
+
+def _chat_prompts(run: Run, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[Prompt]]:
+    """Conversations of the files, by the tokenizer's own chat template."""
+    p = run.settings.prompts
+    paths = {"train": p.path, "test": p.test_path}
+    if p.ood_path:
+        paths["ood"] = p.ood_path
+    arguments = template_arguments(run.settings)
+    return {
+        split: chat.prompts(chat.read(path), tokenizer, arguments, p.longest)
+        for split, path in paths.items()
+    }
 
 
 def check_lengths(
@@ -232,7 +290,7 @@ def prompts_of(
         tokens = samples.prompt_tokens or prompt.tokens
         # Ids of another tokenizer decode to another text: then the text counts.
         ours = max(tokens) < vocabulary and tokenizer.decode(list(tokens)) == samples.prompt
-        prompts.append(Prompt(prompt.id, prompt.text, tuple(tokens) if ours else prompt.tokens))
+        prompts.append(dataclasses.replace(prompt, tokens=tuple(tokens) if ours else prompt.tokens))
     return prompts
 
 

@@ -76,6 +76,9 @@ class PromptSet:
     longest: int = key("longest prompt of a tldr file (cut, as in the data set's own code) or of a "
                        "chat file (refused), tokens", least=1)  # fmt: skip
     subreddits: tuple[str, ...] = key("of tldr: what is in distribution; all other is not")
+    gap: str = key(
+        "of tldr: what stands between subreddit, title, post and TL;DR, a newline or two"
+    )
     template_arguments: str = key("of chat: arguments of the template, as JSON: "
                                   '`{"enable_thinking": false}`')  # fmt: skip
 

@@ -34,12 +34,9 @@ def sample(run: Run) -> None:
     tokenizer = inputs.load_tokenizer(run)
     reference = inputs.load_reference(run)
     score = inputs.load_reward(run, tokenizer)
-    own = bool(s.prompts.path or s.samples.path) and bool(s.prompts.test_path)
-    own = own and (bool(s.prompts.ood_path) or not s.prompts.ood)
-    texts = inputs.Texts([], [], []) if own else inputs.texts(run)
     found = reference_files.read(s.samples.path) if s.samples.path else None
     adopted = None if found is None else inputs.prompts_of(found, tokenizer, s.samples.m)
-    prompts = inputs.make_prompts(run, tokenizer, texts, adopted)
+    prompts = inputs.make_prompts(run, tokenizer, adopted)
     for split, chosen in prompts.items():
         inputs.check_lengths(run, chosen, reference, score)
         workdir.prompts(split).parent.mkdir(parents=True, exist_ok=True)
