@@ -78,7 +78,7 @@ def operations(
 ) -> dict[str, float]:
     """Floating-point operations of each phase: of products with weights, attention left out."""
     c = config
-    block = c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads)
+    block = c.width * c.key_width * (2 * c.heads + 2 * c.key_heads)
     block += c.width * c.mlp_width * (3 if c.gated else 2)
     vocabulary = c.width * c.vocab_size
     top = c.layers if unfrozen == -1 else unfrozen

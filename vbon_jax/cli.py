@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags, logging
@@ -30,6 +31,7 @@ COMMANDS = {
     "convergence": "how many reference samples this task needs",
     "sweep": "every method over its grid; several workers may share one workdir",
     "report": "report.html: all that is there on one page",
+    "plan": "bytes each device will need, before anything is allocated; says what does not fit",
     "bench": "times of log F and of the Kolmogorov-Smirnov test; needs no --config",
     "generate": "responses to --prompt on standard output",
 }
@@ -168,6 +170,9 @@ def execute(argv: Sequence[str]) -> None:
         import jax
 
         jax.distributed.initialize(command.coordinator, command.num_processes, command.process_id)
+    if command.stage == "plan":
+        _plan(settings, command.workdir)
+        return
     from vbon_jax import inputs, sharding, stages, workdir  # after the flags: jax starts here
 
     mesh = settings.mesh
@@ -190,6 +195,26 @@ def execute(argv: Sequence[str]) -> None:
             stages.perform(run, command.stage, again=True)
 
 
+def _plan(settings: "st.Settings", workdir: str) -> None:
+    """Prints what a run needs of each device; touches no workdir."""
+    from rich.console import Console
+
+    from vbon_jax import plan, sharding
+
+    m = settings.mesh
+    wanted = m.data * m.fsdp * m.tensor
+    if wanted > 1:  # no axis takes the rest: a mesh that need not be here
+        plan.pretend(wanted)
+    mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
+    _refuse_uneven(settings, mesh.shape)
+    limit = plan.device_bytes(settings)
+    found = plan.need(settings, mesh, Path(workdir))
+    console = Console()
+    for table in plan.tables(found, mesh, limit):
+        console.print(table)
+    console.print(plan.verdict(found, limit), highlight=False, soft_wrap=True)
+
+
 def _refuse_uneven(settings: "st.Settings", mesh: Mapping[str, int]) -> None:
     """Raises InputError for a batch that the devices cannot share: each would do all of it."""
     ways = mesh["data"] * mesh["fsdp"]
@@ -197,6 +222,10 @@ def _refuse_uneven(settings: "st.Settings", mesh: Mapping[str, int]) -> None:
         ("sampling.batch_size", settings.sampling.batch_size),
         ("train.batch_size", settings.train.batch_size),
         ("train.minibatch_size", settings.train.minibatch_size),
+        (
+            "train.minibatch_size / memory.accumulate",
+            settings.train.minibatch_size // settings.memory.accumulate,
+        ),
     ):
         if rows % ways:
             raise InputError(

@@ -312,7 +312,7 @@ def load_prompts(run: Run, split: str) -> list[Prompt]:
     return prompt_files.read_jsonl(run.workdir.prompts(split))
 
 
-def _arithmetic(s: Settings, config: DecoderConfig) -> DecoderConfig:
+def arithmetic(s: Settings, config: DecoderConfig) -> DecoderConfig:
     """A model's configuration with the run's own ways of computing."""
     return dataclasses.replace(
         config,
@@ -329,7 +329,7 @@ def load_decoder(run: Run, path: str | Path) -> Decoder:
         place=partial(sharding.sharding_of, run.mesh),
         dtype=run.settings.memory.frozen_dtype,
     )
-    return Decoder(_arithmetic(run.settings, config), {"decoder": params})
+    return Decoder(arithmetic(run.settings, config), {"decoder": params})
 
 
 def policy_of(reference: Decoder, own: Any) -> Decoder:
@@ -383,7 +383,7 @@ def load_value(run: Run, policy: DecoderConfig) -> ValueNetwork | None:
     column = 0 if s.reward.score == "scalar" else labels.index(s.reward.label)
     kernel = params["score"]["kernel"][:, column : column + 1].astype(jnp.float32)
     head = {"kernel": kernel, "bias": jnp.zeros(1)}
-    return ValueNetwork(_arithmetic(s, config), {"decoder": params["decoder"], "head": head})
+    return ValueNetwork(arithmetic(s, config), {"decoder": params["decoder"], "head": head})
 
 
 def load_policy(run: Run) -> Decoder:

@@ -20,6 +20,7 @@ from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError
 from vbon_jax.inputs import Decoder, Run
 from vbon_jax.models import heads, trainable
+from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.rl import preference
 from vbon_jax.sampling import engine
 from vbon_jax.settings import OFFLINE, Settings
@@ -118,13 +119,29 @@ def first_state(
 
     Raises InputError where the model has not the layers or projections that are to be trained.
     """
+    make = maker(s, method, reference.config, prompts)
+    network = None if value is None or not has_values(method) else value.params
+    base = reference.params["decoder"]
+    try:
+        like = jax.eval_shape(make, base, network, key)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    mesh = jax.sharding.get_mesh()
+    to = None if mesh.empty else sharding.shardings(like, mesh)
+    return jax.jit(make, out_shardings=to)(base, network, key)
+
+
+def maker(
+    s: Settings, method: Spec, config: DecoderConfig, prompts: int
+) -> Callable[[Any, Any, jax.Array], state.TrainState]:
+    """(the reference's tree, a value network's or None, key) -> the first state; pure."""
     tx, _ = optimizer(s, method, prompts)
     what, dtype = inputs.trained(s), s.memory.param_dtype
 
-    def make(base: Any, network: Any) -> state.TrainState:
+    def make(base: Any, network: Any, key: jax.Array) -> state.TrainState:
         params: dict[str, Any] = {"decoder": trainable.start(base, what, key, dtype)}
         if has_values(method):
-            params["value"] = {"head": heads.init_value(reference.config, key)}
+            params["value"] = {"head": heads.init_value(config, key)}
         if network is not None:
             params["value"] = jax.tree.map(lambda x: jnp.array(x, dtype), network)
         fresh = state.create(params, tx, key)
@@ -134,15 +151,7 @@ def first_state(
             )
         return fresh
 
-    network = None if value is None or not has_values(method) else value.params
-    base = reference.params["decoder"]
-    try:
-        like = jax.eval_shape(make, base, network)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    mesh = jax.sharding.get_mesh()
-    to = None if mesh.empty else sharding.shardings(like, mesh)
-    return jax.jit(make, out_shardings=to)(base, network)
+    return make
 
 
 def world(run: Run, method: Spec) -> World:

@@ -24,7 +24,8 @@ EVALUATOR_SEED = 500_000_000  # added to the run's seed: no other split draws fr
 INIT = jax.jit(decoder.init, static_argnums=0)
 
 
-def _decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
+def decoder_config(model: Model, vocab_size: int) -> DecoderConfig:
+    """A GPT-2 of the sizes given."""
     return DecoderConfig(
         vocab_size=vocab_size,
         positions=model.positions,
@@ -79,7 +80,7 @@ def sft(run: Run) -> None:
         return
     fit = s.reference.fit
     _check_positions("reference", fit.max_tokens, s.reference.model.positions)
-    config = _decoder_config(s.reference.model, len(tokenizer))
+    config = decoder_config(s.reference.model, len(tokenizer))
     params = sharding.place({"decoder": INIT(config, run.key("sft"))}, run.mesh)
     tokens = {
         split: inputs.encode_texts(run, tokenizer, examples, fit.max_tokens)
@@ -168,7 +169,7 @@ def _classifier(run: Run, stage: str, r: Reward | Evaluator, path: Path, seed: i
         for split, examples in splits.items()
     }
     labels = {split: [e.label for e in examples] for split, examples in splits.items()}
-    config = _decoder_config(r.model, len(tokenizer))
+    config = decoder_config(r.model, len(tokenizer))
     body_key, head_key = jax.random.split(run.key(stage))
     params = sharding.place(
         {"decoder": INIT(config, body_key),

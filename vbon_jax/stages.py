@@ -125,50 +125,59 @@ def export(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """``evaluation.json`` and ``.md``, samples and figures: reference, best-of-n and policy."""
+    """``evaluation.json`` and ``.md``, samples and figures: reference, best-of-n and policy.
+
+    Where the run has out-of-distribution prompts, the same rows of these are under "ood".
+    """
     from vbon_jax.evaluation import figures, table
 
     s, workdir = run.settings, run.workdir
     loaded = heldout.models(run)
     policy = None if s.method.name == "bon" else inputs.load_policy(run)
-    rows: list[dict[str, Any]] = []
-    lines: list[dict[str, Any]] = []
-    for temperature in s.evaluate.temperatures:
-        new_rows, new_lines = _evaluated(run, loaded, policy, temperature)
-        rows += new_rows
-        lines += new_lines
-    result: dict[str, Any] = {"rows": rows}
+    console, markdown = Console(), ""
+    result: dict[str, Any] = {}
+    splits = ("test", "ood") if s.prompts.ood or s.prompts.ood_path else ("test",)
+    for split in splits:
+        key, suffix = ("rows", "") if split == "test" else (split, f"_{split}")
+        rows: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        for temperature in s.evaluate.temperatures:
+            new_rows, new_lines = _evaluated(run, loaded, policy, split, temperature)
+            rows += new_rows
+            lines += new_lines
+        result[key] = rows
+        path = workdir.root / f"evaluation_samples{suffix}.jsonl"
+        _write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        if split != "test":
+            markdown += "\nOut of distribution:\n\n"
+            console.print("Out of distribution:")
+        markdown += f"{table.markdown_table(rows)}\n{table.bon_kls(rows)}\n"
+        console.print(table.results_table(rows))
+        console.print(table.bon_kls(rows))
     if sweep.tabular(s) and policy is not None:
         result["exact"] = heldout.enumerate_world(run, loaded, policy, s.method.n)
-    path = workdir.root / "evaluation_samples.jsonl"
-    _write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        console.print(table.exact_table(result["exact"]))
     workdir.write_json(workdir.evaluation, result)
     _write_text(
         workdir.root / "evaluation.md",
-        f"{table.markdown_table(rows)}\n{table.bon_kls(rows)}\n"
-        f"{table.samples_table(workdir.root, SAMPLES_SHOWN)}",
+        f"{markdown}{table.samples_table(workdir.root, SAMPLES_SHOWN)}",
     )
-    console = Console()
-    console.print(table.results_table(rows))
-    console.print(table.bon_kls(rows), highlight=False)
-    if "exact" in result:
-        console.print(table.exact_table(result["exact"]))
     for figure in figures.all_figures(workdir.root, trained=policy is not None):
         log(f"evaluate: {figure}")
 
 
 def _evaluated(
-    run: Run, loaded: heldout.Models, policy: Decoder | None, temperature: float
+    run: Run, loaded: heldout.Models, policy: Decoder | None, split: str, temperature: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and sample lines of one temperature."""
+    """Rows and sample lines of one split and temperature."""
     s = run.settings
     n = s.method.n
-    held = heldout.open_split(run, loaded, "test", temperature, n, s.evaluate.m)
+    held = heldout.open_split(run, loaded, split, temperature, n, s.evaluate.m)
 
     def fast(row: dict[str, Any], model: Decoder, calls: int, scoring: bool) -> dict[str, Any]:
         responses_a_second, tokens_a_second = held.speed(model, calls, scoring)
         return row | {
-            "responses_per_second": responses_a_second, "tokens_per_second": tokens_a_second,
+            "split": split, "responses_per_second": responses_a_second, "tokens_per_second": tokens_a_second,
         }  # fmt: skip
 
     each = s.evaluate.samples_per_prompt
@@ -185,7 +194,7 @@ def _evaluated(
         texts["bon"] = held.winners(int(n))
     if policy is not None:
         name = s.method.name
-        row, drawn = held.policy(name, n, policy, f"{name} at T={temperature:g}")
+        row, drawn = held.policy(name, n, policy, f"{name} ({split}) at T={temperature:g}")
         rows.append(fast(row, policy, 1, False))
         texts[name] = [[(r.text, r.reward) for r in group] for group in drawn]
     lines = heldout.sample_lines(held, texts)

@@ -9,9 +9,10 @@ import torch
 
 from vbon_jax.models import cache, decoder, hf
 
-CONFIG = decoder.DecoderConfig(
-    vocab_size=37, positions=19, layers=3, width=24, heads=3, mlp_width=40
-)
+SIZES = {
+    "vocab_size": 37, "positions": 19, "layers": 3, "width": 24, "heads": 3, "mlp_width": 40
+}  # fmt: skip
+CONFIG = decoder.DecoderConfig(**SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,12 @@ def test_gradient_equals_that_of_torch_under_padding(torch_lm, padded_batch, tmp
     (-(picked * torch.tensor(weight_BxT)).sum()).backward()
 
     got = jax.jit(jax.grad(loss))(params)
+    attention = got["blocks"]["attention"]
     names = {
         "wte.weight": got["wte"],
         "wpe.weight": got["wpe"],
-        "h.0.attn.c_attn.weight": got["blocks"]["attention"]["qkv"]["kernel"][0],
-        "h.1.attn.c_proj.weight": got["blocks"]["attention"]["out"]["kernel"][1],
+        "h.0.attn.c_attn.weight": np.stack([attention[x]["kernel"][0] for x in "qkv"], 1),
+        "h.1.attn.c_proj.weight": attention["out"]["kernel"][1],
         "h.2.mlp.c_fc.bias": got["blocks"]["mlp"]["up"]["bias"][2],
         "ln_f.weight": got["ln_f"]["scale"],
     }
@@ -215,11 +217,10 @@ def test_initial_parameters_follow_gpt2():
     params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(1))
     blocks = params["blocks"]
     shapes = jax.tree.map(jnp.shape, params)
-    assert shapes["blocks"]["attention"]["qkv"] == {
-        "kernel": (2, 64, 3, 4, 16),
-        "bias": (2, 3, 4, 16),
-    }
-    assert shapes["blocks"]["attention"]["out"] == {"kernel": (2, 4, 16, 64), "bias": (2, 64)}
+    attention = shapes["blocks"]["attention"]
+    for name in "qkv":
+        assert attention[name] == {"kernel": (2, 64, 4, 16), "bias": (2, 4, 16)}
+    assert attention["out"] == {"kernel": (2, 4, 16, 64), "bias": (2, 64)}
     assert shapes["blocks"]["mlp"]["up"] == {"kernel": (2, 64, 256), "bias": (2, 256)}
     assert shapes["blocks"]["mlp"]["down"] == {"kernel": (2, 256, 64), "bias": (2, 64)}
     assert (
@@ -228,7 +229,7 @@ def test_initial_parameters_follow_gpt2():
     assert (shapes["wte"], shapes["wpe"]) == ((50, 64), (30, 64))
     for kernel, stddev in (
         (params["wte"], 0.02),
-        (blocks["attention"]["qkv"]["kernel"], 0.02),
+        *((blocks["attention"][name]["kernel"], 0.02) for name in "qkv"),
         (blocks["mlp"]["up"]["kernel"], 0.02),
         (blocks["attention"]["out"]["kernel"], 0.01),  # 0.02 / sqrt(2 * 2 layers)
         (blocks["mlp"]["down"]["kernel"], 0.01),
@@ -236,7 +237,66 @@ def test_initial_parameters_follow_gpt2():
         assert float(kernel.std()) == pytest.approx(stddev, rel=0.05)
     kernel = blocks["mlp"]["up"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])
+    q, k = (blocks["attention"][name]["kernel"] for name in "qk")
+    assert not np.array_equal(q, k)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+def test_the_tree_follows_the_config():
+    """Grouped keys, untied head, RMS norms on both sides, a gate, and no bias anywhere."""
+    config = decoder.DecoderConfig(
+        vocab_size=50, positions=30, layers=2, width=12, heads=4, kv_heads=2, head_width=6,
+        mlp_width=7, norm="rms", norm_offset=True, place="sandwich", rotary=decoder.Rotary(),
+        gated=True, qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=True, tied=False,
+    )  # fmt: skip
+    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(1))
+    norm = {"scale": (2, 12)}
+    assert jax.tree.map(jnp.shape, params) == {
+        "wte": (50, 12),
+        "head": (50, 12),
+        "ln_f": {"scale": (12,)},
+        "blocks": {
+            "ln_1": norm, "ln_2": norm, "post_attention": norm, "post_mlp": norm,
+            "attention": {
+                "q": {"kernel": (2, 12, 4, 6)}, "k": {"kernel": (2, 12, 2, 6)},
+                "v": {"kernel": (2, 12, 2, 6)}, "out": {"kernel": (2, 4, 6, 12)},
+                "q_norm": {"scale": (2, 6)}, "k_norm": {"scale": (2, 6)},
+            },
+            "mlp": {
+                "up": {"kernel": (2, 12, 7)}, "gate": {"kernel": (2, 12, 7)},
+                "down": {"kernel": (2, 7, 12)},
+            },
+        },
+    }  # fmt: skip
+    # The identity: an offset norm's factor is 1 + scale.
+    assert not params["blocks"]["ln_1"]["scale"].any() and not params["ln_f"]["scale"].any()
+    assert not np.array_equal(params["head"], params["wte"])
+
+
+def test_what_is_recomputed_changes_no_gradient(params, padded_batch):
+    tokens_BxT, mask_BxT = padded_batch
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(params, config):
+        return (decoder.hidden(params, config, tokens_BxT, mask_BxT)[mask_BxT] ** 3).sum()
+
+    expected = gradient(params, dataclasses.replace(CONFIG, remat="none"))
+    for remat in ("dots", "full"):
+        got = gradient(params, dataclasses.replace(CONFIG, remat=remat))
+        for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_in_segments_of_their_own_give_the_same(params, padded_batch):
+    tokens_BxT, mask_BxT = padded_batch
+    apart = decoder.unstacked(params)
+    assert len(apart["blocks"]) == 3 and apart["wte"] is params["wte"]
+    got = np.asarray(log_probs(apart, CONFIG, tokens_BxT, mask_BxT))
+    expected = np.asarray(log_probs(params, CONFIG, tokens_BxT, mask_BxT))
+    np.testing.assert_allclose(got[mask_BxT], expected[mask_BxT], rtol=0, atol=1e-5)
+    again = decoder.unstacked(apart)
+    jax.tree.map(np.testing.assert_array_equal, again, apart)
 
 
 @pytest.mark.parametrize(
@@ -249,8 +309,32 @@ def test_initial_parameters_follow_gpt2():
         ("initializer_range", float("nan"), "initializer_range is nan"),
         ("activation", "swish", "activation is 'swish': give one of"),
         ("compute_dtype", "float16", "compute_dtype is 'float16': give one of"),
+        ("kv_heads", 2, "kv_heads is 2: give a divisor of heads, 3"),
+        ("head_width", -1, "head_width is -1: give an integer of at least 1"),
+        ("window", 0, "window is 0: give None or at least 1"),
+        ("windowed", (True, False), "windowed has 2 entries: give one a layer, 3"),
+        ("query_scale", -1.0, "query_scale is -1.0: give a positive number"),
+        ("attention_cap", 0, "attention_cap is 0: give a positive number"),
+        ("logit_cap", float("inf"), "logit_cap is inf: give a positive number"),
+        ("norm", "batch", "norm is 'batch': give one of"),
+        ("place", "post", "place is 'post': give one of"),
+        ("remat", "some", "remat is 'some': give one of"),
     ],
 )
 def test_bad_configs_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **{field: value})
+        decoder.DecoderConfig(**SIZES | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scaling": "yarn"}, "rotary scaling is 'yarn': give none, linear or llama3"),
+        ({"theta": 0.0}, "theta and factor must be positive"),
+        ({"factor": -1.0}, "theta and factor must be positive"),
+        ({"fraction": 1.5}, r"fraction in \(0, 1\]"),
+    ],
+)
+def test_bad_rotary_embeddings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        decoder.Rotary(**changes)

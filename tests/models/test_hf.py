@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from vbon_jax import sharding
-from vbon_jax.models import decoder, heads, hf
+from vbon_jax.models import decoder, heads, hf, tensor_files
 
 CONFIG = decoder.DecoderConfig(
     vocab_size=13, positions=9, layers=2, width=6, heads=3, mlp_width=10, norm_eps=1e-4
@@ -269,10 +269,13 @@ def test_several_faults_are_listed_at_once(saved):
         ({"scale_attn_weights": False}, "scale_attn_weights is False: only True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False: only True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}: quantized"),
-        ({"activation_function": "swish"}, "activation is 'swish': give one of"),
-        ({"n_embd": 7}, "width is 7: give a multiple"),
+        (
+            {"activation_function": "swish"},
+            r"activation \(here activation_function\) is .swish.: give one of",
+        ),
+        ({"n_embd": 7}, r"width \(here n_embd\) is 7: give a multiple"),
         ({"n_embd": "6"}, "transformers does not accept it: .*'n_embd' expected int"),
-        ({"n_inner": 0}, "mlp_width is 0: give an integer"),
+        ({"n_inner": 0}, r"mlp_width \(here n_inner\) is 0: give an integer"),
     ],
 )
 def test_configs_of_other_models_are_refused(saved, changes, message):
@@ -596,7 +599,7 @@ def place(path, shape):
 @pytest.mark.parametrize("piece", [1, 48, 2**20])  # a row, some rows (the last overlap), all
 def test_leaves_arrive_on_their_devices(tmp_path, monkeypatch, dtype, piece):
     hf.save_decoder(tmp_path, EVEN, even(), **IDS, shard_bytes=1000)
-    monkeypatch.setattr(hf, "_PIECE", piece)
+    monkeypatch.setattr(tensor_files, "PIECE", piece)
     _, loaded = hf.load_decoder(tmp_path, place=place, dtype=dtype)
     assert_trees_equal(loaded, jax.tree.map(lambda leaf: leaf.astype(dtype), even()))
     for path, leaf in jax.tree_util.tree_leaves_with_path(loaded):
@@ -609,14 +612,14 @@ def test_leaves_arrive_on_their_devices(tmp_path, monkeypatch, dtype, piece):
 def test_a_large_table_is_read_by_rows(saved, monkeypatch):
     """The embedding, its tied head beside it: never the whole of either."""
     edit_tensors(saved, lambda t: t.update({"lm_head.weight": t[WTE].copy()}))
-    read, real = [], hf._read_rows
+    read, real = [], tensor_files.read_rows
 
     def counted(found, start, stop):
         read.append((found.shape, stop - start))
         return real(found, start, stop)
 
-    monkeypatch.setattr(hf, "_read_rows", counted)
-    monkeypatch.setattr(hf, "_PIECE", 3 * 6 * 4)
+    monkeypatch.setattr(tensor_files, "read_rows", counted)
+    monkeypatch.setattr(tensor_files, "PIECE", 3 * 6 * 4)
     assert_trees_equal(hf.load_decoder(saved)[1], params())
     assert {rows for shape, rows in read if shape == (13, 6)} <= {1, 2, 3}
 
@@ -627,7 +630,7 @@ def test_a_difference_in_the_last_row_of_the_head_is_seen(saved, monkeypatch):
         tensors["lm_head.weight"][-1, -1] += 1
 
     edit_tensors(saved, change)
-    monkeypatch.setattr(hf, "_PIECE", 3 * 6 * 4)
+    monkeypatch.setattr(tensor_files, "PIECE", 3 * 6 * 4)
     with pytest.raises(hf.CheckpointError, match="differs"):
         hf.load_decoder(saved)
 

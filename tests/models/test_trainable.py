@@ -23,7 +23,7 @@ GEMMA = decoder.DecoderConfig(
     vocab_size=23, positions=16, layers=4, width=12, heads=4, kv_heads=2, head_width=6,
     mlp_width=20, norm="rms", norm_offset=True, place="sandwich",
     rotary=decoder.Rotary(theta=5000.0), rotary_window=decoder.Rotary(theta=20.0), window=3,
-    windowed=(True, False, False, True), activation="gelu_pytorch_tanh", gated=True,
+    windowed=(True, True, False, True), activation="gelu_pytorch_tanh", gated=True,
     qkv_bias=False, out_bias=False, mlp_bias=False, qk_norm=True, embed_scale=12**0.5,
     initializer_range=0.2, lora_alpha=ALPHA,
 )  # fmt: skip
@@ -148,6 +148,16 @@ def test_the_top_on_the_trunk_is_the_undivided_model(name, layers):
         # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
         assert np.abs(expected).max() > 1e-2 or path.endswith("k/bias")
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4, err_msg=path)
+
+
+def test_segments_of_any_number_and_depth_are_the_undivided_model():
+    whole = reference("gemma")
+    parts = tuple(
+        jax.tree.map(lambda x, p=part: x[p], whole["blocks"])
+        for part in (slice(0, 2), slice(2, 3), slice(3, 4))
+    )
+    got = hidden({**whole, "blocks": parts}, GEMMA, TOKENS, MASK)
+    assert apart(got, hidden(whole, GEMMA, TOKENS, MASK)) < 1e-5
 
 
 def test_the_trunk_is_shared_and_the_top_is_copied():
@@ -303,14 +313,10 @@ def test_what_is_trained_has_a_dtype_of_its_own(what):
 
 
 def test_adapters_are_added_to_bfloat16_weights_in_float32():
-    """What is smaller than a weight's last bit is rounded once, not lost in a bfloat16 product."""
-    kernel = jnp.full((1, 2, 1, 1), 1.0, jnp.bfloat16)
-    a = jnp.array([[[1.0] * 3, [1.0] * 3]], jnp.bfloat16)
-    b = jnp.array([[[2.0**-9 * 1.5], [2.0**-9 * 1.5], [2.0**-9 * 1.5]]], jnp.bfloat16)
-    tree = {"blocks": {"attention": {"q": {"kernel": kernel, "lora_a": a, "lora_b": b}}}}
-    got = trainable.merged(tree, 3.0)["blocks"]["attention"]["q"]
+    """The product is (1 + 2^-7)^2, whose last bit bfloat16 would lose, and nothing else is left."""
+    kernel = jnp.full((1, 1, 1, 1), -1.0 - 2.0**-6, jnp.bfloat16)
+    factor = jnp.full((1, 1, 1), 1.0 + 2.0**-7, jnp.bfloat16)
+    q = {"kernel": kernel, "lora_a": factor, "lora_b": factor}
+    got = trainable.merged({"blocks": {"attention": {"q": q}}})["blocks"]["attention"]["q"]
     assert got.keys() == {"kernel"} and got["kernel"].dtype == jnp.bfloat16
-    expected = jnp.bfloat16(1.0 + 3 * 2.0**-9 * 1.5)
-    np.testing.assert_array_equal(
-        got["kernel"].astype(jnp.float32), np.full((1, 2, 1, 1), expected)
-    )
+    assert float(got["kernel"][0, 0, 0, 0]) == 2.0**-14

@@ -7,6 +7,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vbon_jax import sharding
+from vbon_jax.data import chat
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
@@ -314,8 +315,6 @@ CHAT = (
 
 
 def test_chat_is_the_reward_tokenizers_own_template(make, policy_tokenizer, bpe, monkeypatch):
-    from vbon_jax.data import chat
-
     monkeypatch.setattr(bpe, "chat_template", CHAT)
     reward, tokenizer, _ = make("gpt2", "logit", template="chat", max_tokens=0)
     said = (("system", "a"), ("user", "what"))

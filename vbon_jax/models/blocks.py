@@ -96,7 +96,7 @@ def views(
         if rotary is None:
             out.append(View(visible, None, None))
             continue
-        frequency = jnp.asarray(rotary.frequencies(config.head_width), jnp.float32)
+        frequency = jnp.asarray(rotary.frequencies(config.key_width), jnp.float32)
         angle_BxTxN = position_BxT[..., None].astype(jnp.float32) * frequency
         out.append(View(visible, jnp.cos(angle_BxTxN), jnp.sin(angle_BxTxN)))
     return out[0], out[1]
@@ -150,20 +150,20 @@ class _Attention(nn.Module):
         rows_NxD = rows(x_BxTxD)
 
         def project(name, heads):
-            out_NxHxK = Dense(c, (heads, c.head_width), c.qkv_bias, c.initializer_range, name=name)(
+            out_NxHxK = Dense(c, (heads, c.key_width), c.qkv_bias, c.initializer_range, name=name)(
                 rows_NxD
             )
             if c.qk_norm and name != "v":
                 out_NxHxK = Norm(c, rms=True, name=f"{name}_norm")(out_NxHxK)
-            return out_NxHxK.reshape(batch, length, heads, c.head_width).swapaxes(1, 2)
+            return out_NxHxK.reshape(batch, length, heads, c.key_width).swapaxes(1, 2)
 
         q_BxHxTxK = _rotate(project("q", c.heads), view)
-        k_BxGxSxK, v_BxGxSxK = _rotate(project("k", c.kv_heads), view), project("v", c.kv_heads)
+        k_BxGxSxK, v_BxGxSxK = _rotate(project("k", c.key_heads), view), project("v", c.key_heads)
         if kv is not None:
             k_BxGxSxK = jax.lax.dynamic_update_slice(kv[0], k_BxGxSxK, (0, 0, index, 0))
             v_BxGxSxK = jax.lax.dynamic_update_slice(kv[1], v_BxGxSxK, (0, 0, index, 0))
         out_BxHxTxK = _attend(c, q_BxHxTxK, k_BxGxSxK, v_BxGxSxK, view.mask_BxTxS)
-        out_NxHxK = out_BxHxTxK.swapaxes(1, 2).reshape(-1, c.heads, c.head_width)
+        out_NxHxK = out_BxHxTxK.swapaxes(1, 2).reshape(-1, c.heads, c.key_width)
         out_NxD = Dense(c, (c.width,), c.out_bias, _residual_stddev(c), name="out")(out_NxHxK)
         return out_NxD.reshape(x_BxTxD.shape), (k_BxGxSxK, v_BxGxSxK)
 

@@ -47,7 +47,7 @@ def init(config: DecoderConfig, batch: int, length: int) -> KVCache:
     for name, value in (("batch", batch), ("length", length)):
         if value < 1:
             raise ValueError(f"cache {name} is {value}: give at least 1")
-    shape = (batch, config.kv_heads, length, config.head_width)
+    shape = (batch, config.key_heads, length, config.key_width)
 
     def zeros() -> tuple[jax.Array, ...]:
         # One buffer a layer, never one shared: a donated buffer may be given away only once.

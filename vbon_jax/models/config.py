@@ -80,7 +80,9 @@ class DecoderConfig:
       positions: the longest context, in tokens.
       layers: L.
       width: D.
-      heads: H; kv_heads: G, a divisor of H (None: H); head_width: K (None: width / heads).
+      heads: H.
+      kv_heads, head_width: None is as many as heads, and width / heads; so these follow when
+        dataclasses.replace changes the others. Read key_heads and key_width, which are numbers.
       mlp_width: F.
       norm: "layer" or "rms"; norm_eps: its epsilon; norm_offset: the stored scale is one less than
         the factor (Gemma).
@@ -111,8 +113,8 @@ class DecoderConfig:
     width: int
     heads: int
     mlp_width: int
-    kv_heads: int = 0
-    head_width: int = 0
+    kv_heads: int | None = None
+    head_width: int | None = None
     norm: str = "layer"
     norm_eps: float = 1e-5
     norm_offset: bool = False
@@ -138,20 +140,17 @@ class DecoderConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.head_width == 0 and self.heads and self.width % self.heads:
-            raise ValueError(f"width is {self.width}: give a multiple of heads, {self.heads}")
-        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
-        if type(self.heads) is int and self.heads > 0:
-            width = self.head_width or self.width // self.heads
-            object.__setattr__(self, "head_width", width)
         for name in (
             "vocab_size", "positions", "layers", "width", "heads", "mlp_width", "kv_heads",
             "head_width",
         ):  # fmt: skip
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            derived = value is None and name in ("kv_heads", "head_width")
+            if not derived and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}: give an integer of at least 1")
-        if self.heads % self.kv_heads:
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(f"width is {self.width}: give a multiple of heads, {self.heads}")
+        if self.heads % self.key_heads:
             raise ValueError(f"kv_heads is {self.kv_heads}: give a divisor of heads, {self.heads}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}: give None or at least 1")
@@ -170,6 +169,16 @@ class DecoderConfig:
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give one of {list(allowed)}")
+
+    @property
+    def key_heads(self) -> int:
+        """G, the heads of the keys and of the values; a divisor of H."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def key_width(self) -> int:
+        """K, the width of a head."""
+        return self.width // self.heads if self.head_width is None else self.head_width
 
     def is_windowed(self, layer: int) -> bool:
         """Whether a layer sees only ``window`` tokens."""

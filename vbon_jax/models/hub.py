@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vbon_jax.models.hf import CheckpointError
+from vbon_jax.models.tensor_files import CheckpointError
 
 # What cannot be a path: one "/" at most, none at either end, no "." or "~" in front.
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")

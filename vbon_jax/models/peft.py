@@ -24,7 +24,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vbon_jax.models import decoder, hf, trainable
 from vbon_jax.models.config import DecoderConfig, Params
-from vbon_jax.models.layouts import CONV1D, CONV1D_HEADS, CONV1D_QKV, Family, Shape, Tensor
+from vbon_jax.models.family import Family, Tensor
+from vbon_jax.models.layouts import CONV1D, CONV1D_HEADS, CONV1D_QKV, Shape
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

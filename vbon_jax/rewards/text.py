@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import sharding
+from vbon_jax.data import chat
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.rewards import classifier
@@ -160,8 +161,6 @@ class TextReward:
         return [keep_end(ids or [self._first()], self._longest, self._specials) for ids in whole]
 
     def _chat(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Sequence[int]]:
-        from vbon_jax.data import chat
-
         return [
             chat.render(self._tokenizer, p.messages or (("user", p.text),), r)
             for p, r in zip(prompts, responses)

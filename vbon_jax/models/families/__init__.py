@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from vbon_jax.models.layouts import Family
+from vbon_jax.models.family import Family
 
 MODEL_TYPES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from vbon_jax.models.encoder import EncoderConfig
-from vbon_jax.models.layouts import AS_IS, FLAT, LINEAR, LINEAR_HEADS, Family, Tensor, only
+from vbon_jax.models.family import Family, Tensor, only
+from vbon_jax.models.layouts import AS_IS, FLAT, LINEAR, LINEAR_HEADS
 
 
 def fields(hf: Any) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from typing import Any
 
 from vbon_jax.models.encoder import EncoderConfig
 from vbon_jax.models.families import bert
-from vbon_jax.models.layouts import AS_IS, Family, Tensor
+from vbon_jax.models.family import Family, Tensor
+from vbon_jax.models.layouts import AS_IS
 
 
 def config(hf: Any) -> EncoderConfig:

@@ -5,7 +5,7 @@ from typing import Any
 
 from vbon_jax.models.config import DecoderConfig
 from vbon_jax.models.families import llama
-from vbon_jax.models.layouts import only, rotary
+from vbon_jax.models.family import only, rotary
 
 
 def fields(hf: Any) -> dict[str, Any]:

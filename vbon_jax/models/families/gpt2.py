@@ -3,6 +3,7 @@
 from typing import Any
 
 from vbon_jax.models.config import DecoderConfig
+from vbon_jax.models.family import Family, Tensor, only
 from vbon_jax.models.layouts import (
     AS_IS,
     CONV1D,
@@ -10,9 +11,6 @@ from vbon_jax.models.layouts import (
     CONV1D_QKV,
     FLAT_QKV,
     LINEAR,
-    Family,
-    Tensor,
-    only,
 )
 
 _QKV = tuple(f"blocks/attention/{name}" for name in "qkv")

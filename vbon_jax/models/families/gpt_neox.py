@@ -3,15 +3,13 @@
 from typing import Any
 
 from vbon_jax.models.config import DecoderConfig
+from vbon_jax.models.family import Family, Tensor, rotary
 from vbon_jax.models.layouts import (
     AS_IS,
     FLAT_HEAD_QKV,
     LINEAR,
     LINEAR_HEAD_QKV,
     LINEAR_HEADS,
-    Family,
-    Tensor,
-    rotary,
 )
 
 _QKV = tuple(f"blocks/attention/{name}" for name in "qkv")

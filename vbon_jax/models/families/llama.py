@@ -3,7 +3,8 @@
 from typing import Any
 
 from vbon_jax.models.config import DecoderConfig
-from vbon_jax.models.layouts import AS_IS, FLAT, LINEAR, LINEAR_HEADS, Family, Tensor, rotary
+from vbon_jax.models.family import Family, Tensor, rotary
+from vbon_jax.models.layouts import AS_IS, FLAT, LINEAR, LINEAR_HEADS
 
 
 def fields(hf: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from vbon_jax.models.config import DecoderConfig
 from vbon_jax.models.families import llama
-from vbon_jax.models.layouts import rotary
+from vbon_jax.models.family import rotary
 
 
 def config(hf: Any) -> DecoderConfig:
