@@ -5,9 +5,9 @@
     vbon run --config=configs/tldr.py
 
 Trained on posts of r/relationships and r/relationship_advice; measured on held-out posts of these
-and, out of distribution, on as many of all other subreddits, at four temperatures. Reference and
-reward are the 2.8B models of Huang et al. (2024) at cleanrl on the Hugging Face hub; the 6.9B reward
-only evaluates. The paper's three seeds are three runs,
+and, out of distribution, on as many of all other subreddits, at four temperatures ("rows" and "ood" of
+evaluation.json). Reference and reward are the 2.8B models of Huang et al. (2024), at cleanrl on the
+Hugging Face hub; the 6.9B reward only evaluates. The paper's three seeds are three runs,
 
     for s in 0 1 2; do vbon run --config=configs/tldr.py --config.seed=$s --workdir=runs/tldr$s; done
 
@@ -19,12 +19,13 @@ code and TRL read them. One saved by Huang et al.'s training code is of its own 
 lm_backbone.* to gpt_neox.*, scalar_head.weight to score.weight; its bias changes no order. Weights
 in pickles alone are refused with the line that converts them.
 
-One 80 GiB GPU holds it: in bfloat16 5.6 GB of reference and as much of reward (evaluate: 13.7 GB of
-evaluator), 10 GB for the 8 trained layers in float32 with AdamW and gradients, and the cache of 128
-responses, 24 GB. With several devices, --config.mesh.fsdp=N shards the weights. By operations (not
-measured) the 2,000,000 reference samples and their scores are some 10 hours of one H100 and the
-same again for all measurements; 78 PPO iterations are under an hour. Fewer prompts cost less:
---config.prompts.train=2000.
+One 80 GiB GPU holds it: by `vbon plan` training needs 62 GiB, of them 46 for the cache of 128
+responses while they are drawn, 10 for both 2.8B models in bfloat16, 7 for the 8 trained layers in
+float32 with AdamW. Measuring holds the policy in float32 and the evaluator as well (24 GiB), and so
+draws 64 at a time. With several devices, --config.mesh.fsdp=N shards the weights; :sweep, which
+holds three policies, wants at least two. By operations (not measured) the 2,000,000 reference
+samples and their scores are some 10 hours of one H100, all measurements half of that, the 78 PPO
+iterations under an hour. Fewer prompts cost less: --config.prompts.train=2000.
 
 Expect a win rate of best-of-100 near 0.99 and of vBoN below it, most at high temperature; the paper
 prints its figures only as curves.
@@ -75,7 +76,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         template=template,
     )
     # 53 tokens: Huang et al.; the paper's code has 50.
-    config.sampling.update(temperature=0.7, max_new_tokens=53, batch_size=128)
+    config.sampling.update(temperature=0.7, max_new_tokens=53, batch_size=64)
     config.samples.m = 200
     config.method.update(n=100.0, beta=0.05, estimator="exponential")
     # The paper's table of PPO but for what it leaves open: weight decay, unfrozen layers and the
@@ -90,9 +91,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         compute_dtype="bfloat16", frozen_dtype="bfloat16", remat="full", accumulate=4, chunk=1_024,
     )  # fmt: skip
     # Three responses a prompt: the paper's three seeds of sampling.
-    config.evaluate.update(
-        temperatures=(0.25, 0.5, 0.75, 1.0), m=100, samples_per_prompt=3
-    )  # fmt: skip
+    config.evaluate.update(temperatures=(0.25, 0.5, 0.75, 1.0), m=100, samples_per_prompt=3)
     if variant == "sweep":
         config.stages = ("sft", "reward", "evaluator", "sample", "sweep", "report")
         # Not the paper's, which gives neither pairs nor rates of BoNBoN, nor beta of DPO, here.

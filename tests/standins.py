@@ -178,3 +178,8 @@ def qwen3_reward(path: Path, texts: Sequence[str]) -> None:
     tokenizer = _chat_tokenizer(texts, 340, REWARD_TEMPLATE)
     torch.manual_seed(0)
     _saved(path, Qwen3ForSequenceClassification(_qwen3(tokenizer, 28)), tokenizer, 5)
+
+
+def short(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """A reward for few characters."""
+    return [-float(len(response)) for response in responses]

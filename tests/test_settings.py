@@ -37,7 +37,8 @@ def change(values, key, value):
 
 CONFIGS = [
     ("tabular",), ("tabular", "sweep"), ("reviews",), ("reviews", "text"), ("reviews_sweep",),
-    ("reviews_sweep", "text"), ("verifier",),
+    ("reviews_sweep", "text"), ("verifier",), ("imdb",), ("imdb", "sweep"), ("tldr",),
+    ("tldr", "sweep"), ("chat",),
 ]  # fmt: skip
 
 

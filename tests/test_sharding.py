@@ -35,7 +35,7 @@ def test_every_parameter_matrix_is_in_the_table(params):
     # Norms and the biases added after a sharded product; wte's odd vocabulary keeps only fsdp.
     assert all("ln_" in path or path.endswith("bias") for path in replicated), replicated
     assert specs["wte"] == P(None, "fsdp")
-    assert specs["blocks/attention/qkv/kernel"] == P(None, "fsdp", None, "tensor")
+    assert specs["blocks/attention/q/kernel"] == P(None, "fsdp", "tensor")
 
 
 def test_an_axis_that_does_not_divide_is_dropped():
@@ -61,8 +61,8 @@ def test_place_splits_rows():
 def test_a_population_is_split_by_members_whole():
     """Each device has whole policies, whatever the names inside would be sharded by otherwise."""
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    path = "population/decoder/blocks/attention/qkv/kernel"
-    assert sharding.spec_for(path, (8, 2, 16, 3, 2, 8), mesh) == P(("data", "fsdp"))
+    path = "population/decoder/blocks/attention/q/kernel"
+    assert sharding.spec_for(path, (8, 2, 16, 2, 8), mesh) == P(("data", "fsdp"))
     tree = {"decoder": {"wte": np.zeros((8, 6, 4))}, "step": np.zeros(8)}
     placed = sharding.place(tree, mesh, "population")
     assert {s.data.shape for s in placed["decoder"]["wte"].addressable_shards} == {(2, 6, 4)}

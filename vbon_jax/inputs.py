@@ -322,12 +322,13 @@ def arithmetic(s: Settings, config: DecoderConfig) -> DecoderConfig:
     )
 
 
-def load_decoder(run: Run, path: str | Path) -> Decoder:
-    """A Hugging Face directory, or a hub name, as a decoder on the mesh."""
+def load_decoder(run: Run, path: str | Path, dtype: str = "") -> Decoder:
+    """A Hugging Face directory, or a hub name, as a decoder on the mesh; ``dtype``: of its
+    parameters, where it is not that of what is frozen."""
     config, params = hf.load_decoder(
         hub.resolve(str(path)),
         place=partial(sharding.sharding_of, run.mesh),
-        dtype=run.settings.memory.frozen_dtype,
+        dtype=dtype or run.settings.memory.frozen_dtype,
     )
     return Decoder(arithmetic(run.settings, config), {"decoder": params})
 
@@ -398,7 +399,8 @@ def load_policy(run: Run) -> Decoder:
     run.workdir.require("export", "the policy")
     path = run.workdir.policy
     if run.settings.export.form == "model":
-        return load_decoder(run, path)
+        # In the reference's dtype, small steps of what was trained would be rounded away.
+        return load_decoder(run, path, run.settings.memory.param_dtype)
     base = load_decoder(run, reference_path(run))
     own, alpha = peft.load(path, base.config, base=reference_path(run))
     own = sharding.place(own, run.mesh)

@@ -1,6 +1,7 @@
 """The stages of a run: each reads files of the ones before and writes its own into the workdir."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,6 +111,7 @@ def export(run: Run) -> None:
     if restored is None:
         raise InputError(f"no checkpoint in {checkpointer.directory}: run `vbon train` first")
     own = restored[0].params["decoder"]
+    shutil.rmtree(run.workdir.policy, ignore_errors=True)  # perhaps of another form
     if s.export.form == "adapter":
         peft.save(
             run.workdir.policy, own, s.lora.alpha, base=str(inputs.reference_path(run)),
@@ -153,7 +155,7 @@ def evaluate(run: Run) -> None:
             console.print("Out of distribution:")
         markdown += f"{table.markdown_table(rows)}\n{table.bon_kls(rows)}\n"
         console.print(table.results_table(rows))
-        console.print(table.bon_kls(rows))
+        console.print(table.bon_kls(rows), highlight=False)
     if sweep.tabular(s) and policy is not None:
         result["exact"] = heldout.enumerate_world(run, loaded, policy, s.method.n)
         console.print(table.exact_table(result["exact"]))
@@ -177,7 +179,8 @@ def _evaluated(
     def fast(row: dict[str, Any], model: Decoder, calls: int, scoring: bool) -> dict[str, Any]:
         responses_a_second, tokens_a_second = held.speed(model, calls, scoring)
         return row | {
-            "split": split, "responses_per_second": responses_a_second, "tokens_per_second": tokens_a_second,
+            "split": split, "responses_per_second": responses_a_second,
+            "tokens_per_second": tokens_a_second,
         }  # fmt: skip
 
     each = s.evaluate.samples_per_prompt

@@ -31,6 +31,8 @@ def test_the_file_comes_back_as_it_is(tmp_path):
     family, config, back = read_config(write(tmp_path, raw))
     assert (family.causal, config.width, config.compute_dtype) == ("GPT2LMHeadModel", 6, "float32")
     assert back == raw
+    with pytest.raises(CheckpointError, match=r"no file .*nowhere/config\.json: give a directory"):
+        read_config(tmp_path / "nowhere")
 
 
 def test_n_inner_defaults_to_four_widths(tmp_path):
@@ -72,11 +74,8 @@ def test_configs_of_other_models_are_refused(tmp_path, changes, message):
         (LLAMA, {"rms_norm_eps": -1.0}, r"norm_eps \(here rms_norm_eps\) is -1.0: give a pos"),
         (BERT, {"hidden_size": 7}, r"width \(here hidden_size\) is 7: give a multiple of heads"),
         # Two keys with the value at fault: both.
-        (
-            GPT2,
-            {"n_layer": 0, "vocab_size": 0},
-            r"vocab_size is 0: give|vocab_size \(here vocab_size, n_layer\)",
-        ),
+        (GPT2, {"n_layer": 0, "n_head": 0}, r"layers \(here n_layer, n_head\) is 0: give"),
+        (GPT2, {"vocab_size": 0}, "vocab_size is 0: give"),  # by the same name
     ],
 )
 def test_faults_name_the_keys_of_the_file(tmp_path, base, changes, message):
@@ -99,7 +98,7 @@ def test_labels(raw, expected):
 
 @pytest.mark.parametrize("id2label", [{"0": "a", "2": "b"}, {"0": 1, "1": 2}, ["a", "b"], 2])
 def test_labels_that_do_not_count_up_are_refused(id2label):
-    with pytest.raises(CheckpointError, match="^here: id2label is"):
+    with pytest.raises(CheckpointError, match=r"^here: id2label is"):
         config_files.labels({"id2label": id2label}, "here")
 
 
@@ -113,8 +112,13 @@ def test_what_is_written_must_describe_the_model(tmp_path):
     family, written = config_files.describe(raw, config, {"dtype": "float32", "bos_token_id": 5})
     assert family.causal == "LlamaForCausalLM"
     assert written == raw | {"dtype": "float32", "bos_token_id": 5}
-    with pytest.raises(ValueError, match=r"like describes .*: vocab_size 14, not 13; give"):
-        config_files.describe(raw | {"vocab_size": 14}, config, {})
+    for changes, message in (
+        ({"vocab_size": 14}, r"like describes .*: vocab_size 14, not 13; give"),
+        ({"rms_norm_eps": 0.5}, "norm_eps 0.5, not"),
+        ({"rope_theta": 5.0}, "rotary .*5.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_files.describe(raw | changes, config, {})
     with pytest.raises(ValueError, match=r"a GPT-2 from scratch \(like is None\) .*norm 'layer'"):
         config_files.describe(None, config, {})
     with pytest.raises(ValueError, match="like is None, which is for a GPT-2 from scratch"):

@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,9 @@ def assert_trees_equal(first, second):
 # Round trips
 
 
-def test_our_directory_loads_in_transformers(saved):
+@pytest.mark.parametrize("shard_bytes", [10**9, 500])
+def test_our_directory_loads_in_transformers(saved, shard_bytes):
+    hf.save_decoder(saved, CONFIG, params(), **IDS, shard_bytes=shard_bytes)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert type(model) is transformers.GPT2LMHeadModel
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -193,15 +194,6 @@ def test_the_original_layout_loads(saved):
     assert_trees_equal(loaded, params())
 
 
-def test_n_inner_defaults_to_four_widths(tmp_path):
-    config = dataclasses.replace(CONFIG, mlp_width=24)
-    shapes = jax.eval_shape(functools.partial(decoder.init, config), jax.random.key(0))
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
-    hf.save_decoder(tmp_path, config, zeros, **IDS)
-    edit_json(tmp_path / "config.json", n_inner=None)
-    assert hf.load_decoder(tmp_path)[0] == config
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_cast_to_float32(saved, dtype):
     tensors = safetensors.torch.load_file(saved / "model.safetensors")
@@ -246,111 +238,6 @@ def test_tensors_that_do_not_fit_are_refused(saved, change, message):
     assert str(saved) in str(caught.value)
 
 
-def test_several_faults_are_listed_at_once(saved):
-    def change(tensors):
-        tensors["extra"] = tensors.pop(WTE)
-        del tensors[C_ATTN]
-
-    edit_tensors(saved, change)
-    message = r"missing: h\.1\.attn\.c_attn\.weight, wte\.weight; unexpected: extra"
-    with pytest.raises(hf.CheckpointError, match=message):
-        hf.load_decoder(saved)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "bloom"}, "model_type is 'bloom': supported are .*gpt2"),
-        ({"model_type": ...}, "model_type is None: supported are"),
-        ({"model_type": ["gpt2"]}, r"model_type is \['gpt2'\]: supported are"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
-        ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True: only False"),
-        ({"add_cross_attention": True}, "add_cross_attention is True: only False"),
-        ({"scale_attn_weights": False}, "scale_attn_weights is False: only True"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False: only True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}: quantized"),
-        (
-            {"activation_function": "swish"},
-            r"activation \(here activation_function\) is .swish.: give one of",
-        ),
-        ({"n_embd": 7}, r"width \(here n_embd\) is 7: give a multiple"),
-        ({"n_embd": "6"}, "transformers does not accept it: .*'n_embd' expected int"),
-        ({"n_inner": 0}, r"mlp_width \(here n_inner\) is 0: give an integer"),
-    ],
-)
-def test_configs_of_other_models_are_refused(saved, changes, message):
-    edit_json(saved / "config.json", **changes)
-    with pytest.raises(hf.CheckpointError, match=message) as caught:
-        hf.load_decoder(saved)
-    assert str(saved / "config.json") in str(caught.value)
-
-
-def test_absent_and_broken_files_are_named(saved, tmp_path):
-    with pytest.raises(hf.CheckpointError, match=r"no file .*nowhere/config\.json"):
-        hf.load_decoder(tmp_path / "nowhere")
-    weights = saved / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(hf.CheckpointError, match=r"model\.safetensors cannot be read"):
-        hf.load_decoder(saved)
-    weights.unlink()
-    with pytest.raises(hf.CheckpointError, match=r"no model\.safetensors and no "):
-        hf.load_decoder(saved)
-    (saved / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(hf.CheckpointError, match=r"only pytorch_model\.bin.*save_pretrained"):
-        hf.load_decoder(saved)
-    (saved / "config.json").write_text("{")
-    with pytest.raises(hf.CheckpointError, match=r"config\.json cannot be read as JSON"):
-        hf.load_decoder(saved)
-    (saved / "config.json").write_text("[]")
-    with pytest.raises(hf.CheckpointError, match="holds a list"):
-        hf.load_decoder(saved)
-
-
-@pytest.fixture
-def shards(torch_lm, tmp_path):
-    torch_lm().save_pretrained(tmp_path, max_shard_size="10KB")
-    return tmp_path, tmp_path / "model.safetensors.index.json"
-
-
-def test_a_shard_that_is_gone_is_named(shards):
-    directory, _ = shards
-    first = min(directory.glob("*.safetensors"))
-    first.unlink()
-    with pytest.raises(hf.CheckpointError, match=f"not there: {first}"):
-        hf.load_decoder(directory)
-
-
-def test_a_tensor_in_two_shards_is_refused(shards):
-    directory, _ = shards
-    first, *_, last = sorted(directory.glob("*.safetensors"))
-    both = safetensors.numpy.load_file(last)
-    both[WTE] = safetensors.numpy.load_file(first)[WTE]
-    safetensors.numpy.save_file(both, last)
-    with pytest.raises(hf.CheckpointError, match=r"duplicate: wte\.weight"):
-        hf.load_decoder(directory)
-
-
-def test_an_index_and_its_shards_must_agree(shards):
-    directory, index = shards
-    weight_map = json.loads(index.read_text())["weight_map"]
-    file = weight_map.pop(WTE)
-    edit_json(index, weight_map=weight_map | {"transformer.ghost": file})
-    message = r"index names them: transformer\.ghost; unexpected, .*: transformer\.wte\.weight"
-    with pytest.raises(hf.CheckpointError, match=message):
-        hf.load_decoder(directory)
-    edit_json(index, weight_map=[file])
-    with pytest.raises(hf.CheckpointError, match="weight_map must map"):
-        hf.load_decoder(directory)
-
-
-@pytest.mark.parametrize("id2label", [{"0": "a", "2": "b"}, {"0": 1, "1": 2}, ["a", "b"], 2])
-def test_labels_that_do_not_count_up_are_refused(torch_classifier, tmp_path, id2label):
-    torch_classifier().save_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", id2label=id2label)
-    with pytest.raises(hf.CheckpointError, match="id2label is"):
-        hf.load_classifier(tmp_path)
-
-
 def test_models_of_another_kind_are_refused(saved, torch_classifier, tmp_path):
     message = (
         r"config\.json: architectures is \['GPT2LMHeadModel'\]: a GPT2ForSequence\w+ is needed"
@@ -391,59 +278,6 @@ def test_params_that_do_not_fit_the_config_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 500])
-def test_a_crash_leaves_the_old_files_whole(saved, monkeypatch, shard_bytes):
-    """The disk is full at the last of the files of weights."""
-    hf.save_decoder(saved, CONFIG, params(), **IDS, shard_bytes=shard_bytes)
-    before = {file.name: file.read_bytes() for file in saved.iterdir()}
-    last = max(name for name in before if name.endswith(".safetensors"))
-    real = os.fsync
-
-    def full(number):
-        if last in os.readlink(f"/proc/self/fd/{number}"):
-            raise OSError("disk full")
-        real(number)
-
-    monkeypatch.setattr(os, "fsync", full)
-    doubled = jax.tree.map(lambda leaf: 2 * leaf, params())
-    with pytest.raises(OSError, match="disk full"):
-        hf.save_decoder(saved, CONFIG, doubled, **IDS, shard_bytes=shard_bytes)
-    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
-    monkeypatch.undo()
-    hf.save_decoder(saved, CONFIG, doubled, **IDS, shard_bytes=shard_bytes)
-    assert_trees_equal(hf.load_decoder(saved)[1], doubled)
-    assert {file.name for file in saved.iterdir()} == before.keys()
-
-
-def test_weights_are_split_and_those_of_another_split_go(saved):
-    def weights():
-        return sorted(file.name for file in saved.iterdir() if "model" in file.name)
-
-    (saved / "notes.safetensors").write_text("somebody's")
-    assert weights() == ["model.safetensors"]
-    for shard_bytes in (500, 900):
-        hf.save_decoder(saved, CONFIG, params(), **IDS, shard_bytes=shard_bytes)
-        assert_trees_equal(hf.load_decoder(saved)[1], params())
-        index = json.loads((saved / "model.safetensors.index.json").read_text())
-        files = sorted(set(index["weight_map"].values()))
-        n = len(files)
-        assert n > 2
-        assert files == [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-        assert weights() == [*files, "model.safetensors.index.json"]
-        sizes = [
-            sum(x.nbytes for x in safetensors.numpy.load_file(saved / file).values())
-            for file in files
-        ]
-        assert max(sizes) <= shard_bytes  # no tensor here is larger than that
-        assert sum(sizes) == index["metadata"]["total_size"]
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    np.testing.assert_array_equal(model.transformer.wte.weight.detach(), params()["wte"])
-    hf.save_decoder(saved, CONFIG, params(), **IDS)
-    assert weights() == ["model.safetensors"]
-    assert (saved / "notes.safetensors").exists()
-
-
 def test_bfloat16_is_written_as_it_is(tmp_path):
     halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
     hf.save_decoder(tmp_path, CONFIG, halved, **IDS)
@@ -451,19 +285,6 @@ def test_bfloat16_is_written_as_it_is(tmp_path):
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert_trees_equal(hf.load_decoder(tmp_path, dtype="bfloat16")[1], halved)
-
-
-def test_a_file_of_two_dtypes_is_readable(tmp_path):
-    mixed = dict(params(), wte=params()["wte"].astype(jnp.bfloat16))
-    hf.save_decoder(tmp_path, CONFIG, mixed, **IDS)
-    file = tmp_path / "model.safetensors"
-    with safetensors.safe_open(file, framework="pt") as handle:
-        assert handle.offset_keys()[-1] == WTE  # behind all float32, which so stay aligned
-    tensors = safetensors.torch.load_file(file)
-    assert tensors[WTE].dtype == torch.bfloat16
-    assert tensors[C_ATTN].dtype == torch.float32
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
-    np.testing.assert_array_equal(tensors["transformer.wpe.weight"], params()["wpe"])
 
 
 def test_sharded_parameters_are_written(tmp_path):
@@ -506,22 +327,6 @@ def test_like_keeps_its_own_settings(tmp_path):
         "pad_token_id": 0,
     }
     assert_trees_equal(hf.load_decoder(tmp_path / "ours")[1], loaded)
-
-
-def test_like_must_describe_the_model(tmp_path):
-    theirs("llama", LLAMA).save_pretrained(tmp_path / "theirs")
-    config, loaded = hf.load_decoder(tmp_path / "theirs")
-    _, _, raw = hf.read_config(tmp_path / "theirs")
-    for changes, message in (
-        ({"vocab_size": 14}, r"like describes .*: vocab_size 14, not 13; give"),
-        ({"rms_norm_eps": 0.5}, "norm_eps 0.5, not"),
-        ({"rope_parameters": raw["rope_parameters"] | {"rope_theta": 5.0}}, "rotary .*5.0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            hf.save_decoder(tmp_path / "ours", config, loaded, **IDS, like=raw | changes)
-    with pytest.raises(ValueError, match=r"a GPT-2 from scratch \(like is None\) .*norm 'layer'"):
-        hf.save_decoder(tmp_path / "ours", config, loaded, **IDS)
-    assert not (tmp_path / "ours").exists()
 
 
 def test_an_untied_head_comes_back(tmp_path):
@@ -568,13 +373,6 @@ def test_classifiers_of_families_come_back(model_type, sizes, tmp_path):
     assert_files_equal(*files)
 
 
-def test_an_encoder_from_scratch_needs_like(tmp_path):
-    theirs("distilbert", ENCODER).save_pretrained(tmp_path)
-    config, loaded, labels = hf.load_classifier(tmp_path)
-    with pytest.raises(ValueError, match="like is None, which is for a GPT-2 from scratch"):
-        hf.save_classifier(tmp_path, config, loaded, labels, **IDS)
-
-
 # Streaming
 
 
@@ -596,10 +394,9 @@ def place(path, shape):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("piece", [1, 48, 2**20])  # a row, some rows (the last overlap), all
-def test_leaves_arrive_on_their_devices(tmp_path, monkeypatch, dtype, piece):
+def test_leaves_arrive_on_their_devices(tmp_path, monkeypatch, dtype):
     hf.save_decoder(tmp_path, EVEN, even(), **IDS, shard_bytes=1000)
-    monkeypatch.setattr(tensor_files, "PIECE", piece)
+    monkeypatch.setattr(tensor_files, "PIECE", 48)  # some rows
     _, loaded = hf.load_decoder(tmp_path, place=place, dtype=dtype)
     assert_trees_equal(loaded, jax.tree.map(lambda leaf: leaf.astype(dtype), even()))
     for path, leaf in jax.tree_util.tree_leaves_with_path(loaded):
@@ -624,17 +421,6 @@ def test_a_large_table_is_read_by_rows(saved, monkeypatch):
     assert {rows for shape, rows in read if shape == (13, 6)} <= {1, 2, 3}
 
 
-def test_a_difference_in_the_last_row_of_the_head_is_seen(saved, monkeypatch):
-    def change(tensors):
-        tensors["lm_head.weight"] = tensors[WTE].copy()
-        tensors["lm_head.weight"][-1, -1] += 1
-
-    edit_tensors(saved, change)
-    monkeypatch.setattr(tensor_files, "PIECE", 3 * 6 * 4)
-    with pytest.raises(hf.CheckpointError, match="differs"):
-        hf.load_decoder(saved)
-
-
 def test_one_device_of_many(saved):
     device = jax.devices()[3]
     _, loaded = hf.load_decoder(
@@ -657,14 +443,3 @@ def test_placements_and_dtypes_we_cannot_do_are_refused(saved):
         hf.load_decoder(saved, place=place)
     with pytest.raises(ValueError, match="dtype is 'float16': give one of"):
         hf.load_decoder(saved, dtype="float16")
-
-
-def test_a_label_count_without_names(torch_classifier, tmp_path):
-    torch_classifier(num_labels=1).save_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", id2label=..., label2id=..., num_labels=1)
-    _, loaded, labels = hf.load_classifier(tmp_path)
-    assert labels == ("LABEL_0",)
-    assert loaded["score"]["kernel"].shape == (24, 1)
-    edit_json(tmp_path / "config.json", id2label={"0": "a", "1": "b"})
-    with pytest.raises(hf.CheckpointError, match="num_labels is 1, but id2label names 2"):
-        hf.load_classifier(tmp_path)

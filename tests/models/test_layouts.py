@@ -8,7 +8,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 from transformers.pytorch_utils import Conv1D
 
-from vbon_jax.models import family, layouts
+from vbon_jax.models import layouts
 
 D, H, K, F = 6, 3, 4, 10  # width, heads, head width (H * K is not D), MLP width
 X_BxD = np.random.default_rng(0).normal(size=(5, D)).astype(np.float32)
@@ -123,10 +123,3 @@ def test_rows_are_rows():
             (leaf,) = layout.read(array[2:5], [(3, 4)])
             np.testing.assert_array_equal(leaf, layout.read(array, [(6, 4)])[0][2:5])
     assert layouts.AS_IS.rows
-
-
-def test_settings_we_do_not_compute_are_refused():
-    config = transformers.LlamaConfig(attention_bias=True)
-    family.only(config, attention_bias=(False, True), absent_key=None)
-    with pytest.raises(ValueError, match="attention_bias is True: only False is supported"):
-        family.only(config, attention_bias=False)

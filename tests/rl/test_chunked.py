@@ -152,9 +152,7 @@ def test_inside_a_scan_and_over_a_population(drawn):
     assert_same(got, jax.vmap(partial(descend, at_once))(*members), rtol=1e-4)
 
 
-def test_a_head_in_bfloat16_gets_a_gradient_in_bfloat16_summed_in_float32(drawn):
-    head, hidden, frozen, rows = drawn
-
+def test_a_head_in_bfloat16_gets_a_gradient_in_bfloat16_summed_in_float32():
     def count(logits, frozen, mask):
         return jnp.sum(jnp.where(mask, logits[:, 0], 0.0)), ()
 

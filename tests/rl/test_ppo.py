@@ -77,6 +77,24 @@ def test_value_loss_without_clipping_is_half_the_squared_error():
     assert info["clip_fraction"] == 0
 
 
+@pytest.mark.parametrize("of", [policy_loss, value_loss])
+def test_parts_of_a_minibatch_add_up_to_the_whole(of):
+    arrays, count = batch(6, 3), np.float32(MASK.sum())
+
+    def part(rows, count):
+        def loss(first):
+            return of(first, arrays[1][rows], arrays[2][rows], MASK[rows], 0.2, count)
+
+        (value, info), slope = jax.value_and_grad(loss, has_aux=True)(arrays[0][rows])
+        return {"loss": value, **info}, slope
+
+    whole, slope = part(slice(None), None)
+    parts = [part(slice(i, i + 1), count) for i in range(len(MASK))]
+    for name, value in whole.items():
+        np.testing.assert_allclose(sum(p[0][name] for p in parts), value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), slope, rtol=1e-5)
+
+
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 1e30])
 def test_padding_matters_to_no_loss_and_no_gradient(junk):
     arrays = batch(3, 3)

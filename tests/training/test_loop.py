@@ -108,12 +108,12 @@ def test_every_source_draws_samples_of_its_own(world, monkeypatch):
         return state, {"reward": jnp.float32(1.5), "kl_ref": jnp.float32(0.25)}
 
     monkeypatch.setattr(loop, "scored_batch", scored_batch)
-    state = SimpleNamespace(params={"decoder": "policy", "anchor": "anchor"})
+    state = SimpleNamespace(params={"decoder": {"wte": "policy"}, "anchor": {"wte": "anchor"}})
     step = loop.online(
         world, update, ("decoder", "anchor", "anchor"), 10, 3, jax.random.key(0), lambda i: i / 4
     )
     _, values, note = step(state, 3)
-    assert [params for params, _ in drawn] == ["policy", "anchor", "anchor"]
+    assert [params["wte"] for params, _ in drawn] == ["policy", "anchor", "anchor"]
     prompts = [[prompt for prompt, _ in requests] for _, requests in drawn]
     assert prompts[0] == prompts[1] == prompts[2] == [p for p, _ in identities(10, 3)]
     counts = Counter(pair for _, requests in drawn for pair in requests)

@@ -396,8 +396,8 @@ def test_sharded_equals_one_device(world, optimizer, run, mesh):
     with jax.set_mesh(many):
         placed = sharding.place(fresh(world, optimizer), many)
         shared, _ = run("dpo", placed, rows)
-        qkv = shared.params["decoder"]["blocks"]["attention"]["qkv"]["kernel"]
-        assert not qkv.sharding.is_fully_replicated
+        kernel = shared.params["decoder"]["blocks"]["attention"]["q"]["kernel"]
+        assert not kernel.sharding.is_fully_replicated
         shared = jax.device_get(shared.params)
     # Not leaf by leaf: a key's bias has no gradient, and AdamW makes steps of its rounding.
     found, want = log_probs_of(world, shared), log_probs_of(world, alone.params)

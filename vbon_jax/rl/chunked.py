@@ -147,7 +147,8 @@ def _over_chunks(step: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) 
     if chunk >= length:
         return step(rows)
     count = -(-length // chunk)
-    size = -(-length // count)
+    # A multiple of 8 divides well: into tiles, into blocks of rows, over devices.
+    size = min(chunk, -(-length // count // 8) * 8)
 
     # Row n goes to chunk n % count, so that rows sharded over devices stay sharded in each chunk.
     def cut(x: jax.Array) -> jax.Array:

@@ -16,9 +16,9 @@ def masked(x: jax.Array, mask: jax.Array) -> jax.Array:
 def masked_mean(x: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
     """Mean of x over all slots where `mask` is true, a float32 scalar; 0 when there are none.
 
-    With `count`, a float32 scalar >= 1, the sum is divided by it instead of by the number of those
+    With `count`, a float32 scalar, the sum is divided by it instead of by the number of those
     slots: what the parts of a batch give, each with the count of the whole, adds up to its mean.
     """
     if count is None:
-        count = jnp.maximum(jnp.sum(mask.astype(bool).astype(jnp.float32)), 1.0)
-    return jnp.sum(masked(x, mask)) / count
+        count = jnp.sum(mask.astype(bool).astype(jnp.float32))
+    return jnp.sum(masked(x, mask)) / jnp.maximum(count, 1.0)

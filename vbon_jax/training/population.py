@@ -209,7 +209,7 @@ def online(
         began = time.monotonic()
         base = [loop.batch_requests(world.prompts, batch_size, step, m.seed) for m in members]
         whole = trainable.trains_head(state.params[sources[0]])
-        base = {} if whole else world.reference["decoder"]
+        shared = {} if whole else world.reference["decoder"]
         scored, seconds, tokens = [], {"rollout": 0.0, "reward": 0.0}, 0
         for i, source in enumerate(sources):
             batches = [
@@ -218,7 +218,7 @@ def online(
             ]
             start = time.monotonic()
             rows = _rows(world, batches, length)
-            rollout = draw((np.int32(step), base), state.params[source], keys_K, *rows)
+            rollout = draw((np.int32(step), shared), state.params[source], keys_K, *rows)
             tokens += int(jnp.sum(rollout.mask_BxT))  # waits for the rollout
             drawn = time.monotonic()
             rewards = _scores(world, batches, rows, rollout)
