@@ -9,9 +9,12 @@ same messages and the answer through its own. Other models: --config.reference.p
 each a Hugging Face name or directory.
 
 Adapters are trained (LoRA, rank 32 on every projection), so that it fits a 24 GiB GPU with room to
-spare: by `vbon plan` 13 GiB. All of the model is 19 GiB, 6.7 of them for float32 weights with AdamW:
-more than the 18 that JAX takes of such a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is set:
---config.lora.rank=0 --config.train.learning_rate=2e-6.
+spare: by `vbon plan` 13 GiB. To train the whole model,
+
+    --config.lora.rank=0 --config.train.learning_rate=2e-6
+
+takes 19, float32 weights with AdamW among them: more than the 18 that JAX takes of such a GPU
+unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 is set.
 policy/ is the merged model; --config.export.form=adapter writes a directory for peft in its place.
 
 Of 1,000 prompts, 64,000 answers of up to 256 tokens are drawn before 150 iterations of 64: by

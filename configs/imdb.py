@@ -45,8 +45,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.reward.update(path="lvwerra/distilbert-imdb", label="POSITIVE", score="prob")
     config.sampling.update(temperature=1.0, max_new_tokens=40, batch_size=512)
     config.samples.m = 200
-    # 10 is the paper's where it trains at one n alone (Figure 4). The estimator is that of the paper's
-    # code; `interval` is free of its bias of O(1/m).
+    # 10 is the paper's where it trains at one n alone (Figure 4). The estimator is that of its
+    # code; `interval` is free of that one's bias of O(1/m).
     config.method.update(n=10.0, beta=1 / 9, estimator="smoothed")
     # The defaults of trlX, by which the paper's code was run. Not the paper's: a learning rate that
     # falls to 0 (there it is constant) and max_grad_norm (there gradients are not clipped).

@@ -5,14 +5,15 @@
     vbon run --config=configs/tldr.py
 
 Trained on posts of r/relationships and r/relationship_advice; measured on held-out posts of these
-and, out of distribution, on as many of all other subreddits, at four temperatures ("rows" and "ood" of
-evaluation.json). Reference and reward are the 2.8B models of Huang et al. (2024), at cleanrl on the
-Hugging Face hub; the 6.9B reward only evaluates. The paper's three seeds are three runs,
+and, out of distribution, on as many of all other subreddits, at four temperatures ("rows" and
+"ood" of evaluation.json). Reference and reward are the 2.8B models of Huang et al. (2024), at
+cleanrl on the Hugging Face hub; the 6.9B reward only evaluates. The paper's three seeds are three
+responses a prompt (evaluate.samples_per_prompt); another seed of training is another run,
 
-    for s in 0 1 2; do vbon run --config=configs/tldr.py --config.seed=$s --workdir=runs/tldr$s; done
+    vbon run --config=configs/tldr.py --config.seed=1 --workdir=runs/tldr1
 
-or the populations of configs/tldr.py:sweep, which share samples and yardsticks and hold vBoN, PPO at
-the paper's beta and BoNBoN side by side.
+or all three are one population of configs/tldr.py:sweep, which holds vBoN, PPO at the paper's beta
+and BoNBoN side by side on the same samples.
 
 The reward checkpoints are read as GPTNeoXForSequenceClassification with one output, as the paper's
 code and TRL read them. One saved by Huang et al.'s training code is of its own class: rename its

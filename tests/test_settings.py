@@ -45,7 +45,8 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: ":".join(c))
 def test_every_config_file_parses(config):
     parsed = st.parse(load(*config))
-    assert st.flatten(st.as_dict(parsed)).keys() == {key for key, _ in st.reference_rows()}
+    given = st.flatten(st.as_dict(parsed)).keys()
+    assert given == {key for key, _ in st.reference_rows() if ".NAME." not in key}
 
 
 def test_every_config_file_is_tested():

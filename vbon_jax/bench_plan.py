@@ -6,22 +6,13 @@ reads /proc. Every run is done twice and the second one measured, so that its pr
 JAX's compilation cache: compiling takes memory of its own, on a GPU the host's.
 """
 
-import argparse
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from vbon_jax import bench_load
 from vbon_jax.data import tokenizer as tokenizers
@@ -89,7 +80,11 @@ def make_models(root: Path, policy: DecoderConfig = POLICY, reward: DecoderConfi
             print(json.dumps({"prompt": text}), file=file)
     with (root / "samples.jsonl").open("w") as file:
         for text in texts[:PROMPTS]:
-            line = {"prompt": text, "responses": ["a film"] * 4, "rewards": rng.normal(size=4).tolist()}
+            line = {
+                "prompt": text,
+                "responses": ["a film"] * 4,
+                "rewards": rng.normal(size=4).tolist(),
+            }
             print(json.dumps(line), file=file)
 
 

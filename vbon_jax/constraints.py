@@ -80,7 +80,7 @@ def check(s: Settings) -> None:
         p.format != "tldr" or bool(p.subreddits),
         "prompts.subreddits is empty: name what is in distribution for prompts.format=tldr",
     )
-    template_arguments(s)
+    template_arguments(p.template_arguments)
     refuse(
         not s.data.test_path or bool(s.data.path),
         f"data.test_path={s.data.test_path!r} is set but data.path is empty: set both",

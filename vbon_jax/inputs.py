@@ -255,7 +255,7 @@ def _chat_prompts(run: Run, tokenizer: PreTrainedTokenizerFast) -> dict[str, lis
     paths = {"train": p.path, "test": p.test_path}
     if p.ood_path:
         paths["ood"] = p.ood_path
-    arguments = template_arguments(run.settings)
+    arguments = template_arguments(p.template_arguments)
     return {
         split: chat.prompts(chat.read(path), tokenizer, arguments, p.longest)
         for split, path in paths.items()

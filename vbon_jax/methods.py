@@ -183,7 +183,7 @@ def online(
     if _jeffreys(method):
         plan = bond.BondPlan(
             s.bond.jeffreys, s.bond.anchor_rate, s.bond.beta, t.minibatch_size,
-            s.sampling.temperature, method.estimator,
+            s.sampling.temperature, method.estimator, s.memory.chunk,
         )  # fmt: skip
 
         def iterate_bond(state, reference, batches, references, n, beta):
@@ -306,7 +306,7 @@ def _offline_step(
     s = run.settings
     o, prompts = s.offline, len(w.prompts)
     pool, rewards, order_PxM, log_ref = _pool(run, w)
-    plan = offline.OfflinePlan(method.name, s.sampling.temperature)
+    plan = offline.OfflinePlan(method.name, s.sampling.temperature, s.memory.chunk)
     tx, schedule = optimizer(s, method, prompts)
     total = offline_steps(s, prompts)
     width = min(STEPS, total)  # one program, also for the last pass

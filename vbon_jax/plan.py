@@ -288,7 +288,7 @@ def _offline_bytes(w: _World, method: methods.Spec, state: Any, held: dict[str, 
     held["pool of samples"] = bytes_of(pool)
     many = (min(methods.STEPS, methods.offline_steps(s, s.prompts.train)), s.offline.batch_size)
     chosen = offline.Choices(_shape(*many), _shape(*many), _shape(*many, dtype=jnp.float32))
-    plan = offline.OfflinePlan(method.name, s.sampling.temperature)
+    plan = offline.OfflinePlan(method.name, s.sampling.temperature, s.memory.chunk)
     tx, _ = methods.optimizer(s, method, s.prompts.train)
     base = None if inputs.trained(s).whole else w.reference["decoder"]
     step = partial(offline.steps, config=w.config, plan=plan, optimizer=tx)

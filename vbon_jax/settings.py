@@ -425,9 +425,8 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def template_arguments(s: Settings) -> dict[str, Any]:
-    """Arguments of the chat template. Raises InputError where they are no JSON object."""
-    text = s.prompts.template_arguments
+def template_arguments(text: str) -> dict[str, Any]:
+    """What `prompts.template_arguments` says. Raises InputError where it is no JSON object."""
     try:
         value = json.loads(text or "{}")
     except json.JSONDecodeError as error:
@@ -443,14 +442,11 @@ def as_dict(settings: Any) -> dict[str, Any]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; a group without any key stays as it is."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= (
-            flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {prefix + name: value}
-        )
+        inside = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{name}.") if inside else {prefix + name: value}
     return flat
 
 

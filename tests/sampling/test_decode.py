@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vbon_jax.sampling import decode, engine
+from vbon_jax.sampling import decode, engine, score
 
 T = 8
 EOS = 3
@@ -48,18 +48,12 @@ def test_log_probs_equal_those_of_a_full_forward(params, config, mesh):
     prompts, rollout = engine.draw(params, config, sampling(), mesh, jax.random.key(5), 0, wanted)
     tokens = jnp.concatenate([prompts.tokens_BxP, rollout.tokens_BxT], axis=1)
     mask = jnp.concatenate([prompts.mask_BxP, rollout.mask_BxT], axis=1)
-    logits, _ = decode.response_logits(params, config, tokens, mask, T, 0.8)
-    full = jnp.take_along_axis(jax.nn.log_softmax(logits), rollout.tokens_BxT[..., None], axis=-1)[
-        ..., 0
-    ]
+    full = score.log_probs(params, config, tokens, mask, T, 0.8)
     np.testing.assert_allclose(
         np.where(rollout.mask_BxT, full, 0.0), rollout.log_probs_BxT, atol=1e-5
     )
     # The temperature matters: without it the same comparison must fail.
-    logits, _ = decode.response_logits(params, config, tokens, mask, T, 1.0)
-    other = jnp.take_along_axis(jax.nn.log_softmax(logits), rollout.tokens_BxT[..., None], axis=-1)[
-        ..., 0
-    ]
+    other = score.log_probs(params, config, tokens, mask, T, 1.0)
     assert np.max(np.abs(np.where(rollout.mask_BxT, other, 0.0) - rollout.log_probs_BxT)) > 0.1
 
 

@@ -17,12 +17,11 @@ from vbon_jax.bon.references import References
 from vbon_jax.data.reference import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare
+from vbon_jax.models import decoder
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.responses import Response
 from vbon_jax.rl import kl
-from vbon_jax.rl.next_token import next_token
-from vbon_jax.sampling import decode, engine
-from vbon_jax.sampling import logits as lg
+from vbon_jax.sampling import decode, engine, score
 
 REPEATS = 5  # of each timing; the median counts
 
@@ -97,11 +96,14 @@ def sequence_kls(
     mask = jnp.concatenate([prompts.mask_BxP, rollout.mask_BxT], axis=1)
     length = rollout.mask_BxT.shape[1]
 
-    logits, ref_logits = (
-        decode.response_logits(p, c, tokens, mask, length, temperature)[0]
+    states = tuple(
+        score.hidden(p, c, tokens, mask, length)
         for p, c in ((params, config), (ref_params, ref_config))
     )
-    found = next_token(logits, ref_logits, rollout.tokens_BxT)
+    found = score.against(
+        (decoder.head(params), decoder.head(ref_params)), (config, ref_config), states,
+        rollout.tokens_BxT, temperature,
+    )  # fmt: skip
     m = rollout.mask_BxT
     return {
         "kl": kl.sequence_sum(found.kl, m),
@@ -336,10 +338,10 @@ def exact(
 
 @partial(jax.jit, static_argnames=("config", "length"))
 def _teacher_forced(params, tokens_SxL, length, temperature, *, config):
-    logits, _ = decode.response_logits(
+    log_probs = score.log_probs(
         params, config, tokens_SxL, jnp.ones_like(tokens_SxL, bool), length, temperature
     )
-    return jnp.sum(lg.log_prob(logits, tokens_SxL[:, -length:]), axis=-1)
+    return jnp.sum(log_probs, axis=-1)
 
 
 def string_log_probs(

@@ -125,28 +125,3 @@ def rollout(
     carry = (jnp.int32(1), someone_goes_on(done), first, done, cache, tokens, log_probs, mask)
     _, _, _, done, _, tokens, log_probs, mask = jax.lax.while_loop(cond, body, carry)
     return sharding.constrain(Rollout(tokens.T, mask.T, log_probs.T, done), "batch")
-
-
-def response_logits(
-    params: Any,
-    config: decoder.DecoderConfig,
-    tokens_BxS: jax.Array,
-    mask_BxS: jax.Array,
-    response_len: int,
-    temperature: jax.Array | float,
-) -> tuple[jax.Array, jax.Array]:
-    """Teacher-forced, tempered logits of the last ``response_len`` tokens, and their hidden states.
-
-    Args:
-      tokens_BxS: prompt and response in one row (left-padded prompt, then the response slots).
-      mask_BxS: bool, True on real tokens of both.
-      response_len: T, the number of response slots at the end.
-      temperature: > 0.
-
-    Returns:
-      (logits_BxTxV float32, hidden_BxTxD): at response slot t both are those of the state *before*
-      token t, which is the position that predicts it.
-    """
-    hidden = decoder.hidden(params, config, tokens_BxS, mask_BxS)
-    hidden = hidden[:, -response_len - 1 : -1]
-    return lg.temper(decoder.logits(params, config, hidden), temperature), hidden

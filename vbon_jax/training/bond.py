@@ -14,9 +14,7 @@ from vbon_jax.bon import references as bon_references
 from vbon_jax.bon.references import References
 from vbon_jax.models import decoder, trainable
 from vbon_jax.rl import bond, kl
-from vbon_jax.rl.next_token import next_token
-from vbon_jax.sampling import decode
-from vbon_jax.sampling import logits as lg
+from vbon_jax.sampling import score
 from vbon_jax.training.ppo import RolloutBatch
 from vbon_jax.training.state import TrainState
 
@@ -32,6 +30,7 @@ class BondPlan:
     beta: weight of KL(policy || anchor) beyond the 1/(n - 1) = 1 of the best-of-2 distilled.
     minibatch_size: responses of the policy a gradient step; each rollout is passed over once.
     temperature: of the rollouts. estimator: of the KL to best-of-n that is reported.
+    chunk: tokens whose logits are held at once.
     """
 
     jeffreys: float
@@ -40,6 +39,7 @@ class BondPlan:
     minibatch_size: int
     temperature: float
     estimator: str
+    chunk: int = score.CHUNK
 
 
 def _rows(batch: RolloutBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -50,15 +50,11 @@ def _rows(batch: RolloutBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
     return tokens, mask, rollout.mask_BxT
 
 
-def _logits(params: Any, rows: tuple, config: decoder.DecoderConfig, t: float) -> jax.Array:
-    tokens, mask, response_mask = rows
-    return decode.response_logits(params, config, tokens, mask, response_mask.shape[1], t)[0]
-
-
-def _log_prob(params: Any, rows: tuple, config: decoder.DecoderConfig, t: float) -> jax.Array:
+def _log_prob(params: Any, rows: tuple, config: decoder.DecoderConfig, plan: BondPlan) -> jax.Array:
     """log p(response) in nats, [B]."""
-    tokens, _, response_mask = rows
-    log_probs = lg.log_prob(_logits(params, rows, config, t), tokens[:, -response_mask.shape[1] :])
+    tokens, mask, response_mask = rows
+    length = response_mask.shape[1]
+    log_probs = score.log_probs(params, config, tokens, mask, length, plan.temperature, plan.chunk)
     return kl.sequence_sum(log_probs, response_mask)
 
 
@@ -94,16 +90,18 @@ def iteration(
 
     params = {"decoder": state.params["decoder"]}
     base = ref_params["decoder"]
-    logits, ref_logits = (
-        _logits(x, mine, config, plan.temperature)
-        for x in (trainable.join(base, params["decoder"]), base)
-    )
-    found = next_token(logits, ref_logits, policy_batch.rollout.tokens_BxT)
+    both = (trainable.join(base, params["decoder"]), base)
+    length = mine[2].shape[1]
+    found = score.against(
+        (decoder.head(both[0]), decoder.head(base)), (config, config),
+        tuple(score.hidden(x, config, *mine[:2], length) for x in both),
+        policy_batch.rollout.tokens_BxT, plan.temperature, plan.chunk,
+    )  # fmt: skip
     chosen, chosen_ref, kl_B = (
         kl.sequence_sum(x, mine[2]) for x in (found.log_prob, found.log_ref, found.kl)
     )
     anchor = trainable.join(base, state.params["anchor"])
-    log_anchor = _log_prob(anchor, mine, config, plan.temperature)
+    log_anchor = _log_prob(anchor, mine, config, plan)
     reward = bond.jbond_reward(policy_batch.reward_B, anchor_rewards_Bx2)
     returns = bond.regularised(reward, chosen, log_anchor, 1.0 + plan.beta)
     advantage = bond.leave_one_out(returns)
@@ -118,8 +116,8 @@ def iteration(
     def loss(params: Any, part: Any) -> jax.Array:
         own, best_of_two, advantage_B = part
         policy = trainable.join(base, params["decoder"])
-        log_policy = _log_prob(policy, own, config, plan.temperature)
-        log_best = _log_prob(policy, best_of_two, config, plan.temperature)
+        log_policy = _log_prob(policy, own, config, plan)
+        log_best = _log_prob(policy, best_of_two, config, plan)
         return jnp.mean(bond.jbond_loss(log_best, log_policy, advantage_B, plan.jeffreys))
 
     rows = advantage.shape[0]

@@ -24,8 +24,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.models import trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.rl import kl, preference
-from vbon_jax.sampling import decode, engine
-from vbon_jax.sampling import logits as lg
+from vbon_jax.sampling import engine, score
 from vbon_jax.training.state import TrainState
 
 METHODS = ("bon_sft", "dpo", "bonbon")
@@ -57,10 +56,12 @@ class Choices(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class OfflinePlan:
-    """method: one of `METHODS`. temperature: of the samples, and so of every log-prob."""
+    """method: one of `METHODS`. temperature: of the samples, and so of every log-prob.
+    chunk: tokens whose logits are held at once."""
 
     method: str
     temperature: float
+    chunk: int = score.CHUNK
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
@@ -163,18 +164,18 @@ def log_prob(
     *,
     config: DecoderConfig,
     temperature: float,
+    chunk: int = score.CHUNK,
 ) -> jax.Array:
     """log-probability of each response given its prompt, summed over its tokens: float32 nats [B].
 
     Args:
       params: {"decoder": ...}. The arrays are rows of a `Pool`.
-      temperature: divides the logits.
+      temperature: divides the logits. chunk: tokens whose logits are held at once.
     """
     response_len = response_mask_BxT.shape[1]
-    logits, _ = decode.response_logits(
-        params["decoder"], config, tokens_BxS, mask_BxS, response_len, temperature
+    log_probs_BxT = score.log_probs(
+        params["decoder"], config, tokens_BxS, mask_BxS, response_len, temperature, chunk
     )
-    log_probs_BxT = lg.log_prob(logits, tokens_BxS[:, -response_len:])
     return kl.sequence_sum(log_probs_BxT, response_mask_BxT)
 
 
@@ -344,7 +345,11 @@ def loss(
     batch = sharding.constrain(jax.tree.map(lambda x: jnp.asarray(x)[rows_B], pool), "batch")
     policy = params["decoder"] if base is None else trainable.join(base, params["decoder"])
     log_policy = log_prob(
-        {"decoder": policy}, *batch[:3], config=config, temperature=plan.temperature
+        {"decoder": policy},
+        *batch[:3],
+        config=config,
+        temperature=plan.temperature,
+        chunk=plan.chunk,
     )
     size = rows.best_E.shape[0]
     nll = -jnp.mean(log_policy[:size])

@@ -17,7 +17,7 @@ from vbon_jax.models import decoder, heads, trainable
 from vbon_jax.rl import chunked, gae, kl, ppo, shaping
 from vbon_jax.rl.masking import masked_mean
 from vbon_jax.rl.next_token import NextToken, next_token
-from vbon_jax.sampling import decode
+from vbon_jax.sampling import decode, score
 from vbon_jax.sampling import logits as lg
 from vbon_jax.training.state import TrainState
 
@@ -111,8 +111,8 @@ def _values(
     """Values of the response's states: by a head on the policy's hidden states, or by a network of
     its own."""
     if value_config is not None:
-        hidden = decoder.hidden(params["decoder"], value_config, tokens_BxS, mask_BxS)
-        hidden_BxTxD = hidden[:, -hidden_BxTxD.shape[1] - 1 : -1]
+        length = hidden_BxTxD.shape[1]
+        hidden_BxTxD = score.hidden(params["decoder"], value_config, tokens_BxS, mask_BxS, length)
     return heads.value(params["head"], hidden_BxTxD)
 
 
@@ -139,34 +139,20 @@ def forward(
         hidden, ref_hidden = (
             decoder.hidden(x, config, tokens_BxS, mask_BxS) for x in (policy, base)
         )
-    hidden, ref_hidden = (x[:, -response_len - 1 : -1] for x in (hidden, ref_hidden))
+    hidden, ref_hidden = (score.before(x, response_len) for x in (hidden, ref_hidden))
     values = _values(params["value"], hidden, tokens_BxS, mask_BxS, value_config)
 
-    def project(head: Any, states: Any) -> Any:
-        return tuple(
-            lg.temper(decoder.project(h, config, x), plan.temperature) for h, x in zip(head, states)
-        )
-
-    found = chunked.map_logits(
-        lambda logits, tokens: next_token(logits[0], logits[1], tokens),
-        project,
-        (decoder.head(policy), decoder.head(base)),
-        (_flat(hidden), _flat(ref_hidden)),
-        (_flat(tokens_BxS[:, -response_len:]),),
-        plan.chunk,
-    )
-    found = NextToken(*(jnp.where(mask, x.reshape(mask.shape), 0.0) for x in found))
+    found = score.against(
+        (decoder.head(policy), decoder.head(base)), (config, config), (hidden, ref_hidden),
+        tokens_BxS[:, -response_len:], plan.temperature, plan.chunk,
+    )  # fmt: skip
+    found = NextToken(*(jnp.where(mask, x, 0.0) for x in found))
     return Forward(
         found,
         jnp.where(mask, values, 0.0),
         trunk,
         ref_hidden if plan.penalty == "full" else None,
     )
-
-
-def _flat(x_BxT: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [B * T, ...]."""
-    return x_BxT.reshape(-1, *x_BxT.shape[2:])
 
 
 def in_microbatches(f: Any, rows: Any, size: int) -> Any:
@@ -326,11 +312,11 @@ def loss(
         hidden = decoder.top(policy, config, exp.trunk_BxSxD, exp.mask_BxS)
     else:
         hidden = decoder.hidden(policy, config, exp.tokens_BxS, exp.mask_BxS)
-    hidden = hidden[:, -response_len - 1 : -1]
+    hidden = score.before(hidden, response_len)
     full = plan.penalty == "full"
 
     def project(head: jax.Array, states: jax.Array) -> jax.Array:
-        return lg.temper(decoder.project(head, config, states), plan.temperature)
+        return score.project(head, config, states, plan.temperature)
 
     def token_loss(logits, frozen, tokens, old, advantages, here, kl_w, entropy_w, ref_hidden):
         ref_head, count = frozen
@@ -352,13 +338,16 @@ def loss(
         token_loss,
         project,
         decoder.head(policy),
-        _flat(hidden),
+        score.flat(hidden),
         (
-            *map(_flat, (exp.tokens_BxS[:, -response_len:], exp.log_probs_BxT, exp.advantages_BxT)),
-            _flat(mask),
+            *map(
+                score.flat,
+                (exp.tokens_BxS[:, -response_len:], exp.log_probs_BxT, exp.advantages_BxT),
+            ),
+            score.flat(mask),
             each_token(exp.kl_weight_B),
             each_token(exp.entropy_weight_B),
-            None if exp.ref_hidden_BxTxD is None else _flat(exp.ref_hidden_BxTxD),
+            None if exp.ref_hidden_BxTxD is None else score.flat(exp.ref_hidden_BxTxD),
         ),
         plan.chunk,
         frozen=(decoder.head(base) if full else None, count),
