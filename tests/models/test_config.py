@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from vbon_jax.models import cache, decoder
-from vbon_jax.models.config import DecoderConfig
+from vbon_jax.models.config import DecoderConfig, Rotary
 
 CONFIG = DecoderConfig(vocab_size=5, positions=9, layers=2, width=12, heads=3, mlp_width=8)
 
@@ -47,3 +47,8 @@ def test_replaced_sizes_are_checked():
     for name in ("kv_heads", "head_width"):
         with pytest.raises(ValueError, match=f"{name} is 0: give an integer of at least 1"):
             dataclasses.replace(CONFIG, **{name: 0})
+
+
+def test_an_odd_number_of_rotated_dimensions_is_refused():
+    with pytest.raises(ValueError, match="head_width is 5, of which 5 dimensions are rotated"):
+        dataclasses.replace(CONFIG, head_width=5, rotary=Rotary())

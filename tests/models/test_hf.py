@@ -443,3 +443,10 @@ def test_placements_and_dtypes_we_cannot_do_are_refused(saved):
         hf.load_decoder(saved, place=place)
     with pytest.raises(ValueError, match="dtype is 'float16': give one of"):
         hf.load_decoder(saved, dtype="float16")
+
+
+def test_a_whole_model_takes_the_place_of_an_adapter(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    hf.save_decoder(tmp_path, CONFIG, params(), **IDS)
+    assert not list(tmp_path.glob("adapter*"))

@@ -152,6 +152,13 @@ class DecoderConfig:
             raise ValueError(f"width is {self.width}: give a multiple of heads, {self.heads}")
         if self.heads % self.key_heads:
             raise ValueError(f"kv_heads is {self.kv_heads}: give a divisor of heads, {self.heads}")
+        for rotary in (self.rotary, self.rotary_window):
+            rotated = 0 if rotary is None else int(self.key_width * rotary.fraction)
+            if rotated % 2:
+                raise ValueError(
+                    f"head_width is {self.key_width}, of which {rotated} dimensions are rotated: "
+                    "they are turned in pairs, so give an even number"
+                )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}: give None or at least 1")
         if self.windowed and len(self.windowed) != self.layers:

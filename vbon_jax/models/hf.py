@@ -293,6 +293,9 @@ def save_decoder(
     generation = {**ids, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     jsons = {"generation_config.json": generation, "config.json": value}
     _save(Path(path), family, config, {"decoder": params}, None, jsons, shard_bytes)
+    # transformers would put an adapter it finds beside the weights on top of its own base.
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (Path(path) / name).unlink(missing_ok=True)
 
 
 def save_classifier(
