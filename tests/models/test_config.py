@@ -50,5 +50,5 @@ def test_replaced_sizes_are_checked():
 
 
 def test_an_odd_number_of_rotated_dimensions_is_refused():
-    with pytest.raises(ValueError, match="head_width is 5, of which 5 dimensions are rotated"):
+    with pytest.raises(ValueError, match="head_width is 5, and all of it is to be rotated"):
         dataclasses.replace(CONFIG, head_width=5, rotary=Rotary())

@@ -71,6 +71,7 @@ CASES = {
 def torch_model(case, auto=AutoModelForCausalLM, **more):
     model_type, sizes = CASES[case]
     config = AutoConfig.for_model(model_type, **sizes, **more)
+    torch.manual_seed(0)
     model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():  # zero biases and unit scales would hide mistakes

@@ -153,11 +153,11 @@ class DecoderConfig:
         if self.heads % self.key_heads:
             raise ValueError(f"kv_heads is {self.kv_heads}: give a divisor of heads, {self.heads}")
         for rotary in (self.rotary, self.rotary_window):
-            rotated = 0 if rotary is None else int(self.key_width * rotary.fraction)
-            if rotated % 2:
+            pairs = 0 if rotary is None else -(-int(self.key_width * rotary.fraction) // 2)
+            if 2 * pairs > self.key_width:
                 raise ValueError(
-                    f"head_width is {self.key_width}, of which {rotated} dimensions are rotated: "
-                    "they are turned in pairs, so give an even number"
+                    f"head_width is {self.key_width}, and all of it is to be rotated, in pairs: "
+                    "give an even number"
                 )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window is {self.window}: give None or at least 1")
