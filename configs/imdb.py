@@ -11,7 +11,7 @@ pickled weights alone is refused with the line that converts it.
 Expect a win rate near n/(n+1), 0.91 at n = 10, less what training leaves on the way, at a KL to the
 reference of at most log n - (n-1)/n = 1.40 nats. The cost is a million reference samples of 40
 tokens and 100 PPO iterations; with num_layers_unfrozen=2 an iteration on 2 CPU cores takes about a
-minute, the samples several hours, and a GPU does all of it in well under one.
+minute and the samples several hours; a GPU should do all in under one (not measured).
 
     vbon run --config=configs/imdb.py:sweep
 

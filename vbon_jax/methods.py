@@ -221,6 +221,16 @@ def online(
     return Online(iterate_ppo, loop.POLICY, lambda step: float(schedule(step * a_step)))
 
 
+def offline_pass(
+    s: Settings, method: Spec, config: DecoderConfig, prompts: int
+) -> Callable[..., Any]:
+    """An offline method's gradient steps, as of ``offline.steps``: (state, pool, choices, beta,
+    alpha, base) -> (state, metrics)."""
+    plan = offline.OfflinePlan(method.name, s.sampling.temperature, s.memory.chunk)
+    tx, _ = optimizer(s, method, prompts)
+    return partial(offline.steps, config=config, plan=plan, optimizer=tx)
+
+
 def single(run: Run, w: World) -> tuple[state.TrainState, Step]:
     """First state, on the mesh, and step of the one policy of ``method``."""
     s, method = run.settings, spec(run.settings)
@@ -306,8 +316,8 @@ def _offline_step(
     s = run.settings
     o, prompts = s.offline, len(w.prompts)
     pool, rewards, order_PxM, log_ref = _pool(run, w)
-    plan = offline.OfflinePlan(method.name, s.sampling.temperature, s.memory.chunk)
-    tx, schedule = optimizer(s, method, prompts)
+    one_pass = offline_pass(s, method, w.config, prompts)
+    _, schedule = optimizer(s, method, prompts)
     total = offline_steps(s, prompts)
     width = min(STEPS, total)  # one program, also for the last pass
     chosen = [
@@ -338,9 +348,7 @@ def _offline_step(
 
     def steps(shared, state, choices, beta, alpha):
         pool, base = shared
-        return offline.steps(
-            state, pool, choices, beta, alpha, base, config=w.config, plan=plan, optimizer=tx
-        )
+        return one_pass(state, pool, choices, beta, alpha, base)
 
     if alone:
         update: Callable[..., Any] = jax.jit(steps, donate_argnums=1)

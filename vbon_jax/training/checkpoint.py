@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from vbon_jax.errors import InputError
@@ -15,8 +14,9 @@ from vbon_jax.errors import InputError
 class Checkpointer:
     """Saves and restores a train state with JSON metadata; the last ``keep`` stay.
 
-    A save returns once the state is copied; the writing goes on behind it, and a checkpoint gets
-    its name only when it is whole, so a crash at any moment leaves the one before.
+    A save returns once the state is copied to the host, and the writing goes on behind it; on CPU,
+    where that copy would take as much memory again, it returns when all is written. A checkpoint
+    gets its name only when it is whole, so a crash at any moment leaves the one before.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -41,9 +41,6 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
-        if jax.default_backend() == "cpu":
-            # Host arrays are views of device memory here: the write would race with a donation.
-            state = jax.tree.map(jnp.copy, state)
         try:
             self._manager.save(
                 step,
@@ -53,6 +50,9 @@ class Checkpointer:
             )
         except (OSError, ValueError) as error:  # tensorstore's own errors are ValueErrors
             raise self._disk_error(step, error) from error
+        if jax.default_backend() == "cpu":
+            # Host arrays are views of device memory here: the write would race with a donation.
+            self.wait()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint, laid out as ``like``; None where there is none.
