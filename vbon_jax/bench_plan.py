@@ -1,18 +1,33 @@
-"""``vbon plan`` held against measured memory: stage ``train`` in processes of its own.
+"""``vbon plan`` held against the memory that stage ``train`` takes, in processes of its own.
 
-``python -m vbon_jax.bench_plan`` makes random checkpoints in a temporary directory, trains two
-iterations under each of ``SETTINGS``, prints the table and removes them. Linux and CPU only: it
-reads /proc. Every run is done twice and the second one measured, so that its programs come from
-JAX's compilation cache: compiling takes memory of its own, on a GPU the host's.
+``python -m vbon_jax.bench_plan`` makes random models in a temporary directory, trains two
+iterations under each of ``SETTINGS`` on CPU, prints the table and removes them. Linux only: it
+reads /proc.
+
+The figure is the peak of resident memory during the stage, less what was resident before it. The
+stage is done once before in the same process: what libraries, compiled programs and the compiler
+itself keep (0.2 to 0.4 GB, whatever the model) is there by then, programs come from JAX's
+compilation cache, and the figure is what arrays and temporaries take, as a GPU's
+``peak_bytes_in_use``. The allocator is told to give back at once what is freed.
 """
 
+import argparse
+import ctypes
+import gc
 import json
-from collections.abc import Sequence
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from vbon_jax import bench_load
 from vbon_jax.data import tokenizer as tokenizers
@@ -20,79 +35,187 @@ from vbon_jax.models import decoder, heads, hf
 from vbon_jax.models.config import DecoderConfig
 
 CONFIG = "configs/reviews.py"
-# GPT-2's vocabulary, sized so that an iteration takes seconds on two cores.
+# GPT-2's vocabulary; an iteration takes seconds on two cores.
 POLICY = DecoderConfig(
     vocab_size=50_257, positions=256, layers=8, width=512, heads=8, mlp_width=2_048
 )
 REWARD = DecoderConfig(
-    vocab_size=8_192, positions=256, layers=4, width=384, heads=6, mlp_width=1_536
+    vocab_size=8_192, positions=256, layers=6, width=512, heads=8, mlp_width=2_048
 )
-PROMPTS = 64
+PROMPTS, SAMPLES = 64, 4
+LABELS = ("NEGATIVE", "POSITIVE")
+BASE = (
+    f"samples.m={SAMPLES}", "train.iterations=2", "train.checkpoint_every=2", "train.batch_size=32",
+    "train.minibatch_size=16", "train.ppo_epochs=1", "train.penalty=sampled", "memory.chunk=512",
+    "sampling.max_new_tokens=56", "reward.function=vbon_jax.bench_plan:length",
+)  # fmt: skip
+CLASSIFIER = ("reward.function=", "reward.path={root}/reward")
 
 
 class Setting(NamedTuple):
-    """flags: of ``vbon``, without ``--config.``; devices: CPU devices to feign, of one machine."""
+    """flags: of ``vbon``, without --config., after BASE; {root} is where the models are.
+    devices: CPU devices to feign; they share the process."""
 
     flags: tuple[str, ...]
     devices: int = 1
 
 
-BASE = (
-    "prompts.train=64", "prompts.test=2", "samples.m=4", "train.iterations=2",
-    "train.checkpoint_every=2", "train.batch_size=32", "train.minibatch_size=16",
-    "train.ppo_epochs=1", "prompts.longest=16", "train.penalty=sampled", "sampling.max_new_tokens=56",
-    "sampling.batch_size=32", "memory.chunk=256",  "reward.function=vbon_jax.bench_plan:length",
-)  # fmt: skip
 SETTINGS = {
-    "all of it": Setting(()),
-    "2 upper layers, full KL": Setting(("train.num_layers_unfrozen=2", "train.penalty=full")),
-    "adapters, bfloat16 frozen": Setting(
-        ("lora.rank=8", "memory.frozen_dtype=bfloat16", "memory.chunk=1024")
+    "all trained": Setting(()),
+    "2 layers unfrozen, full KL": Setting(("train.num_layers_unfrozen=2", "train.penalty=full")),
+    "LoRA, frozen in bfloat16, classifier": Setting(
+        ("lora.rank=8", "memory.frozen_dtype=bfloat16", "memory.remat=none", *CLASSIFIER)
     ),
-    "remat full, 4 microbatches": Setting(
+    "remat full, 4 microbatches, chunks of 64": Setting(
         ("memory.remat=full", "memory.accumulate=4", "memory.chunk=64")
     ),
-    "fsdp 2": Setting(("mesh.fsdp=2",), devices=2),
-}
+    "value network, moments in bfloat16": Setting(
+        ("train.value_network=reward", "memory.optimizer_dtype=bfloat16", *CLASSIFIER)
+    ),
+    "fsdp over 2 devices": Setting(("mesh.fsdp=2",), devices=2),
+    "dpo": Setting(
+        ("method.name=dpo", "offline.responses=4", "offline.pairs=6", "offline.batch_size=16",
+         "sampling.batch_size=32")
+    ),
+}  # fmt: skip
 
 
 def length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """A reward that holds nothing."""
     del prompts
-    return [float(len(r)) for r in responses]
+    return [float(len(response)) for response in responses]
 
 
 def make_models(root: Path, policy: DecoderConfig = POLICY, reward: DecoderConfig = REWARD) -> None:
-    """Random ``policy`` and ``reward`` directories, prompts and samples of them in ``root``."""
-    texts = [f"the {a} film of number {b}" for a in ("good", "bad", "long") for b in range(200)]
-    tokenizer = tokenizers.build(texts, "bpe", min(policy.vocab_size, 1_000))
+    """Random models ``policy`` and ``reward`` with a small tokenizer, prompts and samples."""
+    texts = [f"the {word} film of number {i}" for word in ("good", "bad") for i in range(200)]
+    tokenizer = tokenizers.build(texts, "bpe", 400)
     bench_load.random_checkpoint(root / "policy", policy)
     body = jax.jit(decoder.init, static_argnums=0)(reward, jax.random.key(0))
-    params = {"decoder": body, "score": heads.init_score(reward, 2, jax.random.key(1))}
+    score = heads.init_score(reward, len(LABELS), jax.random.key(1))
     hf.save_classifier(
-        root / "reward", reward, params, ("NEGATIVE", "POSITIVE"), bos_id=None, eos_id=0, pad_id=1
-    )
+        root / "reward", reward, {"decoder": body, "score": score}, LABELS, bos_id=0, eos_id=0,
+        pad_id=1,
+    )  # fmt: skip
     for name in ("policy", "reward"):
         tokenizers.save(tokenizer, root / name)
     rng = np.random.default_rng(0)
-    with (root / "prompts.jsonl").open("w") as file:
-        for text in texts[:PROMPTS]:
-            print(json.dumps({"prompt": text}), file=file)
-    with (root / "samples.jsonl").open("w") as file:
-        for text in texts[:PROMPTS]:
-            line = {
-                "prompt": text,
-                "responses": ["a film"] * 4,
-                "rewards": rng.normal(size=4).tolist(),
-            }
-            print(json.dumps(line), file=file)
+    prompts = [{"prompt": text} for text in texts[:PROMPTS]]
+    samples = [
+        line | {"responses": ["a film"] * SAMPLES, "rewards": rng.normal(size=SAMPLES).tolist()}
+        for line in prompts
+    ]
+    for name, lines in (("prompts", prompts), ("samples", samples)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def arguments(root: Path, config: str, setting: Setting) -> list[str]:
-    """Flags of ``vbon`` for a setting over what ``make_models`` made."""
+def flags(root: Path, setting: Setting, config: str = CONFIG) -> list[str]:
+    """The command line's flags for a setting, on what ``make_models`` made in ``root``."""
     paths = (
-        f"reference.path={root / 'policy'}", f"prompts.path={root / 'prompts.jsonl'}",
-        f"prompts.test_path={root / 'prompts.jsonl'}", f"samples.path={root / 'samples.jsonl'}",
+        "reference.path={root}/policy", "prompts.path={root}/prompts.jsonl",
+        "prompts.test_path={root}/prompts.jsonl", "samples.path={root}/samples.jsonl",
     )  # fmt: skip
-    given = (*BASE, *paths, *(f.replace("ROOT", str(root)) for f in setting.flags))
+    given = (flag.format(root=root) for flag in (*BASE, *paths, *setting.flags))
     return [f"--config={config}", *(f"--config.{flag}" for flag in given)]
+
+
+def compare(root: Path, setting: Setting, config: str = CONFIG) -> dict[str, Any]:
+    """Plans and measures one setting, each in a fresh process, on what ``make_models`` made.
+
+    Returns:
+      {"planned": bytes of all devices together in stage ``train``, "measured": its peak, "phase":
+      the greediest of the plan, "held": of the planned bytes, those there all the time}.
+
+    Raises RuntimeError with what a process wrote that failed.
+    """
+    line = flags(root, setting, config)
+    planned = _in_a_process("plan", root, line, setting.devices)
+    return planned | _in_a_process("train", root, line, setting.devices)
+
+
+def _in_a_process(what: str, root: Path, line: list[str], devices: int) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "vbon_jax.bench_plan", json.dumps([what, str(root), line])],
+        env=os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(root / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "MALLOC_MMAP_THRESHOLD_": str(2**18),
+            "MALLOC_TRIM_THRESHOLD_": str(2**18),
+        },
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"the process to {what} failed: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _plan_here(root: Path, line: list[str]) -> dict[str, Any]:
+    from vbon_jax import cli, plan, sharding
+
+    s = cli.parse(["plan", *line]).settings
+    mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
+    found = plan.need(s, mesh, root / "workdir")
+    return {
+        "planned": found.train * mesh.size,
+        "held": sum(found.held.values()) * mesh.size,
+        "phase": max(found.phases, key=found.phases.__getitem__),
+    }
+
+
+def _train_here(root: Path, line: list[str]) -> dict[str, Any]:
+    from vbon_jax import cli, inputs, sharding, stages, workdir
+
+    s = cli.parse(["train", *line]).settings
+    mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
+    folder = root / "workdir"
+    shutil.rmtree(folder, ignore_errors=True)
+    run = inputs.Run(s, workdir.Workdir(folder, s), mesh)
+    for stage in ("sft", "reward", "sample", "train"):
+        stages.perform(run, stage, again=False)
+    shutil.rmtree(folder / "checkpoints")
+    run.workdir.forget("train")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = bench_load._resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    stages.perform(run, "train", again=False)
+    return {"measured": bench_load._resident("VmHWM") - before}
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """{setting: a result of `compare`} as a table for the screen."""
+    shown = Table("setting", "greediest phase", title="vbon plan against measured memory")
+    for column in ("held, MB", "planned, MB", "measured, MB", "planned / measured"):
+        shown.add_column(column, justify="right")
+    for setting, row in results.items():
+        megabytes = (f"{row[key] / 1e6:.0f}" for key in ("held", "planned", "measured"))
+        ratio = row["planned"] / row["measured"]
+        shown.add_row(setting, row["phase"], *megabytes, f"{ratio:.2f}")
+    return shown
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Without arguments, or with --config, the whole table; with the JSON of one process, that."""
+    if len(arguments) == 1 and arguments[0].startswith("["):
+        what, root, line = json.loads(arguments[0])
+        here = {"plan": _plan_here, "train": _train_here}[what]
+        print(json.dumps(here(Path(root), line)))
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--config", default=CONFIG, help="which gives all keys not set here")
+    parser.add_argument("--only", action="append", choices=SETTINGS, help="a setting; repeatable")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        make_models(Path(directory))
+        results = {}
+        for name in given.only or SETTINGS:
+            results[name] = compare(Path(directory), SETTINGS[name], given.config)
+            print(f"{name}: {results[name]}", file=sys.stderr)
+        Console().print(table(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -117,6 +117,7 @@ class _World:
 
     settings: Settings
     mesh: Mesh
+    workdir: Workdir
     config: DecoderConfig
     reference: Any
     prompts: int
@@ -182,10 +183,11 @@ def _classifier(w: _World, r: Reward | RewardPart) -> tuple[Any, Any] | None:
     s = w.settings
     if r.function:
         return None
-    if isinstance(r, Reward) and not r.path:
+    config: Any
+    if isinstance(r, Reward) and not r.path and not _done(w.workdir, "reward"):
         config, labels = decoder_config(r.model, w.config.vocab_size), len(LABELS)
     else:
-        path = hub.resolve(r.path)
+        path = hub.resolve(r.path) if r.path else w.workdir.reward
         _, config, raw = hf.read_config(path)
         labels = len(config_files.labels(raw, str(path / "config.json")))
     config = dataclasses.replace(config, compute_dtype=s.memory.compute_dtype)
@@ -222,7 +224,7 @@ def need(s: Settings, mesh: Mesh, workdir: Path) -> Need:
     reference = {"decoder": _abstract(shapes, mesh, "decoder", s.memory.frozen_dtype)}
     prompts, longest = _prompts(s, made)
     columns = min(engine.bucket_length(longest), config.positions)
-    w = _World(s, mesh, config, reference, prompts, columns)
+    w = _World(s, mesh, made, config, reference, prompts, columns)
     held = {"reference": bytes_of(reference)}
     phases: dict[str, int] = {}
     with jax.set_mesh(mesh):

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vbon_jax.models import decoder, hf, trainable
+from vbon_jax.models import decoder, hf, tensor_files, trainable
 from vbon_jax.models.config import DecoderConfig, Params
 from vbon_jax.models.family import Family, Tensor
 from vbon_jax.models.layouts import CONV1D, CONV1D_HEADS, CONV1D_QKV, Shape
@@ -189,10 +189,10 @@ def save(
     # A stack does not say whose it is: the file's metadata does.
     metadata = {"format": "pt", "targets": ",".join(targets)}
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(
+    tensor_files.replace_all(
         {
-            directory / WEIGHTS: safetensors.numpy.save(tensors, metadata),
-            directory / CONFIG: (json.dumps(described, indent=2) + "\n").encode(),
+            directory / WEIGHTS: lambda at: safetensors.numpy.save_file(tensors, at, metadata),
+            directory / CONFIG: lambda at: at.write_text(json.dumps(described, indent=2) + "\n"),
         }
     )
 
@@ -235,22 +235,6 @@ def _stacked(
     weight = module.row.layout.write(leaves)
     weight = weight.T if module.row.layout in _CONV1D else weight
     return np.ascontiguousarray(np.concatenate(a)), np.ascontiguousarray(weight)
-
-
-def _replace(files: Mapping[Path, bytes]) -> None:
-    """Writes all files beside their names, then renames; if one cannot be written, none is."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    try:
-        for path, content in files.items():
-            with open(temporary[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in files:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def load(
@@ -330,12 +314,7 @@ def _unstack(
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise hf.CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise hf.CheckpointError(f"{file} holds a {type(raw).__name__}: an object is needed")
+    raw = tensor_files.read_json(file)
     rank, alpha, base = (raw.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
     if type(rank) is not int or rank < 1:
         raise hf.CheckpointError(f"{file}: r is {rank!r}: an integer of at least 1 is needed")

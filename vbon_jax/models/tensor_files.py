@@ -44,8 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"no file {path}: give a directory written by save_pretrained, holding config.json"
-            f" and {WEIGHTS}"
+            f"no file {path}: give a directory written by save_pretrained, which has it"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
@@ -250,7 +249,7 @@ def write(directory: Path, tensors: Sequence[Planned], shard_bytes: int) -> None
         }
         writers[directory / INDEX] = _json_writer(index)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(writers)
+    replace_all(writers)
     for path in directory.iterdir():
         if _OURS.fullmatch(path.name) and path not in writers:
             path.unlink()
@@ -258,7 +257,7 @@ def write(directory: Path, tensors: Sequence[Planned], shard_bytes: int) -> None
 
 def write_jsons(directory: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes JSON files, by name: all of them, or where one cannot be written none."""
-    _replace({directory / name: _json_writer(value) for name, value in values.items()})
+    replace_all({directory / name: _json_writer(value) for name, value in values.items()})
 
 
 def _split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
@@ -299,7 +298,7 @@ def _json_writer(value: Mapping[str, Any]) -> Callable[[Path], object]:
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
-def _replace(files: Mapping[Path, Callable[[Path], object]]) -> None:
+def replace_all(files: Mapping[Path, Callable[[Path], object]]) -> None:
     """Writes all files beside their names, then renames: each is the old one or the new one whole.
 
     If one cannot be written, none is replaced.
