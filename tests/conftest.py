@@ -45,3 +45,14 @@ def mesh():
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs_in_memory():
+    """Lets go of compiled programs between files once they take much: hundreds of them add up."""
+    yield
+    if (
+        int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        > 3 * 2**30
+    ):
+        jax.clear_caches()

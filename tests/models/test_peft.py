@@ -358,5 +358,5 @@ def test_files_that_are_no_adapters_are_refused(written):
     with pytest.raises(hf.CheckpointError, match="holds a list"):
         peft.load(directory, config)
     (directory / peft.CONFIG).unlink()
-    with pytest.raises(hf.CheckpointError, match="no file .*adapter_config.json"):
+    with pytest.raises(hf.CheckpointError, match=r"no file .*adapter_config.json"):
         peft.load(directory, config)
