@@ -37,16 +37,16 @@ from vbon_jax.models.config import DecoderConfig
 CONFIG = "configs/reviews.py"
 # GPT-2's vocabulary; an iteration takes seconds on two cores.
 POLICY = DecoderConfig(
-    vocab_size=50_257, positions=256, layers=8, width=512, heads=8, mlp_width=2_048
+    vocab_size=50_257, positions=256, layers=6, width=768, heads=12, mlp_width=3_072
 )
 REWARD = DecoderConfig(
-    vocab_size=8_192, positions=256, layers=6, width=512, heads=8, mlp_width=2_048
+    vocab_size=50_257, positions=256, layers=4, width=512, heads=8, mlp_width=2_048
 )
 PROMPTS, SAMPLES = 64, 4
 LABELS = ("NEGATIVE", "POSITIVE")
 BASE = (
     f"samples.m={SAMPLES}", "train.iterations=2", "train.checkpoint_every=2", "train.batch_size=32",
-    "train.minibatch_size=16", "train.ppo_epochs=1", "train.penalty=sampled", "memory.chunk=512",
+    "train.minibatch_size=16", "train.ppo_epochs=1", "train.penalty=sampled", "memory.chunk=1024",
     "sampling.max_new_tokens=56", "reward.function=vbon_jax.bench_plan:length",
 )  # fmt: skip
 CLASSIFIER = ("reward.function=", "reward.path={root}/reward")
@@ -62,20 +62,20 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "all trained": Setting(()),
-    "2 layers unfrozen, full KL": Setting(("train.num_layers_unfrozen=2", "train.penalty=full")),
-    "LoRA, frozen in bfloat16, classifier": Setting(
+    "2 layers, full KL": Setting(("train.num_layers_unfrozen=2", "train.penalty=full")),
+    "LoRA, frozen bfloat16": Setting(
         ("lora.rank=8", "memory.frozen_dtype=bfloat16", "memory.remat=none", *CLASSIFIER)
     ),
-    "remat full, 4 microbatches, chunks of 64": Setting(
+    "remat full, 4 microbatches": Setting(
         ("memory.remat=full", "memory.accumulate=4", "memory.chunk=64")
     ),
-    "value network, moments in bfloat16": Setting(
+    "value network": Setting(
         ("train.value_network=reward", "memory.optimizer_dtype=bfloat16", *CLASSIFIER)
     ),
-    "fsdp over 2 devices": Setting(("mesh.fsdp=2",), devices=2),
+    "2 devices (fsdp)": Setting(("mesh.fsdp=2",), devices=2),
     "dpo": Setting(
-        ("method.name=dpo", "offline.responses=4", "offline.pairs=6", "offline.batch_size=16",
-         "sampling.batch_size=32")
+        ("method.name=dpo", "offline.responses=4", "offline.pairs=1", "offline.epochs=1",
+         "offline.batch_size=16", "sampling.batch_size=32")
     ),
 }  # fmt: skip
 
@@ -123,8 +123,9 @@ def compare(root: Path, setting: Setting, config: str = CONFIG) -> dict[str, Any
     """Plans and measures one setting, each in a fresh process, on what ``make_models`` made.
 
     Returns:
-      {"planned": bytes of all devices together in stage ``train``, "measured": its peak, "phase":
-      the greediest of the plan, "held": of the planned bytes, those there all the time}.
+      Bytes of all devices together in stage ``train``: "held", there all the time; "planned" and
+      "measured", the peak before a checkpoint is saved (on an accelerator that is all of it), and
+      "phase", the greediest of the plan; "planned_saving" and "measured_saving", while one is.
 
     Raises RuntimeError with what a process wrote that failed.
     """
@@ -158,15 +159,16 @@ def _plan_here(root: Path, line: list[str]) -> dict[str, Any]:
     s = cli.parse(["plan", *line]).settings
     mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
     found = plan.need(s, mesh, root / "workdir")
-    return {
-        "planned": found.train * mesh.size,
-        "held": sum(found.held.values()) * mesh.size,
-        "phase": max(found.phases, key=found.phases.__getitem__),
-    }
+    held, phases = sum(found.held.values()), dict(found.phases)
+    saving = phases.pop("checkpoint")
+    phase = max(phases, key=phases.__getitem__)
+    figures = {"held": held, "planned": held + phases[phase], "planned_saving": held + saving}
+    return {name: size * mesh.size for name, size in figures.items()} | {"phase": phase}
 
 
 def _train_here(root: Path, line: list[str]) -> dict[str, Any]:
     from vbon_jax import cli, inputs, sharding, stages, workdir
+    from vbon_jax.training.checkpoint import Checkpointer
 
     s = cli.parse(["train", *line]).settings
     mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
@@ -179,21 +181,38 @@ def _train_here(root: Path, line: list[str]) -> dict[str, Any]:
     run.workdir.forget("train")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = bench_load._resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before, peaks = bench_load._resident("VmRSS"), {}
+
+    def peak_of(name: str) -> None:
+        peaks[name] = bench_load._resident("VmHWM") - before
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+
+    class Marked(Checkpointer):
+        def save(self, *args: Any) -> None:
+            peak_of("measured")
+            super().save(*args)
+            peak_of("measured_saving")
+
+    peak_of("start")
+    stages.Checkpointer = Marked  # type: ignore[misc]
     stages.perform(run, "train", again=False)
-    return {"measured": bench_load._resident("VmHWM") - before}
+    return {name: size for name, size in peaks.items() if name != "start"}
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """{setting: a result of `compare`} as a table for the screen."""
-    shown = Table("setting", "greediest phase", title="vbon plan against measured memory")
-    for column in ("held, MB", "planned, MB", "measured, MB", "planned / measured"):
+    shown = Table(title="vbon plan against measured memory, MB")
+    shown.add_column("setting", no_wrap=True)
+    shown.add_column("greediest phase", no_wrap=True)
+    columns = ("held", "planned", "measured", "ratio", "saving: planned", "measured", "ratio")
+    for column in columns:
         shown.add_column(column, justify="right")
     for setting, row in results.items():
-        megabytes = (f"{row[key] / 1e6:.0f}" for key in ("held", "planned", "measured"))
-        ratio = row["planned"] / row["measured"]
-        shown.add_row(setting, row["phase"], *megabytes, f"{ratio:.2f}")
+        cells = [f"{row['held'] / 1e6:.0f}"]
+        for saving in ("", "_saving"):
+            planned, measured = (row[name + saving] for name in ("planned", "measured"))
+            cells += [f"{planned / 1e6:.0f}", f"{measured / 1e6:.0f}", f"{planned / measured:.2f}"]
+        shown.add_row(setting, row["phase"], *cells)
     return shown
 
 

@@ -105,9 +105,12 @@ def _shape(*shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _new_bytes(program: Any) -> int:
-    """What a compiled program allocates beside its arguments, bytes a device."""
-    stats = program.memory_analysis()
+def _new_bytes(lowered: jax.stages.Lowered) -> int:
+    """What a program allocates beside its arguments, bytes a device."""
+    # Memory is settled before machine code is made, which on CPU need not be good for this.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    stats: Any = lowered.compile(compiler_options=options).memory_analysis()
     return int(stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes)
 
 
@@ -127,6 +130,18 @@ class _World:
     def columns(self) -> int:
         """Of prompt and response in one row."""
         return self.prompt + self.settings.sampling.max_new_tokens
+
+    @property
+    def on_host(self) -> bool:
+        """Whether a device's memory is the host's own, and no accelerator is meant."""
+        return jax.default_backend() == "cpu" and not self.settings.memory.device_gib
+
+    def packing(self, rows: int) -> int:
+        """What products take to lay out an operand anew, of which the compiler says nothing: on CPU
+        a chunk of logits, of ``rows`` responses or fewer; nothing elsewhere."""
+        s = self.settings
+        tokens = min(s.memory.chunk, rows * s.sampling.max_new_tokens)
+        return 4 * tokens * self.config.vocab_size // self.mesh.size if self.on_host else 0
 
 
 def _done(workdir: Workdir, stage: str) -> bool:
@@ -255,7 +270,7 @@ def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, ro
         rows, length = TEXT_ROWS, text.bucket(length, r.max_tokens or config.positions)
     batch = _abstract((_shape(rows, length), _shape(rows, length, dtype=bool)), w.mesh, "batch")
     lowered = classifier.score.lower(params, *batch, config=config, kind="logit", label=0)
-    return _new_bytes(lowered.compile())
+    return _new_bytes(lowered)
 
 
 def _rollout_bytes(w: _World, params: Any, rows: int) -> tuple[int, int]:
@@ -270,7 +285,7 @@ def _rollout_bytes(w: _World, params: Any, rows: int) -> tuple[int, int]:
         pad_id=0,
     )  # fmt: skip
     slots = jax.eval_shape(partial(cache.init, w.config, rows, w.columns))
-    return _new_bytes(lowered.compile()), bytes_of(_abstract(slots, w.mesh, "cache"))
+    return _new_bytes(lowered), bytes_of(_abstract(slots, w.mesh, "cache"))
 
 
 def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
@@ -291,8 +306,7 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     held["trained"] = bytes_of(state.params)
     held["optimizer"] = bytes_of(state.opt_state)
     held["reference rewards"] = bytes_of(table)
-    if jax.default_backend() == "cpu" and not s.memory.device_gib:
-        # There a device's memory is the host's, where checkpoints wait in the form they will have.
+    if w.on_host:  # where a checkpoint waits to be written, in the form it will have
         phases["checkpoint"] = bytes_of(state)
     if method.name in OFFLINE:
         _offline(w, method, state, held, phases)
@@ -310,8 +324,9 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     phases["rollout"] = rollout + bytes_of(batches[1:])
     scalar = _shape(dtype=jnp.float32)
     program = jax.jit(own.iteration, donate_argnums=0)
-    compiled = program.lower(state, w.reference, batches, table, scalar, scalar).compile()
-    phases["update"] = _new_bytes(compiled) + bytes_of(batches)
+    lowered = program.lower(state, w.reference, batches, table, scalar, scalar)
+    step = s.train.minibatch_size // s.memory.accumulate
+    phases["update"] = _new_bytes(lowered) + bytes_of(batches) + w.packing(step)
     return kv
 
 
@@ -374,14 +389,14 @@ def _offline(
         scored = jax.jit(
             partial(offline.log_prob, config=w.config, temperature=s.sampling.temperature)
         )
-        phases["log pi_ref"] = _new_bytes(scored.lower(w.reference, *few).compile())
+        phases["log pi_ref"] = _new_bytes(scored.lower(w.reference, *few))
     many = (min(methods.STEPS, methods.offline_steps(s, w.prompts)), s.offline.batch_size)
     chosen = offline.Choices(_shape(*many), _shape(*many), _shape(*many, dtype=jnp.float32))
     base = None if inputs.trained(s).whole else w.reference["decoder"]
     scalar = _shape(dtype=jnp.float32)
     program = jax.jit(methods.offline_pass(s, method, w.config, w.prompts), donate_argnums=0)
-    compiled = program.lower(state, pool, chosen, scalar, scalar, base).compile()
-    phases["gradient steps"] = _new_bytes(compiled)
+    lowered = program.lower(state, pool, chosen, scalar, scalar, base)
+    phases["gradient steps"] = _new_bytes(lowered) + w.packing(2 * s.offline.batch_size)
 
 
 def device_bytes(s: Settings) -> int:
