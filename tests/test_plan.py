@@ -1,4 +1,4 @@
-"""What ``vbon plan`` tells, against the arrays a run really has; peaks are measured by bench_plan."""
+"""What ``vbon plan`` tells, against the arrays that a run really has."""
 
 import gc
 import json

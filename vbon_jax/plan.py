@@ -109,7 +109,7 @@ def _new_bytes(lowered: jax.stages.Lowered) -> int:
     """What a program allocates beside its arguments, bytes a device."""
     # Memory is settled before machine code is made, which on CPU need not be good for this.
     on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
     stats: Any = lowered.compile(compiler_options=options).memory_analysis()
     return int(stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes)
 
