@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from vbon_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from vbon_jax import settings as st
+    from vbon_jax import config as st
 
 COMMANDS = {
     "run": "every stage the config lists, in order; what is complete is skipped",
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises InputError naming the stage, flag or config key that is wrong.
     """
-    from vbon_jax import settings as st  # imports jax, which --help should not wait for
+    from vbon_jax import config as st  # imports jax, which --help should not wait for
 
     path = _config_name(argv).partition(":")[0]
     if path and not os.path.isfile(path):
@@ -153,7 +153,7 @@ def _flag_error(argv: Sequence[str], error: Exception) -> str:
 def execute(argv: Sequence[str]) -> None:
     """Parses and runs; raises what ``main`` turns into an exit code."""
     if [word for word in argv if not word.startswith("-")] == ["bench"]:
-        from vbon_jax import bench
+        from vbon_jax.bench import log_f as bench
 
         bench.main()
         return
@@ -173,7 +173,9 @@ def execute(argv: Sequence[str]) -> None:
     if command.stage == "plan":
         _plan(settings, command.workdir)
         return
-    from vbon_jax import inputs, sharding, stages, workdir  # after the flags: jax starts here
+    from vbon_jax import sharding  # after the flags: jax starts here
+    from vbon_jax.stages import all_stages as stages
+    from vbon_jax.stages import inputs, workdir
 
     mesh = settings.mesh
     run = inputs.Run(
@@ -199,7 +201,8 @@ def _plan(settings: "st.Settings", workdir: str) -> None:
     """Prints what a run needs of each device; touches no workdir."""
     from rich.console import Console
 
-    from vbon_jax import plan, sharding
+    from vbon_jax import sharding
+    from vbon_jax.stages import plan
 
     m = settings.mesh
     wanted = m.data * m.fsdp * m.tensor

@@ -4,8 +4,8 @@ import os
 
 import tensorflow_datasets as tfds
 
-from vbon_jax.data import reviews
-from vbon_jax.data.text import Example
+from vbon_jax.data.sources import reviews
+from vbon_jax.data.sources.text import Example
 
 TRAIN, TEST = 25, 10
 

@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from vbon_jax.data import prompts, reviews, tokenizer
+from vbon_jax.data import prompts, tokenizer
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.sources import reviews
 from vbon_jax.errors import InputError
 
 

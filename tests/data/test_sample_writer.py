@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from vbon_jax.data import reference
-from vbon_jax.data.reference import PromptSamples, SampleWriter
+from vbon_jax.data import samples as reference
+from vbon_jax.data.samples import PromptSamples, SampleWriter
 from vbon_jax.errors import InputError
 
 
@@ -158,7 +158,7 @@ KILLED = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from test_sample_writer import sample
-from vbon_jax.data.reference import SampleWriter
+from vbon_jax.data.samples import SampleWriter
 with SampleWriter(sys.argv[1]) as writer:
     print("open", writer.recovery, flush=True)
     done = set(writer.done)

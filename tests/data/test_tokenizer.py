@@ -6,7 +6,8 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from vbon_jax.data import reviews, tokenizer
+from vbon_jax.data import tokenizer
+from vbon_jax.data.sources import reviews
 from vbon_jax.errors import InputError
 
 
@@ -56,7 +57,8 @@ def test_bpe_vocabulary_and_special_tokens(bpe, texts):
 def test_bpe_is_the_same_in_another_process(bpe, texts, tmp_path):
     code = (
         "import sys\n"
-        "from vbon_jax.data import reviews, tokenizer\n"
+        "from vbon_jax.data import tokenizer\n"
+        "from vbon_jax.data.sources import reviews\n"
         "texts = [e.text for e in reviews.examples(0, 500)]\n"
         "print(tokenizer.build(texts, 'bpe', 400).backend_tokenizer.to_str())"
     )

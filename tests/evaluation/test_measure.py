@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from vbon_jax.bon import references, theory
-from vbon_jax.data.reference import PromptSamples
+from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import measure
 from vbon_jax.models import decoder
-from vbon_jax.responses import Response
-from vbon_jax.sampling import decode, engine
-from vbon_jax.sampling.engine import Request
+from vbon_jax.sampling import decode
+from vbon_jax.sampling import sampler as engine
+from vbon_jax.sampling.responses import Response
+from vbon_jax.sampling.sampler import Request
 
 T = 3
 TEMPERATURE = 0.7

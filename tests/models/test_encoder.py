@@ -10,7 +10,8 @@ import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from vbon_jax.models import encoder, families, hf
+from vbon_jax.models import encoder, hf
+from vbon_jax.models.hf import families
 
 # The epsilon is far from the default, so that it shows; DistilBERT's cannot be set.
 SIZES = {

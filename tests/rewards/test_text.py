@@ -7,9 +7,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from vbon_jax import sharding
-from vbon_jax.data import chat
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.models import hf
 from vbon_jax.rewards import classifier, text

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vbon_jax.sampling import decode, engine, score
+from vbon_jax.models import log_probs as score
+from vbon_jax.sampling import decode
+from vbon_jax.sampling import sampler as engine
 
 T = 8
 EOS = 3

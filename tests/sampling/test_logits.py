@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vbon_jax.rl.next_token import log_prob, temper
 from vbon_jax.sampling import logits as lg
 
 
@@ -47,7 +48,7 @@ def test_sample_frequencies_follow_softmax(rng):
 
 
 def test_temper_divides_and_is_float32():
-    out = lg.temper(jnp.array([1.0, 2.0], jnp.bfloat16), 0.5)
+    out = temper(jnp.array([1.0, 2.0], jnp.bfloat16), 0.5)
     assert out.dtype == jnp.float32
     np.testing.assert_array_equal(out, [2.0, 4.0])
 
@@ -69,4 +70,4 @@ def test_log_prob_is_log_softmax(rng):
     expected = np.take_along_axis(
         np.asarray(jax.nn.log_softmax(logits)), tokens[..., None], axis=-1
     )[..., 0]
-    np.testing.assert_allclose(lg.log_prob(logits, jnp.asarray(tokens)), expected, rtol=1e-6)
+    np.testing.assert_allclose(log_prob(logits, jnp.asarray(tokens)), expected, rtol=1e-6)

@@ -13,7 +13,7 @@ from vbon_jax import sharding
 from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.models import heads
-from vbon_jax.sampling import engine
+from vbon_jax.sampling import sampler as engine
 from vbon_jax.training import ppo, state
 
 T = 6

@@ -12,7 +12,8 @@ from vbon_jax import sharding
 from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.models import decoder
-from vbon_jax.sampling import decode, engine
+from vbon_jax.sampling import decode
+from vbon_jax.sampling import sampler as engine
 from vbon_jax.training import bond, loop, ppo, state
 from vbon_jax.training.loop import World
 

@@ -16,7 +16,7 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.models import decoder
 from vbon_jax.progress import Stopped
-from vbon_jax.sampling import engine
+from vbon_jax.sampling import sampler as engine
 from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.loop import LoopPlan, World

@@ -11,7 +11,7 @@ import pytest
 
 from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.data.reference import PromptSamples
+from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.models import decoder
 from vbon_jax.rl import preference

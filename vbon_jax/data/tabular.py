@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vbon_jax.data.text import Example
+from vbon_jax.data.sources.text import Example
 
 ALPHABET = "abcdef"
 LENGTH = 4

@@ -14,7 +14,7 @@ from rich.table import Table
 from vbon_jax.bon.ks import ks_test
 from vbon_jax.bon.log_f import log_f
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation.table import MISSING
+from vbon_jax.report.tables import MISSING
 
 TOLERATED = 0.001  # share of prompts that may differ from all M samples where m is enough
 TOP_SAMPLES = 10  # reference samples wanted among the top 1/n of rewards

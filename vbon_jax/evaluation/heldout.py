@@ -8,20 +8,22 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from vbon_jax import inputs, responses
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import pool as bon_pool
-from vbon_jax.data import reference as reference_files
+from vbon_jax.data import samples as reference_files
 from vbon_jax.data import tabular
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.data.reference import PromptSamples
-from vbon_jax.evaluation import fixed_points, measure
-from vbon_jax.inputs import Decoder, Run
+from vbon_jax.data.samples import PromptSamples
+from vbon_jax.evaluation import exact as fixed_points
+from vbon_jax.evaluation import measure
 from vbon_jax.progress import reporting
-from vbon_jax.responses import Reward
-from vbon_jax.sampling import engine
-from vbon_jax.sampling.engine import Request, Sampling
+from vbon_jax.sampling import responses
+from vbon_jax.sampling import sampler as engine
+from vbon_jax.sampling.responses import Reward
+from vbon_jax.sampling.sampler import Request, Sampling
+from vbon_jax.stages import inputs
+from vbon_jax.stages.inputs import Decoder, Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,16 @@ from vbon_jax.bon import enumeration, theory
 from vbon_jax.bon import pool as bon_pool
 from vbon_jax.bon import references as bon_references
 from vbon_jax.bon.references import References
-from vbon_jax.data.reference import PromptSamples
+from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare
 from vbon_jax.models import decoder
+from vbon_jax.models import log_probs as score
 from vbon_jax.models.decoder import DecoderConfig
-from vbon_jax.responses import Response
 from vbon_jax.rl import kl
-from vbon_jax.sampling import decode, engine, score
+from vbon_jax.sampling import decode
+from vbon_jax.sampling import sampler as engine
+from vbon_jax.sampling.responses import Response
 
 REPEATS = 5  # of each timing; the median counts
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import sharding
-from vbon_jax.data import chat
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.rewards import classifier
 from vbon_jax.rewards.function import Decode, texts_of

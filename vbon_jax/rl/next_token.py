@@ -20,6 +20,20 @@ class NextToken(NamedTuple):
     entropy: jax.Array
 
 
+def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """logits / temperature in float32: the one definition of "at the sampling temperature".
+
+    Sampler, PPO ratio, KL and log pi_ref all go through it, so they speak of one distribution.
+    """
+    return logits.astype(jnp.float32) / temperature
+
+
+def log_prob(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
+    """log softmax(logits)[token], float32 nats, shape [B] (any leading shape)."""
+    chosen = jnp.take_along_axis(logits_BxV, token_B[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits_BxV, axis=-1)
+
+
 @jax.custom_vjp
 def next_token(
     logits_BxTxV: jax.Array, ref_logits_BxTxV: jax.Array, tokens_BxT: jax.Array

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from vbon_jax import sharding
 from vbon_jax.models import cache as kv_cache
 from vbon_jax.models import decoder
+from vbon_jax.rl.next_token import log_prob, temper
 from vbon_jax.sampling import logits as lg
 
 
@@ -85,10 +86,10 @@ def rollout(
     )(jnp.arange(max_new_tokens))
 
     def pick(hidden_BxD: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tempered = lg.temper(decoder.logits(params, config, hidden_BxD), temperature)
+        tempered = temper(decoder.logits(params, config, hidden_BxD), temperature)
         filtered = lg.filter_top_p(lg.filter_top_k(tempered, top_k), top_p)
         token = lg.sample(uniform_TxB[t], filtered)
-        return token, lg.log_prob(tempered, token)
+        return token, log_prob(tempered, token)
 
     cache = kv_cache.init(config, batch, prompt_len + max_new_tokens)
     cache = sharding.constrain(cache, "cache")
@@ -114,9 +115,9 @@ def rollout(
     def body(carry):
         t, _, token, done, cache, tokens, log_probs, mask = carry
         hidden, cache = decoder.step(params, config, token, prompt_lengths + t - 1, cache)
-        token, log_prob = pick(hidden, t)
+        token, log_prob_B = pick(hidden, t)
         tokens = tokens.at[t].set(jnp.where(done, pad_id, token))
-        log_probs = log_probs.at[t].set(jnp.where(done, 0.0, log_prob))
+        log_probs = log_probs.at[t].set(jnp.where(done, 0.0, log_prob_B))
         mask = mask.at[t].set(~done)
         done |= is_eos(token)
         return t + 1, someone_goes_on(done), token, done, cache, tokens, log_probs, mask

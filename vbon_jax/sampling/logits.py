@@ -6,14 +6,6 @@ import jax.numpy as jnp
 BLOCK = 256  # of the vocabulary, for the two scans of ``sample``
 
 
-def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """logits / temperature in float32: the one definition of "at the sampling temperature".
-
-    Sampler, PPO ratio, KL and log pi_ref all go through it, so they speak of one distribution.
-    """
-    return logits.astype(jnp.float32) / temperature
-
-
 def filter_top_k(logits_BxV: jax.Array, k: int) -> jax.Array:
     """Keep the k largest logits of a row (more at a tie), the others become -inf; k=0 keeps all."""
     if k <= 0 or k >= logits_BxV.shape[-1]:
@@ -67,9 +59,3 @@ def _first_above(cdf_BxN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, ja
     index_B = jnp.sum(cdf_BxN <= target_B[:, None], axis=-1, dtype=jnp.int32)
     before_B = jnp.take_along_axis(cdf_BxN, jnp.maximum(index_B - 1, 0)[:, None], axis=-1)[:, 0]
     return index_B, target_B - jnp.where(index_B > 0, before_B, 0.0)
-
-
-def log_prob(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """log softmax(logits)[token], float32 nats, shape [B] (any leading shape)."""
-    chosen = jnp.take_along_axis(logits_BxV, token_B[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits_BxV, axis=-1)

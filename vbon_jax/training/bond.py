@@ -13,8 +13,8 @@ from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
 from vbon_jax.bon.references import References
 from vbon_jax.models import decoder, trainable
+from vbon_jax.models import log_probs as score
 from vbon_jax.rl import bond, kl
-from vbon_jax.sampling import score
 from vbon_jax.training.ppo import RolloutBatch
 from vbon_jax.training.state import TrainState
 

@@ -19,10 +19,10 @@ from vbon_jax.errors import InputError
 from vbon_jax.models import trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.progress import Stopped, StopSignal, reporting
-from vbon_jax.responses import Reward, check_rewards, counts_of
-from vbon_jax.sampling import engine
+from vbon_jax.sampling import sampler as engine
 from vbon_jax.sampling.decode import Rollout
-from vbon_jax.sampling.engine import Request, Sampling
+from vbon_jax.sampling.responses import Reward, check_rewards, counts_of
+from vbon_jax.sampling.sampler import Request, Sampling
 from vbon_jax.training import ppo
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.metrics import MetricsWriter

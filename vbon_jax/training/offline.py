@@ -19,12 +19,13 @@ import optax
 from vbon_jax import sharding
 from vbon_jax.bon import pool as bon_pool
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.data.reference import PromptSamples
+from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
+from vbon_jax.models import log_probs as score
 from vbon_jax.models import trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.rl import kl, preference
-from vbon_jax.sampling import engine, score
+from vbon_jax.sampling import sampler as engine
 from vbon_jax.training.state import TrainState
 
 METHODS = ("bon_sft", "dpo", "bonbon")

@@ -21,9 +21,10 @@ from vbon_jax import sharding
 from vbon_jax.bon.references import References
 from vbon_jax.models import trainable
 from vbon_jax.models.decoder import DecoderConfig
-from vbon_jax.responses import check_rewards, counts_of
-from vbon_jax.sampling import decode, engine
-from vbon_jax.sampling.engine import Request, Sampling
+from vbon_jax.sampling import decode
+from vbon_jax.sampling import sampler as engine
+from vbon_jax.sampling.responses import check_rewards, counts_of
+from vbon_jax.sampling.sampler import Request, Sampling
 from vbon_jax.training import loop, ppo, state
 from vbon_jax.training.loop import Step, World
 

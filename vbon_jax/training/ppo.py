@@ -14,11 +14,11 @@ from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
 from vbon_jax.bon.references import References
 from vbon_jax.models import decoder, heads, trainable
+from vbon_jax.models import log_probs as score
 from vbon_jax.rl import chunked, gae, kl, ppo, shaping
 from vbon_jax.rl.masking import masked_mean
-from vbon_jax.rl.next_token import NextToken, next_token
-from vbon_jax.sampling import decode, score
-from vbon_jax.sampling import logits as lg
+from vbon_jax.rl.next_token import NextToken, log_prob, next_token
+from vbon_jax.sampling import decode
 from vbon_jax.training.state import TrainState
 
 
@@ -324,7 +324,7 @@ def loss(
             found = next_token(logits, project(ref_head, ref_hidden), tokens)
             chosen = found.log_prob
         else:
-            chosen = lg.log_prob(logits, tokens)
+            chosen = log_prob(logits, tokens)
         total, info = ppo.policy_loss(chosen, old, advantages, here, plan.clip_policy, count)
         policy_part = total
         if full:

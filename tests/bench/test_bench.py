@@ -1,0 +1,60 @@
+"""The benchmarks at a size that takes no time: both sides agree, and the numbers are all there."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vbon_jax.bench import log_f as bench
+from vbon_jax.bench import population as bench_population
+from vbon_jax.bon import ks
+from vbon_jax.bon import log_f as lf
+
+
+def test_times_are_measured_and_shown():
+    results = bench.log_f_times(prompts=6, m=20, lookups=12) | bench.ks_times(6, 10, 16)
+    assert list(results) == [
+        "log F tables, 6 x 20, from lists",
+        "log F tables, 6 x 20, from a matrix",
+        "12 look-ups of log F",
+        "6 KS tests, 10 against 16",
+    ]
+    for row in results.values():
+        assert row["loop_s"] > 0 and row["ours_s"] > 0
+        assert row["ratio"] == pytest.approx(row["loop_s"] / row["ours_s"])
+    out = io.StringIO()
+    Console(file=out, width=120).print(bench.table(results))
+    shown = out.getvalue()
+    assert all(what in shown for what in results)
+    assert f"{results['6 KS tests, 10 against 16']['ratio']:.1f}x" in shown
+
+
+def test_a_disagreement_is_an_error(monkeypatch):
+    right = lf.log_f
+    monkeypatch.setattr(lf, "log_f", lambda k, m, estimator: right(k, m + 1, estimator))
+    with pytest.raises(AssertionError):
+        bench.log_f_times(prompts=2, m=20, lookups=4)
+    monkeypatch.setattr(ks, "ks_test", lambda a, b: (np.zeros(len(a)), np.ones(len(a))))
+    with pytest.raises(AssertionError):
+        bench.ks_times(2, 10, 16)
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="lookups must be a multiple of prompts, got lookups=5"):
+        bench.log_f_times(prompts=3, m=4, lookups=5)
+    with pytest.raises(ValueError, match="m must be >= 1, got m=0"):
+        bench.log_f_times(prompts=3, m=0, lookups=3)
+    with pytest.raises(ValueError, match="got prompts=0"):
+        bench.ks_times(prompts=0)
+
+
+def test_a_population_does_what_its_single_runs_do():
+    times = bench_population.population_times(
+        members=2, iterations=2, batch_size=16, layers=1, width=16, vocabulary=64, new_tokens=6
+    )
+    assert times["difference"] < 1e-4
+    assert times["ratio"] == pytest.approx(times["singles_s"] / times["population_s"])
+    shown = Console(file=io.StringIO(), width=100)
+    shown.print(bench.population_table(times))
+    assert "population_compile_s" in shown.file.getvalue()

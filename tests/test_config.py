@@ -1,0 +1,224 @@
+"""Config files and the keys they set."""
+
+import ast
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from vbon_jax import config as st
+from vbon_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name, *variant):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*variant).to_dict()
+
+
+@pytest.fixture
+def values():
+    return load("tabular")
+
+
+def change(values, key, value):
+    values = copy.deepcopy(values)
+    *groups, name = key.split(".")
+    group = values
+    for g in groups:
+        group = group[g]
+    group[name] = value
+    return values
+
+
+CONFIGS = [
+    ("tabular",), ("tabular", "sweep"), ("reviews",), ("reviews", "text"), ("reviews_sweep",),
+    ("reviews_sweep", "text"), ("verifier",), ("imdb",), ("imdb", "sweep"), ("tldr",),
+    ("tldr", "sweep"), ("chat",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: ":".join(c))
+def test_every_config_file_parses(config):
+    parsed = st.parse(load(*config))
+    given = st.flatten(st.as_dict(parsed)).keys()
+    assert given == {key for key, _ in st.reference_rows() if ".NAME." not in key}
+
+
+def test_every_config_file_is_tested():
+    assert {p.stem for p in (ROOT / "configs").glob("*.py")} == {name for name, *_ in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("method.n", 0.5, "method.n=0.5: must be at least 1"),
+        ("method.n", float("nan"), "method.n=nan: must be a finite number"),
+        ("method.estimator", "magic", "method.estimator='magic': choose one of smoothed, strict"),
+        ("samples.m", 0, "samples.m=0: must be at least 1"),
+        ("samples.m", 2.5, "samples.m=2.5: must be int"),
+        ("samples.m", True, "samples.m=True: must be int"),
+        ("train.whiten", 1, "train.whiten=1: must be bool"),
+        ("train.minibatch_size", 100, "train.batch_size=512 is not a multiple"),
+        ("train.clip_policy", 1.0, "train.clip_policy=1.0: must be below 1"),
+        ("train.learning_rate", 0.0, "train.learning_rate=0.0: must be above 0"),
+        ("sampling.temperature", 0.0, "sampling.temperature=0.0: must be above 0"),
+        ("evaluate.temperatures", (), "evaluate.temperatures is empty"),
+        ("evaluate.temperatures", (0.0,), "evaluate.temperatures has 0.0"),
+        ("stages", ("sft", "dance"), "stages names 'dance'"),
+        ("reference.model.heads", 3, "reference.model.width=64 is not a multiple"),
+        ("prompts.min_tokens", 5, "prompts.min_tokens=5 is more than"),
+        ("reward.path", "somewhere", "set one of them"),
+        ("data.test_path", "x.jsonl", "data.path is empty"),
+        ("data", 3, "data=3: must be a group of keys"),
+        ("method.name", "sft", "method.name='sft': choose one of bon, vbon, ppo, bond, bon_sft"),
+        ("method.objective", "reward", "method.objective='reward': choose one of exact"),
+        ("method.beta", 0.0, "method.beta=0.0: must be above 0"),
+        ("method.ties", "coin", "method.ties='coin': choose one of random, order"),
+        ("bond.form", "forward", "bond.form='forward': choose one of jeffreys, backward"),
+        ("bond.anchor_rate", 1.1, "bond.anchor_rate=1.1: must be at most 1"),
+        ("offline.labels", "loud", "offline.labels='loud': choose one of hard, soft"),
+        ("offline.responses", 1, "offline.responses=1: must be at least 2"),
+        ("evaluator.path", "x", "evaluator.path='x' and evaluator.function='f:g': set one of them"),
+        (
+            "evaluator.model",
+            {"layers": 1, "width": 6, "heads": 4, "positions": 8},
+            "evaluator.model.width=6 is not a multiple",
+        ),
+        ("convergence.level", 1.0, "convergence.level=1.0: must be below 1"),
+        ("convergence.m", (5, 600), "convergence.m has 600: each must be at least 1 and below "),
+        ("convergence.m", (0,), "convergence.m has 0: each must be at least 1"),
+        (
+            "convergence.m_full",
+            400,
+            "convergence.m has 400: each must be at least 1 and below convergence.m_full=400",
+        ),
+        ("sweep.seeds", 0, "sweep.seeds=0: must be at least 1"),
+        ("sweep.stale_seconds", 0.0, "sweep.stale_seconds=0.0: must be above 0"),
+        (
+            "sweep.lower_bound_estimator",
+            "interval",
+            "sweep.lower_bound_estimator='interval': choose one of smoothed, harmonic, exponential",
+        ),
+        # Tuples hold what they are said to.
+        ("sweep.bon", 3, "sweep.bon=3: must be"),
+        ("sweep.bon", (2, 2.5), "sweep.bon has 2.5: it must hold whole numbers"),
+        ("sweep.bon", (True,), "sweep.bon has True: it must hold whole numbers"),
+        ("convergence.m", ("5",), "convergence.m has '5': it must hold whole numbers"),
+        ("sweep.vbon", (2.0, "4"), "sweep.vbon has '4': it must hold finite numbers"),
+        ("sweep.vbon", (True,), "sweep.vbon has True: it must hold finite numbers"),
+        ("sweep.ppo", (float("inf"),), "sweep.ppo has inf: it must hold finite numbers"),
+        ("evaluate.temperatures", ("hot",), "evaluate.temperatures has 'hot': it must hold finite"),
+        # The grids of a sweep; samples.m = evaluate.m = 200.
+        ("sweep.bon", (2, 0), "sweep.bon has 0: it must be at least 1"),
+        ("sweep.bon", (201,), "sweep.bon has 201, more than evaluate.m=200"),
+        ("sweep.vbon", (0.5,), "sweep.vbon has 0.5: it must be at least 1"),
+        ("sweep.lower_bound", (0.5,), "sweep.lower_bound has 0.5: it must be at least 1"),
+        ("sweep.bond", (2.0, 1.0), "sweep.bond=1: bond has the KL coefficient 1/(n-1)"),
+        ("sweep.bonbon", (1,), "sweep.bonbon=1: bonbon needs a best and a worst"),
+        ("sweep.bonbon", (201,), "sweep.bonbon has 201, more than samples.m=200"),
+        ("sweep.bon_sft", (0,), "sweep.bon_sft has 0: it must be at least 1"),
+        ("sweep.bon_sft", (201,), "sweep.bon_sft has 201, more than samples.m=200"),
+        ("sweep.m", (0,), "sweep.m has 0: it must be at least 1"),
+        ("sweep.m", (4, 201), "sweep.m has 201, more than samples.m=200"),
+        ("sweep.ppo", (0.0,), "sweep.ppo has 0.0: it must be above 0"),
+        ("sweep.dpo", (-1.0,), "sweep.dpo has -1.0: it must be above 0"),
+        ("sweep.temperatures", (0.0,), "sweep.temperatures has 0.0: it must be above 0"),
+    ],
+)
+def test_bad_values_are_named(values, key, value, message):
+    values["evaluator"]["function"] = "f:g"
+    st.parse(values)
+    with pytest.raises(InputError) as error:
+        st.parse(change(values, key, value))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bonbon", {"method.n": 1}, "method.n=1: bonbon needs a best and a worst, n of at least 2"),
+        ("bonbon", {"method.n": 2.5}, "method.n=2.5: bonbon takes the best of a whole number n"),
+        ("bonbon", {"method.n": 201}, "method.n=201: bonbon takes the best of a whole number n of "
+         "the samples.m=200 stored ones"),
+        ("bon_sft", {"method.n": 2.5}, "method.n=2.5: bon_sft takes the best of a whole number n"),
+        ("bon_sft", {"method.n": 201}, "method.n=201: bon_sft takes the best"),
+        ("bond", {"method.n": 1}, "method.n=1: bond has the KL coefficient 1/(n-1), so n must be"),
+        ("dpo", {"offline.responses": 4, "offline.pairs": 7}, "offline.pairs=7 is more than the 6 "
+         "pairs of offline.responses=4"),
+        ("dpo", {"offline.responses": 201}, "offline.responses=201 is more than samples.m=200"),
+        ("bon_sft", {"offline.pairs": 63}, "offline.batch_size=64 is more than the 63 examples of "
+         "prompts.train=1 x offline.pairs=63"),
+        ("bonbon", {"offline.pairs": 31, "prompts.train": 2}, "than the 62 examples"),
+    ],
+)  # fmt: skip
+def test_what_a_method_cannot_do_is_named(values, name, changes, message):
+    for key, value in changes.items():
+        values = change(values, key, value)
+    st.parse(values)  # vbon does not mind
+    with pytest.raises(InputError) as error:
+        st.parse(change(values, "method.name", name))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["sweep.dpo", "method.name"])
+def test_a_sweep_over_dpo_needs_its_pairs_as_dpo_does(values, key):
+    values = change(change(values, "offline.responses", 4), "offline.pairs", 7)
+    with pytest.raises(InputError, match=r"offline\.pairs=7 is more than the 6 pairs"):
+        st.parse(change(values, key, "dpo" if key == "method.name" else (0.1,)))
+
+
+def test_what_methods_can_just_do_is_taken(values):
+    for name, n in (("bon_sft", 1), ("bon_sft", 200), ("bonbon", 2), ("bonbon", 200),
+                    ("bond", 1.01), ("vbon", 1), ("ppo", 1), ("bon", 1000)):  # fmt: skip
+        st.parse(change(change(values, "method.name", name), "method.n", n))
+    # Samples made elsewhere bring prompts of their own number.
+    few = change(change(values, "method.name", "bon_sft"), "offline.pairs", 1)
+    st.parse(change(few, "prompts.path", "p.jsonl"))
+    st.parse(change(few, "samples.path", "s.jsonl"))
+    parsed = st.parse(change(values, "sweep", values["sweep"] | {"vbon": [1, 2.5], "bon": [200]}))
+    assert parsed.sweep.vbon == (1.0, 2.5) and parsed.sweep.bon == (200,)
+    assert all(isinstance(n, float) for n in parsed.sweep.vbon)
+
+
+@pytest.mark.parametrize("estimator", ["strict", "interval"])
+@pytest.mark.parametrize("objective", ["lower_bound", "jensen_bound"])
+def test_estimators_without_a_finite_log_f_are_refused_for_the_bounds(values, estimator, objective):
+    values = change(values, "method.estimator", estimator)
+    st.parse(values)
+    with pytest.raises(InputError, match=f"method.estimator={estimator}"):
+        st.parse(change(values, "method.objective", objective))
+
+
+def test_unknown_and_missing_keys_are_named(values):
+    with pytest.raises(InputError, match=r"unknown config key method\.nn: allowed here are"):
+        st.parse(change(values, "method.nn", 1))
+    del values["train"]["lam"]
+    with pytest.raises(InputError, match=r"config key train\.lam is missing"):
+        st.parse(values)
+
+
+def test_ints_are_read_as_floats_where_floats_are_meant(values):
+    assert st.parse(change(values, "method.n", 4)).method.n == 4.0
+
+
+def test_every_key_is_read_somewhere():
+    """A key that only ``settings.py`` mentions is one that nothing reads."""
+    read = set()
+    for path in (ROOT / "vbon_jax").rglob("*.py"):
+        if path.name != "settings.py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute):
+                    read.add(node.attr)
+    unread = [key for key, _ in st.reference_rows() if key.split(".")[-1] not in read]
+    assert not unread
+
+
+def test_readme_has_every_key():
+    text = (ROOT / "README.md").read_text()
+    missing = [key for key, doc in st.reference_rows() if f"| `{key}` | {doc} |" not in text]
+    assert not missing

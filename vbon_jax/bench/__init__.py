@@ -1,0 +1,1 @@
+"""What `vbon bench` measures, and benchmarks that run on their own."""

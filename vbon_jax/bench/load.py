@@ -1,0 +1,192 @@
+"""Host memory and seconds of loading a checkpoint, measured in a process of its own.
+
+``python -m vbon_jax.bench.load`` writes a random checkpoint of 2 GB to a temporary directory, loads
+it in several ways, prints the table and removes it. Linux only: it reads /proc.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from vbon_jax import sharding
+from vbon_jax.models import decoder, hf
+from vbon_jax.models.config import DecoderConfig
+
+# GPT-2's vocabulary and positions, 24 layers: 442 million parameters, 1.8 GB in float32.
+SIZES = DecoderConfig(
+    vocab_size=50257, positions=1024, layers=24, width=1152, heads=18, mlp_width=4608
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Noise:
+    """A leaf of normal numbers that are drawn when they are asked for, a layer at a time."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    scale: float
+    seed: int
+
+    def __getitem__(self, layer: Any) -> np.ndarray:
+        whole = layer is Ellipsis
+        rng = np.random.default_rng([self.seed, 0 if whole else layer])
+        noise = rng.standard_normal(self.shape if whole else self.shape[1:], np.float32)
+        noise *= self.scale
+        return noise.astype(self.dtype, copy=False)
+
+
+def random_checkpoint(
+    path: str | os.PathLike[str],
+    config: DecoderConfig = SIZES,
+    *,
+    like: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = 5 * 10**8,
+) -> None:
+    """Writes a decoder with random weights, holding about one tensor in memory.
+
+    Args:
+      path: the directory, made if absent.
+      config: the decoder's configuration.
+      like: the config.json to write; None for a GPT-2, as of ``hf.save_decoder``.
+      dtype: of the weights, float32 or bfloat16.
+      shard_bytes: the largest size of one file of weights.
+
+    Raises:
+      ValueError: if `like` does not describe config.
+    """
+    shapes = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    noise = [
+        _Noise(leaf.shape, np.dtype(jnp.dtype(dtype)), config.initializer_range, seed)
+        for seed, leaf in enumerate(leaves)
+    ]
+    hf.save_decoder(
+        path, config, jax.tree.unflatten(tree, noise), bos_id=None, eos_id=None, pad_id=None,
+        like=like, shard_bytes=shard_bytes,
+    )  # fmt: skip
+
+
+def measure(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    devices: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+) -> dict[str, float]:
+    """Loads a decoder on CPU devices in a fresh process and says what that took.
+
+    Args:
+      directory: of the checkpoint.
+      dtype: of the loaded parameters.
+      devices: how many CPU devices to feign; fsdp and tensor: axes of the mesh over them.
+
+    Returns:
+      {"arrays_bytes": of all parameters, copies on several devices counted each, "largest_bytes":
+      the largest tensor, as it lies in memory (a layer of a stacked leaf), "beyond_bytes": the peak
+      of resident memory while loading, less what was resident before and less the arrays,
+      "ratio": beyond_bytes / largest_bytes, "seconds": of loading}.
+
+    Raises:
+      RuntimeError: the process failed, with what it wrote.
+    """
+    arguments = {"directory": str(directory), "dtype": dtype, "fsdp": fsdp, "tensor": tensor}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", "vbon_jax.bench.load", json.dumps(arguments)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the measuring process failed: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _resident(key: str) -> int:
+    """VmRSS or VmHWM, its peak since it was reset, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def _measure_here(directory: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]:
+    mesh = sharding.make_mesh(fsdp=fsdp, tensor=tensor)
+
+    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+        return jax.sharding.NamedSharding(mesh, sharding.spec_for(path, shape, mesh))
+
+    # Libraries and the runtime are there before and after: not what loading takes.
+    hf.read_config(directory)
+    jax.jit(jnp.zeros, static_argnums=0, out_shardings=place("", (1,)))(1).block_until_ready()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    start = time.perf_counter()
+    _, params = hf.load_decoder(directory, place=place if mesh.size > 1 else None, dtype=dtype)
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - start
+    peak = _resident("VmHWM")
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    arrays = sum(shard.data.nbytes for _, x in leaves for shard in x.addressable_shards)
+    largest = max(
+        x.nbytes // (len(x) if sharding.path_of(path).startswith("blocks") else 1)
+        for path, x in leaves
+    )
+    beyond = peak - before - arrays
+    return {
+        "arrays_bytes": arrays,
+        "largest_bytes": largest,
+        "beyond_bytes": beyond,
+        "ratio": beyond / largest,
+        "seconds": seconds,
+    }
+
+
+def table(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """{what: a result of `measure`} as a table for the screen."""
+    shown = Table("load", title="Loading a checkpoint: host memory beyond the arrays")
+    for column in ("arrays, MB", "largest tensor, MB", "beyond, MB", "beyond / largest", "s"):
+        shown.add_column(column, justify="right")
+    for what, row in results.items():
+        megabytes = (row[k] / 1e6 for k in ("arrays_bytes", "largest_bytes", "beyond_bytes"))
+        shown.add_row(
+            what, *(f"{x:.0f}" for x in megabytes), f"{row['ratio']:.2f}", f"{row['seconds']:.1f}"
+        )
+    return shown
+
+
+def main(arguments: Iterable[str]) -> None:
+    """Without arguments the whole table; with the JSON of one measurement, that one."""
+    for argument in arguments:
+        print(json.dumps(_measure_here(**json.loads(argument))))
+        return
+    from rich.console import Console
+
+    with tempfile.TemporaryDirectory() as directory:
+        random_checkpoint(directory)
+        Console().print(
+            table({
+                "float32": measure(directory),
+                "float32 to bfloat16": measure(directory, dtype="bfloat16"),
+                "float32, fsdp 8": measure(directory, devices=8, fsdp=8),
+                "float32, fsdp 4, tensor 2": measure(directory, devices=8, fsdp=4, tensor=2),
+            })
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""The embedded corpus as a TFDS dataset; imported only where it is read, for it imports TFDS."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from vbon_jax.data.sources import reviews
+from vbon_jax.data.sources.text import Example
+from vbon_jax.errors import InputError
+
+
+@dataclass(kw_only=True)
+class ReviewsConfig(tfds.core.BuilderConfig):
+    """A corpus of its own for each seed and size: TFDS keeps each in a directory of its name."""
+
+    seed: int
+    train: int
+    test: int
+    ood: int
+
+
+class EmbeddedReviews(tfds.core.GeneratorBasedBuilder):
+    """Reviews of the grammar in `reviews`, in splits train, test and ood that share no text."""
+
+    VERSION = tfds.core.Version("2.0.0")  # raise it when the grammar changes
+    # TFDS would find this path with importlib_resources, which it does not require.
+    code_path = tfds.core.Path(__file__)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Movie reviews written by a small grammar, labelled by their sentiment.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "text": tfds.features.Text(),
+                    "label": tfds.features.ClassLabel(names=["negative", "positive"]),
+                }
+            ),
+            supervised_keys=("text", "label"),
+            disable_shuffling=True,  # the grammar's order is random already, and so it is kept
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager
+        config = self.builder_config
+        # Three seeds a corpus, so that no split of any seed is another split of another.
+        seed = 3 * config.seed
+        train = reviews.examples(seed, config.train)
+        written = {example.text for example in train}
+        test = reviews.examples(seed + 1, config.test, exclude=written)
+        # The held-out genres tell it from both.
+        ood = reviews.examples(
+            seed + 2, config.ood, genres=reviews.HELD_OUT_GENRES, must_name_genre=True
+        )
+        splits = {"train": train, "test": test, "ood": ood}
+        return {name: self._generate_examples(split) for name, split in splits.items()}
+
+    def _generate_examples(self, examples: list[Example]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, example in enumerate(examples):
+            yield index, {"text": example.text, "label": example.label}
+
+
+def load(
+    data_dir: str | os.PathLike[str], seed: int, train: int, test: int, ood: int
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Prepares the corpus under data_dir unless it is there, and reads it; see `reviews.load`.
+
+    TFDS writes to a directory named `incomplete.*` and renames it when all is written, so what an
+    interrupted preparation leaves is never read.
+
+    Raises:
+      InputError: seed, train, test or ood is out of range, or the prepared files are damaged.
+    """
+    if seed < 0 or min(train, test, ood) < 1:
+        raise InputError(
+            "the embedded reviews need seed >= 0 and train, test and ood >= 1, not "
+            f"seed = {seed}, train = {train}, test = {test}, ood = {ood}"
+        )
+    config = ReviewsConfig(
+        name=f"seed{seed}_train{train}_test{test}_ood{ood}",
+        seed=seed,
+        train=train,
+        test=test,
+        ood=ood,
+    )
+    tfds.disable_progress_bar()  # it takes a second
+    builder = EmbeddedReviews(data_dir=data_dir, config=config)
+    builder.download_and_prepare(
+        download_dir=os.path.join(data_dir, "downloads"), file_format="array_record"
+    )
+    splits = []
+    for split, count in (("train", train), ("test", test), ("ood", ood)):
+        try:
+            source = builder.as_data_source(split=split)
+            records = [source[index] for index in range(count)]
+        except Exception as error:  # the readers raise whatever their C++ side reports
+            raise InputError(
+                f"the prepared reviews in {builder.data_dir} are damaged ({error}); delete that "
+                "directory and run again"
+            ) from error
+        splits.append([Example(r["text"].decode(), int(r["label"])) for r in records])
+    return splits[0], splits[1], splits[2]

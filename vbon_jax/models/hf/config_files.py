@@ -1,0 +1,189 @@
+"""config.json: read strictly into our configurations, and written for what they describe."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vbon_jax.models.config import DecoderConfig
+from vbon_jax.models.encoder import EncoderConfig
+from vbon_jax.models.hf import families
+from vbon_jax.models.hf.family import Family
+from vbon_jax.models.hf.tensor_files import CheckpointError, read_json
+
+Config = DecoderConfig | EncoderConfig
+
+# Fields of our configs that are how to compute, of which a config.json says nothing.
+_NOT_IN_FILES = ("compute_dtype", "remat", "lora_alpha")
+
+
+class _Read:
+    """transformers' config, and the values of the keys that were read from it."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self.values: dict[str, Any] = {}
+
+    def __getattr__(self, key: str) -> Any:
+        return self.values.setdefault(key, getattr(self._config, key))
+
+    def explain(self, fault: str) -> str:
+        """The fault, with the file's name of the field of ours that it starts with.
+
+        That is the key that was read and has the value which the fault gives.
+        """
+        match = re.match(r"(\w+) is (.+?):", fault)
+        if match is None or match[1] in self.values:
+            return fault
+        keys = [key for key, value in self.values.items() if repr(value) == match[2]]
+        return f"{match[1]} (here {', '.join(keys)}){fault[match.end(1) :]}" if keys else fault
+
+
+def _parse(raw: Mapping[str, Any]) -> tuple[Family, Config]:
+    """Raises ValueError naming the key and its value, if we do not compute what raw describes."""
+    from transformers import AutoConfig  # slow to import
+
+    model_type = raw.get("model_type")
+    family = families.family(model_type)  # type: ignore[arg-type]  # anything: it refuses
+    if raw.get("quantization_config") is not None:
+        raise ValueError(
+            f"quantization_config is {raw['quantization_config']!r}: quantized weights are not"
+            " supported; give the float32, float16 or bfloat16 model"
+        )
+    # transformers fills in its defaults and respells what older versions of it wrote.
+    left_out = ("model_type", "id2label", "label2id", "num_labels")  # labels are read by `labels`
+    rest = copy.deepcopy({key: value for key, value in raw.items() if key not in left_out})
+    try:
+        theirs = _Read(AutoConfig.for_model(model_type, **rest))
+    except Exception as error:  # whatever its validators raise
+        said = " ".join(str(error).split())
+        raise ValueError(f"transformers does not accept it: {said}") from error
+    try:
+        return family, family.config(theirs)
+    except ValueError as error:
+        raise ValueError(theirs.explain(str(error))) from error
+
+
+def read_config(path: str | os.PathLike[str]) -> tuple[Family, Config, dict[str, Any]]:
+    """Reads config.json of a directory, without network.
+
+    Returns:
+      (the family of its model_type, our configuration with compute_dtype float32, the file as it
+      is).
+
+    Raises:
+      CheckpointError: if the file is absent or unreadable, or asks for what we do not compute.
+    """
+    file = Path(path) / "config.json"
+    raw = read_json(file)
+    try:
+        return *_parse(raw), raw
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def labels(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The label names of a config.json; LABEL_0 and so on where it only counts them, or not even.
+
+    Raises CheckpointError, starting with `where`, if they are not numbered 0, 1, ...
+    """
+    count = raw.get("num_labels")
+    id2label = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count or 2)}
+    ids = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else []
+    if not ids or set(id2label) != set(ids) or not all(type(id2label[i]) is str for i in ids):
+        raise CheckpointError(
+            f'{where}: id2label is {id2label!r}: its keys must be "0", "1", ... and its values'
+            " label names"
+        )
+    if count not in (None, len(ids)):
+        raise CheckpointError(f"{where}: num_labels is {count!r}, but id2label names {len(ids)}")
+    return tuple(id2label[i] for i in ids)
+
+
+def check_architecture(raw: Mapping[str, Any], fits: bool, needed: str, where: str) -> None:
+    """Raises CheckpointError, starting with `where`, if the architecture does not fit."""
+    if not fits:
+        raise CheckpointError(
+            f"{where}: architectures is {raw.get('architectures')!r}: a {needed} is needed here"
+        )
+
+
+def _gpt2_json(config: Config) -> dict[str, Any]:
+    """The config.json of a GPT-2 made from scratch."""
+    if not isinstance(config, DecoderConfig):
+        raise ValueError("like is None, which is for a GPT-2 from scratch: give a config.json")
+    return {
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.positions,
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "n_inner": config.mlp_width,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": config.activation,
+        "initializer_range": config.initializer_range,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        # The models are trained without dropout.
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+
+
+def describe(
+    like: Mapping[str, Any] | None, config: Config, changes: Mapping[str, Any]
+) -> tuple[Family, dict[str, Any]]:
+    """The family and the config.json to write, but for ``architectures``.
+
+    Args:
+      like: the config.json of the directory that the model came from; None: of a GPT-2.
+      config: what it must describe.
+      changes: keys that are written in place of those of `like`.
+
+    Raises:
+      ValueError: if it would not describe `config`.
+    """
+    value = copy.deepcopy(dict(_gpt2_json(config) if like is None else like))
+    for key in ("torch_dtype", "auto_map", "num_labels"):  # dtype's old name; code we do not copy
+        value.pop(key, None)
+    value |= changes
+    family, described = _parse(value)
+    computed = {f: getattr(config, f) for f in _NOT_IN_FILES if hasattr(config, f)}
+    if type(described) is type(config):
+        described = dataclasses.replace(described, **computed)
+    if described != config:
+        source = "a GPT-2 from scratch (like is None)" if like is None else "like"
+        theirs, ours = dataclasses.asdict(described), dataclasses.asdict(config)
+        differ = [
+            f"{key} {theirs.get(key)!r}, not {ours.get(key)!r}"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        raise ValueError(
+            f"{source} describes another model than config: {', '.join(differ)}; give the"
+            " config.json of the directory that the parameters came from"
+        )
+    return family, value
+
+
+def token_ids(
+    config: Config, bos_id: int | None, eos_id: int | None, pad_id: int | None
+) -> dict[str, int | None]:
+    """The keys of token ids. Raises ValueError if one is outside the vocabulary."""
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    for name, token_id in ids.items():
+        if token_id is not None and not 0 <= token_id < config.vocab_size:
+            raise ValueError(
+                f"{name} is {token_id}: give None or an id below vocab_size, {config.vocab_size}"
+            )
+    return ids  # None too is written: where the key is absent transformers assumes its default

@@ -1,0 +1,79 @@
+"""Models by their names on the Hugging Face hub: a name becomes a local directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vbon_jax.models.hf.tensor_files import CheckpointError
+
+# What cannot be a path: one "/" at most, none at either end, no "." or "~" in front.
+_NAME = re.compile(r"(?P<repository>\w[\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+# No pickles; configuration, weights and whatever tokenizer there is.
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# Other formats of the same weights, which some repositories hold beside.
+_UNWANTED = ("*/*", "consolidated*")
+
+
+def resolve(name: str) -> Path:
+    """The local directory of a model.
+
+    Args:
+      name: an existing directory, or "owner/name" or "name" on the hub, "@revision" behind it if it
+        is not to be the newest. The hub's files go to huggingface_hub's cache, from where they are
+        taken the next time.
+
+    Raises:
+      CheckpointError: if there is no such directory, or the hub does not give the files: naming
+        what happened and what to do.
+    """
+    path = Path(name)
+    if name and path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file: give the directory it is in")
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise CheckpointError(
+            f"{name!r} is no directory: give the path of one with config.json and"
+            " model.safetensors, or a name on the hub, owner/name or owner/name@revision"
+        )
+    return _download(name, match["repository"], match["revision"])
+
+
+def _download(name: str, repository: str, revision: str | None) -> Path:
+    import huggingface_hub  # slow to import
+    from huggingface_hub import errors
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=list(_UNWANTED),
+            )
+        )
+    except errors.GatedRepoError as error:  # before the class it descends from
+        fault = "is gated: accept its terms on its page, then run huggingface-cli login"
+        raise CheckpointError(_message(name, fault, error)) from error
+    except errors.RepositoryNotFoundError as error:
+        fault = "is not on the hub, or is private: check the spelling, or run huggingface-cli login"
+        raise CheckpointError(_message(name, fault, error)) from error
+    except errors.RevisionNotFoundError as error:
+        fault = f"has no revision {revision!r}: check the spelling, or leave it out"
+        raise CheckpointError(_message(name, fault, error)) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        fault = (
+            "is not in the cache and cannot be fetched: check the network and HF_HUB_OFFLINE, or"
+            " give a directory that holds it"
+        )
+        raise CheckpointError(_message(name, fault, error)) from error
+    except Exception as error:  # of the HTTP client (which one depends on the version), the disk
+        fault = "could not be fetched: check the name and the network, or give a directory"
+        raise CheckpointError(_message(name, fault, error)) from error
+
+
+def _message(name: str, fault: str, error: Exception) -> str:
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"{name!r} is no directory here, and on the Hugging Face hub it {fault} ({first_line})"

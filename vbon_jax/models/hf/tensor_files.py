@@ -1,0 +1,316 @@
+"""The files of a model directory: JSON, and safetensors found, read by rows and written in shards.
+
+Only the host's side: what a tensor's name means, and on which devices it ends, is ``models.hf``'s
+and ``models.pieces``' matter.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from vbon_jax.models.hf.layouts import Shape
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+# Bytes that are on their way at a time: from a file, to a file, or to all devices together.
+PIECE = 4 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A model directory that cannot be used: the text names the file, the fault and the remedy."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError if there is no file, or none that holds a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"no file {path}: give a directory written by save_pretrained, which has it"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}: a JSON object is needed")
+    return value
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in order, for a message."""
+    return ", ".join(sorted(names))
+
+
+# Finding
+
+
+class Found(NamedTuple):
+    """A tensor in a file, not yet read; offset in bytes from the start of the file."""
+
+    file: Path
+    offset: int
+    shape: Shape
+    dtype: str
+
+
+def scan(directory: Path, prefix: str, buffers: str) -> dict[str, Found]:
+    """All tensors of a directory's files, by name without prefix.
+
+    Args:
+      directory: with model.safetensors, or the shards that model.safetensors.index.json names.
+      prefix: left out of names that have it.
+      buffers: a regular expression of names, prefix left out, that are skipped.
+
+    Raises:
+      CheckpointError: if there are no such files, one is unreadable, two have tensors of one name,
+        or the index names others than there are.
+    """
+    files, promised = _weight_files(directory)
+    found: dict[str, Found] = {}
+    raw_names: set[str] = set()
+    duplicate = []
+    for file in files:
+        for raw_name, tensor in _header(file).items():
+            name = raw_name.removeprefix(prefix)
+            if name in found:
+                duplicate.append(name)
+            raw_names.add(raw_name)
+            found[name] = tensor
+    faults = [f"duplicate: {listed(duplicate)}"] if duplicate else []
+    if promised is not None:
+        if lost := promised - raw_names:
+            faults.append(f"missing, though the index names them: {listed(lost)}")
+        if extra := raw_names - promised:
+            faults.append(f"unexpected, as the index does not name them: {listed(extra)}")
+    if faults:
+        raise CheckpointError(f"{directory}: tensors {'; '.join(faults)}")
+    return {name: t for name, t in found.items() if not re.fullmatch(buffers, name)}
+
+
+def _weight_files(directory: Path) -> tuple[list[Path], set[str] | None]:
+    """The safetensors files, and the tensor names that a sharded index promises."""
+    if (directory / WEIGHTS).exists():
+        return [directory / WEIGHTS], None
+    if (directory / INDEX).exists():
+        index = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
+            raise CheckpointError(
+                f"{directory / INDEX}: weight_map must map tensor names to file names"
+            )
+        files = [directory / name for name in sorted(set(index.values()))]
+        absent = [str(file) for file in files if not file.exists()]
+        if absent:
+            raise CheckpointError(
+                f"{directory / INDEX} names files that are not there: {', '.join(absent)}"
+            )
+        return files, set(index)
+    if list(directory.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{directory} holds only pytorch_model.bin, whose pickle can run code: convert it once"
+            " with transformers and torch, AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            f" of the right Auto class, which writes {WEIGHTS}"
+        )
+    raise CheckpointError(
+        f"no {WEIGHTS} and no {INDEX} in {directory}: weights of another kind (.bin) have to be"
+        " converted once, by from_pretrained and save_pretrained of transformers"
+    )
+
+
+def _header(file: Path) -> dict[str, Found]:
+    try:
+        with safetensors.safe_open(file, framework="np"):
+            pass  # that checks the header, and that the offsets fit the file
+        with open(file, "rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(size))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+    header.pop("__metadata__", None)
+    return {
+        name: Found(file, 8 + size + t["data_offsets"][0], tuple(t["shape"]), t["dtype"])
+        for name, t in header.items()
+    }
+
+
+def check(found: Mapping[str, Found], wanted: Mapping[str, Shape], where: Path) -> None:
+    """Raises CheckpointError listing all that is missing, unexpected, misshapen or mistyped."""
+    faults = []
+    if missing := wanted.keys() - found.keys():
+        faults.append(f"missing: {listed(missing)}")
+    if unexpected := found.keys() - wanted.keys():
+        faults.append(f"unexpected: {listed(unexpected)}")
+    present = wanted.keys() & found.keys()
+    if misshapen := [
+        f"{name} {found[name].shape}, expected {wanted[name]}"
+        for name in present
+        if found[name].shape != wanted[name]
+    ]:
+        faults.append(f"misshapen: {listed(misshapen)}")
+    if mistyped := [
+        f"{name} {found[name].dtype}" for name in present if found[name].dtype not in DTYPES
+    ]:
+        faults.append(f"of a dtype other than {', '.join(DTYPES)}: {listed(mistyped)}")
+    if faults:
+        raise CheckpointError(f"{where}: tensors {'; '.join(faults)}")
+
+
+# Reading
+
+
+def read_rows(found: Found, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a tensor, in the file's dtype.
+
+    The file is read, not mapped: its pages would count as ours for as long as it is open. The
+    memory is the system's own, because malloc keeps what it is given back of this size.
+
+    Raises:
+      CheckpointError: if the file ends before them.
+    """
+    dtype, shape = DTYPES[found.dtype], (stop - start, *found.shape[1:])
+    row_bytes = dtype.itemsize * math.prod(shape[1:])
+    memory = mmap.mmap(-1, shape[0] * row_bytes)
+    with open(found.file, "rb", buffering=0) as file:
+        file.seek(found.offset + start * row_bytes)
+        done = 0
+        while done < len(memory):  # the system reads at most 2 GB at a time
+            if not (count := file.readinto(memoryview(memory)[done:])):
+                raise CheckpointError(f"{found.file} ended while it was read: is it being written?")
+            done += count
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def equal(first: Found, second: Found) -> bool:
+    """Whether two tensors of one shape hold equal numbers; a piece of each is held at a time."""
+    step = max(1, PIECE // (4 * math.prod(first.shape[1:])))
+    for start in range(0, first.shape[0], step):
+        stop = min(start + step, first.shape[0])
+        rows = read_rows(first, start, stop).astype(np.float32)
+        if not np.array_equal(rows, read_rows(second, start, stop).astype(np.float32)):
+            return False
+    return True
+
+
+# Writing
+
+
+class Planned(NamedTuple):
+    """A tensor to be written: its full name, what it will be, and what gives it when asked.
+
+    dtype: a key of DTYPES; ``array`` may be of another.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    array: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def write(directory: Path, tensors: Sequence[Planned], shard_bytes: int) -> None:
+    """Writes model.safetensors, or shards of it and their index; removes those of another split.
+
+    The directory is made if absent. Each file is written under a temporary name that then takes
+    the final one. A tensor larger than shard_bytes has a file of its own.
+    """
+    files = _split(tensors, shard_bytes)
+    n = len(files)
+    names = [WEIGHTS] if n == 1 else [
+        f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)
+    ]  # fmt: skip
+    writers: dict[Path, Callable[[Path], object]] = {
+        directory / name: functools.partial(_write_file, tensors=file)
+        for name, file in zip(names, files, strict=True)
+    }
+    if n > 1:
+        weight_map = {t.name: name for name, file in zip(names, files, strict=True) for t in file}
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors)},
+            "weight_map": weight_map,
+        }
+        writers[directory / INDEX] = _json_writer(index)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_all(writers)
+    for path in directory.iterdir():
+        if _OURS.fullmatch(path.name) and path not in writers:
+            path.unlink()
+
+
+def write_jsons(directory: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes JSON files, by name: all of them, or where one cannot be written none."""
+    replace_all({directory / name: _json_writer(value) for name, value in values.items()})
+
+
+def _split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    files: list[list[Planned]] = [[]]
+    for t in tensors:
+        if files[-1] and sum(other.nbytes for other in files[-1]) + t.nbytes > shard_bytes:
+            files.append([])
+        files[-1].append(t)
+    return files
+
+
+def _write_file(path: Path, tensors: list[Planned]) -> None:
+    """A safetensors file: length of the header, header as JSON, the tensors one after the other.
+
+    safetensors' own writer wants all of a file in memory, and copies it.
+    """
+    tensors = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)  # that keeps all aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for t in tensors:
+        offsets = [end, end := end + t.nbytes]
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors:
+            array = t.array()
+            assert array.shape == t.shape, (t.name, array.shape, t.shape)
+            step = max(1, PIECE * len(array) // t.nbytes)
+            for start in range(0, len(array), step):
+                rows = np.ascontiguousarray(array[start : start + step], DTYPES[t.dtype])
+                file.write(rows.view(np.uint8).data)
+
+
+def _json_writer(value: Mapping[str, Any]) -> Callable[[Path], object]:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def replace_all(files: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Writes all files beside their names, then renames: each is the old one or the new one whole.
+
+    If one cannot be written, none is replaced.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    try:
+        for path, writer in files.items():
+            writer(temporary[path])
+            with open(temporary[path], "rb") as file:
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The stages of a run; they alone know config and workdir."""

@@ -1,0 +1,475 @@
+"""What a run will need of each device's memory, told before anything is allocated.
+
+Nothing is loaded and nothing runs: the run's own programs are compiled for abstract arrays with the
+shardings they will have, and the compiler says what it would allocate. For a mesh larger than this
+machine they are compiled for as many CPU devices (``pretend``), whose temporaries are near those of
+an accelerator, not equal to them.
+
+What a runtime and its libraries take for themselves (code, compiled programs, a GPU's context) is
+not in the figures: a few hundred MB, whatever the model.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.backend import clear_backends
+from jax.sharding import Mesh
+from rich.table import Table
+
+from vbon_jax import sharding
+from vbon_jax.bon.exponential import ExponentialFit
+from vbon_jax.bon.references import References
+from vbon_jax.config import OFFLINE, Reward, RewardPart, Settings
+from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import samples as reference_files
+from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.data.sources import chat
+from vbon_jax.errors import InputError
+from vbon_jax.methods import build as methods
+from vbon_jax.models import cache, decoder, encoder, heads, hf, trainable
+from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.models.encoder import EncoderConfig
+from vbon_jax.models.hf import config_files, hub
+from vbon_jax.rewards import classifier, text
+from vbon_jax.sampling import decode
+from vbon_jax.sampling import sampler as engine
+from vbon_jax.stages import inputs
+from vbon_jax.stages.pretrain import LABELS, decoder_config
+from vbon_jax.stages.workdir import Workdir
+from vbon_jax.training import offline, ppo
+
+GIB = 2**30
+TEXT_ROWS = 32  # rows a text reward scores at once
+
+
+class Need(NamedTuple):
+    """Bytes of each device.
+
+    held: by name, there all the time in stage ``train``. phases: by name, what comes on top while
+    that goes on. sample: all that stage ``sample`` needs. cache: of the phase "rollout", its keys
+    and values.
+    """
+
+    held: dict[str, int]
+    phases: dict[str, int]
+    sample: int
+    cache: int
+
+    @property
+    def train(self) -> int:
+        """What stage ``train`` holds, and its greediest phase."""
+        return sum(self.held.values()) + max(self.phases.values(), default=0)
+
+    @property
+    def peak(self) -> int:
+        """Of the greedier stage."""
+        return max(self.sample, self.train)
+
+
+def pretend(devices: int) -> None:
+    """Lets this machine stand for ``devices`` of them; where it has fewer, they are CPU devices.
+
+    Before any array is made: none outlives a change of devices.
+    """
+    if len(jax.devices()) < devices:
+        clear_backends()
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes each device holds of a tree of (abstract) arrays with shardings."""
+
+    def one(x: Any) -> int:
+        shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
+        key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return int(np.prod(shape)) * (8 if key else x.dtype.itemsize)
+
+    return sum(one(x) for x in jax.tree.leaves(tree))
+
+
+def _abstract(tree: Any, mesh: Mesh, prefix: str = "", dtype: str | None = None) -> Any:
+    """``tree`` (of shapes) on the mesh by the table, floats in ``dtype`` where one is given."""
+
+    def one(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+        cast = dtype is not None and jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(x.shape, dtype if cast else x.dtype, sharding=place)
+
+    return jax.tree.map(one, tree, sharding.shardings(tree, mesh, prefix))
+
+
+def _shape(*shape: int, dtype: Any = jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _new_bytes(lowered: jax.stages.Lowered) -> int:
+    """What a program allocates beside its arguments, bytes a device."""
+    # Memory is settled before machine code is made, which on CPU need not be good for this.
+    on_cpu = jax.default_backend() == "cpu"
+    options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
+    stats: Any = lowered.compile(compiler_options=options).memory_analysis()
+    return int(stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _World:
+    """The run in shapes: the reference, and its training prompts."""
+
+    settings: Settings
+    mesh: Mesh
+    workdir: Workdir
+    config: DecoderConfig
+    reference: Any
+    prompts: int
+    prompt: int  # columns of a padded prompt
+
+    @property
+    def columns(self) -> int:
+        """Of prompt and response in one row."""
+        return self.prompt + self.settings.sampling.max_new_tokens
+
+    @property
+    def on_host(self) -> bool:
+        """Whether a device's memory is the host's own, and no accelerator is meant."""
+        return jax.default_backend() == "cpu" and not self.settings.memory.device_gib
+
+    def packing(self, rows: int) -> int:
+        """What products take to lay out an operand anew, of which the compiler says nothing: on CPU
+        a chunk of logits, of ``rows`` responses or fewer; nothing elsewhere."""
+        s = self.settings
+        tokens = min(s.memory.chunk, rows * s.sampling.max_new_tokens)
+        return 4 * tokens * self.config.vocab_size // self.mesh.size if self.on_host else 0
+
+
+def _done(workdir: Workdir, stage: str) -> bool:
+    """Whether a stage's files are there, and of these settings."""
+    try:
+        workdir.require(stage, "")
+    except InputError:
+        return False
+    return True
+
+
+def _reference_config(s: Settings, workdir: Workdir) -> DecoderConfig:
+    if s.reference.path or _done(workdir, "sft"):
+        path = hub.resolve(s.reference.path) if s.reference.path else workdir.reference
+        config = hf.read_config(path)[1]
+        if not isinstance(config, DecoderConfig):
+            raise InputError(f"reference.path={s.reference.path!r} is no causal language model")
+        return inputs.arithmetic(s, config)
+    # Not learned yet: its vocabulary has at most so many entries.
+    return inputs.arithmetic(s, decoder_config(s.reference.model, s.tokenizer.vocab_size))
+
+
+def _prompts(s: Settings, workdir: Workdir) -> tuple[int, int]:
+    """How many training prompts there are, and the tokens of the longest: counted where they can
+    be, else as the settings allow."""
+    p = s.prompts
+    if _done(workdir, "sample"):
+        return _counted(prompt_files.read_jsonl(workdir.prompts("train")))
+    known = s.tokenizer.path or s.reference.path
+    tokenizer = tokenizers.load(hub.resolve(known)) if known else None
+    if s.samples.path:
+        found = reference_files.read(s.samples.path)
+        if tokenizer is None:
+            return len(found), p.longest
+        return _counted(inputs.prompts_of(found, tokenizer, s.samples.m))
+    if p.path and p.format == "text" and tokenizer is not None:
+        return _counted(prompt_files.read_texts(p.path, tokenizer))
+    if p.path and p.format == "chat":
+        return len(chat.read(p.path)), p.longest
+    return p.train, p.longest if p.path else p.max_tokens
+
+
+def _counted(prompts: Sequence[prompt_files.Prompt]) -> tuple[int, int]:
+    return len(prompts), max(len(prompt.tokens) for prompt in prompts)
+
+
+def _scores(s: Settings) -> dict[str, Reward | RewardPart]:
+    """The reward and what is added to it, by their keys."""
+    return {"reward": s.reward} | {f"reward.others.{k}": x for k, x in s.reward.others.items()}
+
+
+def _classifier(w: _World, r: Reward | RewardPart) -> tuple[Any, Any] | None:
+    """(configuration, parameters in shapes) of a reward model; None for a callable."""
+    s = w.settings
+    if r.function:
+        return None
+    config: Any
+    if isinstance(r, Reward) and not r.path and not _done(w.workdir, "reward"):
+        config, labels = decoder_config(r.model, w.config.vocab_size), len(LABELS)
+    else:
+        path = hub.resolve(r.path) if r.path else w.workdir.reward
+        _, config, raw = hf.read_config(path)
+        labels = len(config_files.labels(raw, str(path / "config.json")))
+    config = dataclasses.replace(config, compute_dtype=s.memory.compute_dtype)
+
+    def init(key: jax.Array) -> Any:
+        if isinstance(config, EncoderConfig):
+            return encoder.init(config, labels, key)
+        body = decoder.init(config, key)
+        body.pop("head", None)  # a classifier has no output matrix
+        return {"decoder": body, "score": heads.init_score(config, labels, key)}
+
+    tree = jax.eval_shape(init, jax.random.key(0))
+    return config, _abstract(tree, w.mesh, dtype=s.memory.frozen_dtype)
+
+
+def need(s: Settings, mesh: Mesh, workdir: Path) -> Need:
+    """Memory of the stages ``sample`` and ``train`` on each device.
+
+    Args:
+      workdir: of the run, which need not exist; what is there already is looked at (the reference
+        learned, the prompts made), nothing is written.
+
+    Raises InputError or CheckpointError where the reference or a reward cannot be found out about.
+    """
+    made = Workdir(workdir, s)
+    config = _reference_config(s, made)
+    shapes = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))
+    try:
+        shapes = jax.eval_shape(
+            lambda p: trainable.divide(p, inputs.trained(s), config.layers), shapes
+        )
+    except ValueError as error:
+        raise InputError(f"train.{error}") from error
+    reference = {"decoder": _abstract(shapes, mesh, "decoder", s.memory.frozen_dtype)}
+    prompts, longest = _prompts(s, made)
+    columns = min(engine.bucket_length(longest), config.positions)
+    w = _World(s, mesh, made, config, reference, prompts, columns)
+    held = {"reference": bytes_of(reference)}
+    phases: dict[str, int] = {}
+    with jax.set_mesh(mesh):
+        sample = _sampling(w, held)
+        cached = 0 if s.method.name == "bon" else _training(w, held, phases)
+    return Need(held, phases, sample, cached)
+
+
+def _sampling(w: _World, held: dict[str, int]) -> int:
+    """Adds the rewards to what is held; returns all that stage ``sample`` needs."""
+    s = w.settings
+    on_top, rows = [0], s.sampling.batch_size
+    for name, r in _scores(s).items():
+        found = _classifier(w, r)
+        if found is not None:
+            held[name] = bytes_of(found[1])
+            on_top.append(0 if s.samples.path else _score_bytes(w, r, *found, rows))
+    if not s.samples.path:  # samples made elsewhere are only copied
+        on_top.append(_rollout_bytes(w, w.reference["decoder"], rows)[0])
+    return sum(held.values()) + max(on_top)
+
+
+def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, rows: int) -> int:
+    """One call of a reward model. One that reads text has as many tokens of its own to read as the
+    policy wrote: what else is not known here."""
+    length = w.columns
+    if r.path:
+        rows, length = TEXT_ROWS, text.bucket(length, r.max_tokens or config.positions)
+    batch = _abstract((_shape(rows, length), _shape(rows, length, dtype=bool)), w.mesh, "batch")
+    lowered = classifier.score.lower(params, *batch, config=config, kind="logit", label=0)
+    return _new_bytes(lowered)
+
+
+def _rollout_bytes(w: _World, params: Any, rows: int) -> tuple[int, int]:
+    """A rollout; and of that the cache of keys and values."""
+    s = w.settings
+    shapes = (_shape(rows, w.prompt), _shape(rows, w.prompt, dtype=bool))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    batch = _abstract((*shapes, keys), w.mesh, "batch")
+    lowered = decode.rollout.lower(
+        params, *batch, np.float32(s.sampling.temperature), config=w.config,
+        max_new_tokens=s.sampling.max_new_tokens, eos_id=0 if s.sampling.stop_at_eos else None,
+        pad_id=0,
+    )  # fmt: skip
+    slots = jax.eval_shape(partial(cache.init, w.config, rows, w.columns))
+    return _new_bytes(lowered), bytes_of(_abstract(slots, w.mesh, "cache"))
+
+
+def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
+    """Adds what stage ``train`` holds and its phases; returns the cache's bytes."""
+    s = w.settings
+    method = methods.spec(s)
+    value_config, network = None, None
+    if s.train.value_network == "reward" and methods.has_values(method):
+        value_config, network = _value_network(w)
+    make = methods.maker(s, method, w.config, w.prompts)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        state = jax.eval_shape(make, w.reference["decoder"], network, key)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    state = _abstract(state, w.mesh)
+    table = _abstract(_references(w), w.mesh)
+    held["trained"] = bytes_of(state.params)
+    held["optimizer"] = bytes_of(state.opt_state)
+    held["reference rewards"] = bytes_of(table)
+    if w.on_host:  # where a checkpoint waits to be written, in the form it will have
+        phases["checkpoint"] = bytes_of(state)
+    if method.name in OFFLINE:
+        _offline(w, method, state, held, phases)
+        return 0
+    rows = s.train.batch_size
+    for name, r in _scores(s).items():
+        found = _classifier(w, r)
+        if found is not None:
+            phases[f"score by {name}"] = _score_bytes(w, r, *found, rows)
+    own = methods.online(s, method, w.config, w.prompts, value_config)
+    policy = trainable.join(w.reference["decoder"], state.params["decoder"])
+    rollout, kv = _rollout_bytes(w, policy, rows)
+    batch = _abstract(_batch(w, rows), w.mesh, "batch")
+    batches = tuple(batch for _ in own.sources)
+    phases["rollout"] = rollout + bytes_of(batches[1:])
+    scalar = _shape(dtype=jnp.float32)
+    program = jax.jit(own.iteration, donate_argnums=0)
+    lowered = program.lower(state, w.reference, batches, table, scalar, scalar)
+    step = s.train.minibatch_size // s.memory.accumulate
+    phases["update"] = _new_bytes(lowered) + bytes_of(batches) + w.packing(step)
+    return kv
+
+
+def _value_network(w: _World) -> tuple[DecoderConfig, Any]:
+    """(configuration, parameters in shapes) of values that start as the reward model."""
+    found = _classifier(w, w.settings.reward)
+    assert found is not None  # constraints: no callable
+    config, params = found
+    if not isinstance(config, DecoderConfig):
+        raise InputError(
+            f"train.value_network=reward: {w.settings.reward.path} is an encoder; values need a "
+            "causal model: set head"
+        )
+    head = {"kernel": _shape(config.width, 1, dtype=jnp.float32),
+            "bias": _shape(1, dtype=jnp.float32)}  # fmt: skip
+    return inputs.arithmetic(w.settings, config), {"decoder": params["decoder"], "head": head}
+
+
+def _references(w: _World) -> References:
+    """The table of reference rewards, in shapes."""
+    s = w.settings
+    rewards = _shape(w.prompts, s.samples.m, dtype=jnp.float32)
+    order = _shape(*rewards.shape, dtype=jnp.uint32) if s.method.ties == "order" else None
+    fit = None
+    if s.method.estimator == "exponential":
+        of_each = _shape(w.prompts, dtype=jnp.float32)
+        fit = ExponentialFit(of_each, of_each, _shape(w.prompts, dtype=bool))
+    return References(rewards, order, fit, _shape())
+
+
+def _batch(w: _World, rows: int) -> ppo.RolloutBatch:
+    """A scored rollout, in shapes."""
+    new = w.settings.sampling.max_new_tokens
+
+    def of(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return _shape(rows, *shape, dtype=dtype)
+
+    rollout = decode.Rollout(
+        of(new), of(new, dtype=bool), of(new, dtype=jnp.float32), of(dtype=bool)
+    )
+    return ppo.RolloutBatch(
+        of(w.prompt), of(w.prompt, dtype=bool), rollout, of(dtype=jnp.float32), of()
+    )
+
+
+def _offline(
+    w: _World, method: methods.Spec, state: Any, held: dict[str, int], phases: dict[str, int]
+) -> None:
+    """Adds the steps of an offline method, and its pool of samples, which is held."""
+    s = w.settings
+    rows, new = w.prompts * s.samples.m, s.sampling.max_new_tokens
+    pool = offline.Pool(
+        _shape(rows, w.columns), _shape(rows, w.columns, dtype=bool), _shape(rows, new, dtype=bool),
+        _shape(rows, dtype=jnp.float32),
+    )  # fmt: skip
+    pool = _abstract(pool, w.mesh)
+    held["pool of samples"] = bytes_of(pool)
+    if s.samples.path:  # made elsewhere: they may lack their log pi_ref
+        few = [_shape(s.sampling.batch_size, *x.shape[1:], dtype=x.dtype) for x in pool[:3]]
+        scored = jax.jit(
+            partial(offline.log_prob, config=w.config, temperature=s.sampling.temperature)
+        )
+        phases["log pi_ref"] = _new_bytes(scored.lower(w.reference, *few))
+    many = (min(methods.STEPS, methods.offline_steps(s, w.prompts)), s.offline.batch_size)
+    chosen = offline.Choices(_shape(*many), _shape(*many), _shape(*many, dtype=jnp.float32))
+    base = None if inputs.trained(s).whole else w.reference["decoder"]
+    scalar = _shape(dtype=jnp.float32)
+    program = jax.jit(methods.offline_pass(s, method, w.config, w.prompts), donate_argnums=0)
+    lowered = program.lower(state, pool, chosen, scalar, scalar, base)
+    phases["gradient steps"] = _new_bytes(lowered) + w.packing(2 * s.offline.batch_size)
+
+
+def device_bytes(s: Settings) -> int:
+    """What a device has: ``memory.device_gib``, or what this machine's first device reports. CPU
+    devices report nothing and share what the machine has."""
+    if s.memory.device_gib:
+        return int(s.memory.device_gib * GIB)
+    found = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if found is None:
+        pages: Callable[[str], int] = os.sysconf
+        found = pages("SC_PAGE_SIZE") * pages("SC_PHYS_PAGES") // jax.device_count()
+    return int(found)
+
+
+SMALLER = {
+    "update": "raise memory.accumulate, set memory.remat=full, lower memory.chunk",
+    "gradient steps": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
+    "rollout": "lower train.batch_size",
+    "log pi_ref": "lower sampling.batch_size",
+    "checkpoint": "train less of it (train.num_layers_unfrozen, lora.rank)",
+}
+
+
+def verdict(found: Need, limit: int) -> str:
+    """One sentence: does it fit, and if not, what is too large and what to do."""
+    if found.peak <= limit:
+        return f"fits: {found.peak / GIB:.2f} of {limit / GIB:.2f} GiB a device"
+    held = sum(found.held.values())
+    if held > limit:
+        what = f"what is held alone ({max(found.held, key=found.held.__getitem__)} most)"
+        advice = (
+            "split it over more devices (mesh.fsdp, mesh.tensor), store it in bfloat16 (memory.*_"
+            "dtype), or train less of it (train.num_layers_unfrozen, lora.rank)"
+        )
+    elif found.train <= limit:
+        what, advice = "stage 'sample'", "lower sampling.batch_size"
+    else:
+        phase = max(found.phases, key=found.phases.__getitem__)
+        what = f"the phase {phase!r}"
+        advice = SMALLER.get(phase, "lower reward.max_tokens or train.batch_size")
+    return (
+        f"does not fit: {found.peak / GIB:.2f} GiB a device are needed and there are "
+        f"{limit / GIB:.2f}; {what} is too large: {advice}"
+    )
+
+
+def tables(found: Need, mesh: Mesh, limit: int) -> Sequence[Table]:
+    """What ``vbon plan`` prints."""
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    held = Table(title=f"held by each device ({shape})")
+    phases = Table(title="on top of that, by phase")
+    stages = Table(title=f"all together, of {limit / 2**20:,.0f} MiB a device")
+
+    def add(table: Table, name: str, size: int) -> None:
+        table.add_row(name, f"{size / 2**20:,.1f}")
+
+    for table, rows in (
+        (held, found.held),
+        (phases, found.phases),
+        (stages, {"stage sample": found.sample, "stage train": found.train}),
+    ):
+        table.min_width = len(str(table.title))  # or the title would be broken
+        table.add_column("what")
+        table.add_column("MiB", justify="right")
+        for name, size in rows.items():
+            add(table, name, size)
+    held.add_section()
+    add(held, "together", sum(found.held.values()))
+    if found.cache:
+        phases.add_section()
+        add(phases, "keys and values, in rollout", found.cache)
+    return held, phases, stages

@@ -1,0 +1,229 @@
+"""The run's folder: where each thing lies, and which stage has been done under which settings."""
+
+import fcntl
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vbon_jax import config as st
+from vbon_jax.errors import InputError
+from vbon_jax.progress import log
+
+# The settings a stage's results follow from: keys, or groups of keys. Later stages add to those of
+# the ones they read.
+_SFT = ("seed", "data", "tokenizer", "reference", "sampling.stop_at_eos", "memory.frozen_dtype")
+_REWARD = (*_SFT, "reward.path", "reward.function", "reward.model", "reward.fit")
+_SAMPLE = (*_REWARD, "reward", "prompts", "sampling", "samples", "memory.compute_dtype")
+_TRAIN = (
+    *_SAMPLE, "method", "bond", "train", "offline", "lora", "memory.param_dtype",
+    "memory.optimizer_dtype",
+)  # fmt: skip
+_DEPENDS = {
+    "sft": _SFT,
+    "reward": _REWARD,
+    "evaluator": (
+        *_SFT,
+        "evaluator.train",
+        "evaluator.path",
+        "evaluator.function",
+        "evaluator.model",
+        "evaluator.fit",
+    ),
+    "sample": _SAMPLE,
+    "train": _TRAIN,
+    "export": (*_TRAIN, "export"),
+    "evaluate": (*_TRAIN, "evaluate", "evaluator"),
+    "convergence": (*_SAMPLE, "convergence"),
+    "sweep": (*_TRAIN, "evaluate", "evaluator", "sweep"),
+    "report": (*_TRAIN, "evaluate", "evaluator", "sweep", "convergence"),
+}
+# Settings that change how fast a result comes, not what it is.
+_FREE = (
+    "data.tfds_dir", "sampling.batch_size", "train.checkpoint_every", "train.keep", "sweep.at_once",
+    "sweep.stale_seconds",
+)  # fmt: skip
+# What holds a stage's results, to be removed to do it again.
+_RESULTS = {
+    "sft": ("tokenizer", "reference", "checkpoints/sft"),
+    "reward": ("reward", "checkpoints/reward"),
+    "evaluator": ("evaluator", "checkpoints/evaluator"),
+    "sample": ("samples/train.jsonl", "prompts"),
+    "train": ("checkpoints/train", "metrics.jsonl"),
+    "export": ("policy",),
+    "evaluate": ("evaluation.json",),
+    "convergence": ("convergence.json",),
+    "sweep": ("sweep", "sweep.jsonl"),
+    "report": ("report.html",),
+}
+
+
+def relevant(stage: str, settings: st.Settings) -> dict[str, Any]:
+    """The flat settings that ``stage``'s results follow from."""
+
+    def counts(name: str) -> bool:
+        return any(name == key or name.startswith(f"{key}.") for key in _DEPENDS[stage])
+
+    flat = st.flatten(st.as_dict(settings))
+    return {k: v for k, v in flat.items() if counts(k) and k not in _FREE}
+
+
+class Workdir:
+    """Paths below one folder, and a note a stage of the settings it was done with."""
+
+    def __init__(self, root: str | os.PathLike[str], settings: st.Settings):
+        """Nothing is made or read yet."""
+        self.root = Path(root).expanduser().absolute()
+        self._settings = settings
+        self.tokenizer = self.root / "tokenizer"
+        self.reference = self.root / "reference"
+        self.reward = self.root / "reward"
+        self.evaluator = self.root / "evaluator"
+        self.policy = self.root / "policy"
+        self.data = self.root / "data"
+        self.evaluation = self.root / "evaluation.json"
+
+    def prompts(self, split: str) -> Path:
+        return self.root / "prompts" / f"{split}.jsonl"
+
+    @property
+    def train_samples(self) -> Path:
+        return self.root / "samples" / "train.jsonl"
+
+    def held_out(self, role: str, split: str, temperature: float, m: int) -> Path:
+        """The reference samples of a split at a temperature: "opponents" or "pool".
+
+        Their name carries a digest of what they follow from, so that samples of another reference,
+        reward, evaluator or prompt set are never taken for these.
+        """
+        follows = relevant("sample", self._settings) | st.flatten(
+            {"evaluator": st.as_dict(self._settings.evaluator)}
+        )
+        digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
+        return self.root / "samples" / f"{split}_{role}_t{temperature:g}_m{m}_{digest}.jsonl"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.root / "checkpoints" / stage
+
+    @contextmanager
+    def locked(self, wait: bool = False) -> Iterator[None]:
+        """Makes the folder and holds it for this process.
+
+        Args:
+          wait: until another process lets go of it, instead of raising.
+
+        Raises InputError where it cannot be made or written, or another process holds it.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise InputError(
+                f"--workdir={self.root}: cannot be made or written ({error.strerror})"
+            ) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on a kill
+            except BlockingIOError as error:
+                if not wait:
+                    raise InputError(
+                        f"--workdir={self.root}: another vbon is at work there; wait for it or "
+                        "stop it"
+                    ) from error
+                log(f"waiting for another vbon at work in {self.root}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            self._lock = file
+            yield
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside `locked`: lets other workers in, and takes the folder back on the way out."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def _note(self, stage: str) -> Path:
+        return self.root / "stages" / f"{stage}.json"
+
+    def _read_note(self, stage: str) -> dict[str, Any] | None:
+        path = self._note(stage)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _refuse_changes(self, stage: str, note: dict[str, Any]) -> None:
+        wanted = relevant(stage, self._settings)
+        changed = [k for k, v in wanted.items() if note["settings"].get(k) != v]
+        if changed:
+            first = changed[0]
+            results = [str(self.root / name) for name in _RESULTS[stage]]
+            raise InputError(
+                f"stage {stage} in {self.root} was done with "
+                f"{first}={note['settings'].get(first)!r}, now it is {wanted[first]!r}"
+                + (f" (and {len(changed) - 1} more keys changed)" if changed[1:] else "")
+                + ": use another --workdir, or do the stage again after removing "
+                + " ".join([*results, str(self._note(stage))])
+            )
+
+    def begin(self, stage: str) -> bool:
+        """Notes that ``stage`` starts; returns True when it is complete already.
+
+        Raises InputError when it was begun under settings that give other results: what is there
+        must neither be lost nor be taken for what is asked for now.
+        """
+        note = self._read_note(stage)
+        if note is not None:
+            self._refuse_changes(stage, note)
+            return note["complete"]
+        self._write_note(stage, complete=False)
+        return False
+
+    def abandon(self, stage: str) -> None:
+        """Drops the note of a stage that was refused before it left any result.
+
+        A wrong setting that is put right must not be held against the run.
+        """
+        for name in _RESULTS[stage]:
+            path = self.root / name
+            if path.is_file() or any(p.is_file() for p in path.rglob("*")):
+                return
+        self.forget(stage)
+
+    def forget(self, stage: str) -> None:
+        """Drops the note of a stage whose results are to be overwritten."""
+        self._note(stage).unlink(missing_ok=True)
+
+    def complete(self, stage: str) -> None:
+        """Notes that all files of ``stage`` are in place."""
+        self._write_note(stage, complete=True)
+
+    def _write_note(self, stage: str, complete: bool) -> None:
+        note = {"settings": relevant(stage, self._settings), "complete": complete}
+        self.write_json(self._note(stage), note)
+
+    def require(self, stage: str, what: str) -> None:
+        """Raises InputError unless ``stage``, which makes ``what``, is complete under the settings
+        of this run."""
+        note = self._read_note(stage)
+        if note is None or not note["complete"]:
+            raise InputError(
+                f"{what} is not in {self.root}: run `vbon {stage}` with the same --config and "
+                "--workdir first, or `vbon run` for all stages"
+            )
+        self._refuse_changes(stage, note)
+
+    @staticmethod
+    def write_json(path: Path, value: Any) -> None:
+        """Writes JSON so that the file is whole or not there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: another worker may be writing the same file.
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        with temporary.open("w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
