@@ -146,6 +146,13 @@ def test_columns_are_set_closer_before_they_are_split():
     assert column_groups([5, 30, 5], 1, 16) == (2, [(0, 1), (0, 2)])
 
 
+def test_text_gives_way_to_numbers():
+    columns = (Column("name", "left"), Column("value"))
+    shown = on_screen(Table(columns, (("some words of a name", "10.000 ± 0.100"),)), 21)
+    assert shown.splitlines()[2].split() == ["some", "10.000", "±", "0.100"]
+    assert all(word in shown for word in ("words", "of a", "name"))
+
+
 def test_text_is_wrapped_and_other_rows_stand_out():
     columns = (Column("name", "left"), Column("the\nvalue", narrow="v"))
     shown = Table(columns, (("a long name of six words", "1.5"), ("[b]", "20")), strong=(1,))
