@@ -22,16 +22,15 @@ operations (not measured) two to three hours on such a GPU. Expect a win rate be
 a KL to the reference of at most log 16 - 15/16 = 1.84 nats.
 """
 
-import os
-import runpy
-
 import ml_collections
 
+from vbon_jax import config as vbon_config
 
-def get_config() -> ml_collections.ConfigDict:
-    here = os.path.dirname(os.path.abspath(__file__))
-    config = runpy.run_path(os.path.join(here, "reviews.py"))["get_config"]()
-    config.stages = ("sft", "reward", "sample", "train", "export", "evaluate", "report")
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant:
+        raise ValueError(f"configs/chat.py has no variant {variant!r}: use none")
+    config = vbon_config.default()
     config.prompts.update(
         format="chat",
         path="prompts/train.jsonl",
@@ -52,13 +51,12 @@ def get_config() -> ml_collections.ConfigDict:
     )
     # 0.7 is what Qwen recommends without thinking; its top_p of 0.8 would be another distribution.
     config.sampling.update(temperature=0.7, max_new_tokens=256, batch_size=64)
-    config.samples.m = 64
     config.method.update(n=16.0, beta=1 / 15, estimator="interval")
     config.train.update(
         iterations=150, batch_size=64, minibatch_size=32, ppo_epochs=2, learning_rate=1e-4,
-        value_coef=0.2, penalty="full", num_layers_unfrozen=-1, value_network="head",
         checkpoint_every=25,
     )  # fmt: skip
+    config.offline.learning_rate = 3e-4  # of dpo, bonbon and bon_sft
     config.lora.update(rank=32, alpha=64.0, targets=("q", "k", "v", "out", "gate", "up", "down"))
     config.memory.update(
         compute_dtype="bfloat16", frozen_dtype="bfloat16", remat="full", accumulate=4, chunk=512

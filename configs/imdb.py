@@ -19,10 +19,9 @@ is the paper's grids of all methods (Appendix F), 252 policies of GPT-2 size: fo
 workers on one --workdir. Each takes what one run of train and evaluate takes.
 """
 
-import os
-import runpy
-
 import ml_collections
+
+from vbon_jax import config as vbon_config
 
 BETAS = (
     0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0,
@@ -34,9 +33,7 @@ NS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "sweep"):
         raise ValueError(f"configs/imdb.py has no variant {variant!r}: use none, or :sweep")
-    here = os.path.dirname(os.path.abspath(__file__))
-    config = runpy.run_path(os.path.join(here, "reviews.py"))["get_config"]()
-    config.stages = ("sft", "reward", "sample", "train", "export", "evaluate", "report")
+    config = vbon_config.default()
     config.data.tfds = "imdb_reviews"
     config.prompts.update(train=5_000, test=512, min_tokens=2, max_tokens=8)
     config.reference.path = "lvwerra/gpt2-imdb"

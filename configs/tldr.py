@@ -32,17 +32,15 @@ Expect a win rate of best-of-100 near 0.99 and of vBoN below it, most at high te
 prints its figures only as curves.
 """
 
-import os
-import runpy
-
 import ml_collections
+
+from vbon_jax import config as vbon_config
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant not in ("", "sweep"):
         raise ValueError(f"configs/tldr.py has no variant {variant!r}: use none, or :sweep")
-    here = os.path.dirname(os.path.abspath(__file__))
-    config = runpy.run_path(os.path.join(here, "reviews.py"))["get_config"]()
+    config = vbon_config.default()
     config.stages = (
         "sft", "reward", "evaluator", "sample", "train", "export", "evaluate", "report",
     )  # fmt: skip
@@ -93,6 +91,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )  # fmt: skip
     # Three responses a prompt: the paper's three seeds of sampling.
     config.evaluate.update(temperatures=(0.25, 0.5, 0.75, 1.0), m=100, samples_per_prompt=3)
+    config.offline.learning_rate = 3e-4  # of dpo, bonbon and bon_sft; :sweep has its own
     if variant == "sweep":
         config.stages = ("sft", "reward", "evaluator", "sample", "sweep", "report")
         # Not the paper's, which gives neither pairs nor rates of BoNBoN, nor beta of DPO, here.

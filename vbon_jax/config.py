@@ -1,20 +1,23 @@
-"""Every configuration key, its type and what it means; checked once, at the start.
+"""Every configuration key: its type, default, documentation and rules; checked once, at the start.
 
-A config file (``configs/*.py``) is data: it must give each key below, and no other. The command
-line turns it into these frozen dataclasses, and nothing below the stages sees the config itself.
+A config file (``configs/*.py``) is data: ``default()`` and what differs from it. The command line
+turns it into these frozen dataclasses by ``parse``, and nothing below the stages sees the config.
 """
 
 import dataclasses
 import json
-import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from vbon_jax import keys
 from vbon_jax.bon.log_f import ESTIMATORS, TIES
 from vbon_jax.data import tokenizer
 from vbon_jax.errors import InputError
-from vbon_jax.models import trainable
-from vbon_jax.models.config import DTYPES, REMAT
+from vbon_jax.keys import as_dict, flatten, group, key, named, rows
 from vbon_jax.rewards import classifier
+from vbon_jax.rewards.combined import MISSING_EOS
+from vbon_jax.training import options
+from vbon_jax.training.options import Fit, Lora, Memory, Offline, Train
 
 STAGES = (
     "sft", "reward", "evaluator", "sample", "train", "export", "evaluate", "convergence", "sweep",
@@ -23,410 +26,375 @@ STAGES = (
 ONLINE = ("vbon", "ppo", "bond")
 OFFLINE = ("bon_sft", "dpo", "bonbon")
 METHODS = ("bon", *ONLINE, *OFFLINE)
-CORPORA = ("reviews", "tabular")
-FORMATS = ("text", "tldr", "chat")
-MISSING_EOS = ("none", "replace", "subtract")
 HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as uniform
-
-
-def key(doc: str, **rules: Any) -> Any:
-    """A config key: its meaning, and rules its value obeys.
-
-    Rules: ``least`` and ``most`` (inclusive), ``above`` and ``below`` (exclusive), ``choices``.
-    """
-    return dataclasses.field(metadata={"doc": doc, **rules})
-
-
-def named(cls: type, doc: str) -> Any:
-    """Any number of groups of keys, each under a name the user chooses."""
-    return dataclasses.field(metadata={"doc": doc, "of": cls})
-
-
-def group() -> Any:
-    """A group of keys below a name of its own."""
-    return dataclasses.field()
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    corpus: str = key("embedded corpus used when `data.path` is empty", choices=CORPORA)
-    path: str = key('labelled text, one `{"text", "label"}` a line; empty for the corpus')
-    tfds: str = key("or a TensorFlow Datasets name with features text and label: imdb_reviews")
-    tfds_dir: str = key("where it is prepared, as array_record; empty for the library's default")
-    test_path: str = key("held-out text of the same form; empty holds out a tenth of `data.path`")
-    train: int = key("texts the corpus writes for training", least=1)
-    test: int = key("texts the corpus writes for the held-out split", least=1)
-    ood: int = key("reviews of film genres that no other split has; 0 for none", least=0)
+    """Labelled texts: what the reference, reward and evaluator models are trained on."""
+
+    corpus: str = key("reviews", "Embedded corpus to use where no other source is given: generated "
+                      "movie reviews, or strings of the tabular world.",
+                      choices=("reviews", "tabular"))  # fmt: skip
+    path: str = key("", "File of training texts with labels.")
+    test_path: str = key("", "File of held-out texts; empty holds out every tenth text of "
+                         "`data.path`.")  # fmt: skip
+    tfds: str = key("", "TensorFlow Datasets name with features text and label: imdb_reviews.")
+    tfds_dir: str = key("", "Directory for its prepared array_record files; empty for the "
+                        "library's default.")  # fmt: skip
+    hub: str = key("", "Hugging Face data set: `owner/name` or `owner/name:config`.")
+    text_column: str = key("text", "Column of `data.path` or `data.hub` that holds the text.")
+    label_column: str = key("label", "Column that holds the label.")
+    train_split: str = key("train", "Training split of `data.hub`.")
+    test_split: str = key("test", "Held-out split of `data.hub`.")
+    train: int = key(6_000, "Training texts that the embedded corpus generates.", least=1)
+    test: int = key(1_000, "Held-out texts that the embedded corpus generates.", least=1)
+    ood: int = key(600, "Out-of-distribution reviews that the embedded corpus generates, of film "
+                   "genres no other split has; 0 for none.", least=0)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    format: str = key('of the files: text, `{"prompt"}` a line; tldr, the public TL;DR layout; '
-                      'chat, `{"messages"}` or `{"prompt"}`, by the tokenizer\'s template',
-                      choices=FORMATS)  # fmt: skip
-    path: str = key("training prompts; empty takes prefixes of the texts")
-    test_path: str = key("held-out prompts of the same form; empty takes prefixes of held-out text")
-    ood_path: str = key("out-of-distribution prompts of the same form; empty takes prefixes that "
-                        "name a genre no training text has")  # fmt: skip
-    train: int = key("number of training prompts", least=1)
-    test: int = key("number of held-out prompts", least=2)
-    ood: int = key("number of out-of-distribution prompts; 0 for none", least=0)
-    min_tokens: int = key("shortest prefix, tokens", least=1)
-    max_tokens: int = key("longest prefix, tokens", least=1)
-    longest: int = key("longest prompt of a tldr file (cut, as in the data set's own code) or of a "
-                       "chat file (refused), tokens", least=1)  # fmt: skip
-    subreddits: tuple[str, ...] = key("of tldr: what is in distribution; all other is not")
-    gap: str = key(
-        "of tldr: what stands between subreddit, title, post and TL;DR, a newline or two"
-    )
-    template_arguments: str = key("of chat: arguments of the template, as JSON: "
-                                  '`{"enable_thinking": false}`')  # fmt: skip
+    """Prompts to train on and to evaluate on."""
+
+    format: str = key("text", "Layout of the prompts: text, one prompt string per record; tldr, "
+                      "the public TL;DR layout; chat, records of `messages` or `prompt`, rendered "
+                      "by the tokenizer's chat template.",
+                      choices=("text", "tldr", "chat"))  # fmt: skip
+    path: str = key("", "File of training prompts; empty takes prefixes of the training texts.")
+    test_path: str = key("", "File of held-out prompts; empty takes prefixes of held-out texts.")
+    ood_path: str = key("", "File of out-of-distribution prompts; empty takes prefixes that name a "
+                        "film genre no training text has.")  # fmt: skip
+    hub: str = key("", "Hugging Face data set of prompts: `owner/name` or `owner/name:config`.")
+    column: str = key("prompt", "Column of the files or of `prompts.hub` that holds the prompt.")
+    train_split: str = key("train", "Training split of `prompts.hub`.")
+    test_split: str = key("test", "Held-out split of `prompts.hub`.")
+    train: int = key(800, "Number of training prompts that are made of texts or TL;DR posts; "
+                     "prompts of other files are all used.", least=1)  # fmt: skip
+    test: int = key(128, "Number of held-out prompts, likewise.", least=2)
+    ood: int = key(0, "Number of out-of-distribution prompts, likewise; 0 for none.", least=0)
+    min_tokens: int = key(2, "Shortest prefix of a text, in tokens.", least=1)
+    max_tokens: int = key(8, "Longest prefix of a text, in tokens.", least=1)
+    longest: int = key(512, "Longest prompt in tokens: longer posts of format tldr are shortened "
+                       "as in the data set's own code, longer chats refused.", least=1)  # fmt: skip
+    subreddits: tuple[str, ...] = key((), "Of format tldr: subreddits that are in distribution; "
+                                      "posts of all others are out of distribution.")  # fmt: skip
+    gap: str = key("\n", "Of format tldr: separator between subreddit, title, post and TL;DR.")
+    template_arguments: str = key("", "Of format chat: arguments of the chat template as a JSON "
+                                  'object: `{"enable_thinking": false}`.')  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    path: str = key("Hugging Face directory; empty learns one, or takes the reference model's own")
-    kind: str = key("what is learned: byte-level BPE, or one token a character",
-                    choices=tokenizer.KINDS)  # fmt: skip
-    vocab_size: int = key("largest vocabulary learned, entries", least=1)
+    """The tokenizer of reference and policy."""
+
+    path: str = key("", "Hugging Face directory or hub name; empty takes the reference model's "
+                    "own, or trains one where that is trained.")  # fmt: skip
+    kind: str = key("bpe", "Tokenizer to train: bpe, byte-level byte-pair encoding; characters, "
+                    "one token per character.", choices=tokenizer.KINDS)  # fmt: skip
+    vocab_size: int = key(2_048, "Largest vocabulary of a trained tokenizer.", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    layers: int = key("transformer blocks", least=1)
-    width: int = key("model dimension", least=1)
-    heads: int = key("attention heads; divides the width", least=1)
-    positions: int = key("longest sequence, tokens", least=2)
+    """Sizes of a model that is trained from scratch."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    epochs: int = key("passes over the texts", least=1)
-    batch_size: int = key("texts an update", least=1)
-    learning_rate: float = key("AdamW peak rate; linear warm-up over 5%, then cosine to 0", above=0)
-    weight_decay: float = key("AdamW decay", least=0)
-    max_tokens: int = key("texts are cut to this length, EOS included", least=2)
+    layers: int = key(3, "Number of transformer blocks.", least=1)
+    width: int = key(128, "Model dimension.", least=1)
+    heads: int = key(4, "Number of attention heads; must divide the width.", least=1)
+    positions: int = key(64, "Longest sequence, in tokens.", least=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    path: str = key("Hugging Face directory or hub name; empty trains a GPT-2 on the texts")
-    model: Model = group()
-    fit: Fit = group()
+    """The reference model, from which the policy starts."""
+
+    path: str = key("", "Hugging Face directory or hub name; empty trains a GPT-2 on the texts.")
+    model: Model = group(Model)
+    fit: Fit = group(Fit)
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardPart:
-    path: str = key("Hugging Face sequence classifier: directory or hub name")
-    function: str = key('or a Python callable "module:function"')
-    label: str = key("the label whose score it gives; any for `scalar`")
-    score: str = key("as `reward.score`", choices=classifier.KINDS)
-    template: str = key("as `reward.template`")
-    max_tokens: int = key("as `reward.max_tokens`", least=0)
-    weight: float = key("of its score in the sum")
+class Score:
+    """A score of responses: a sequence classifier or a callable."""
+
+    path: str = key("", "Hugging Face sequence classifier: directory or hub name. Empty, and no "
+                    "function: one is trained on the labels (`reward`).")  # fmt: skip
+    function: str = key("", 'Python callable in place of a classifier: "module:function".')
+    label: str = key("POSITIVE", "Label whose score is taken; ignored for score scalar.")
+    score: str = key("logit", "The label's probability (prob), log_odds or logit; scalar: the only "
+                     "output of the model.", choices=classifier.KINDS)  # fmt: skip
+    template: str = key("{prompt}{response}", "Text that the classifier of `path` reads; chat: its "
+                        "tokenizer's chat template.")  # fmt: skip
+    max_tokens: int = key(0, "Longer texts are truncated at their beginning; 0 for the model's "
+                          "context length.", least=0)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Reward:
-    path: str = key("Hugging Face sequence classifier, directory or hub name; empty trains one on "
-                    "the labels")  # fmt: skip
-    function: str = key('a Python callable "module:function"; empty for a classifier')
-    label: str = key("the label whose score is the reward; any for `scalar`")
-    score: str = key("the label's probability, log odds or logit; scalar: a model's only output",
-                     choices=classifier.KINDS)  # fmt: skip
-    template: str = key("how it reads prompt and response; chat: its tokenizer's template")
-    max_tokens: int = key("longer texts lose their beginning; 0 for what it can read", least=0)
-    weight: float = key("of this reward in the sum with `others`")
-    others: dict[str, RewardPart] = named(RewardPart, "further rewards, each under a name")
-    missing_eos: str = key("a response without EOS: the reward is replaced by the value, or the "
-                           "value subtracted", choices=MISSING_EOS)  # fmt: skip
-    missing_eos_value: float = key("the value")
-    model: Model = group()
-    fit: Fit = group()
+class RewardPart(Score):
+    """A further reward that is added to the first."""
+
+    weight: float = key(1.0, "Weight of this reward in the sum.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-    train: bool = key("train one, on texts and a seed of its own; without path or function, False "
-                      "means none")  # fmt: skip
-    path: str = key("a second reward that only measures: Hugging Face classifier or hub name")
-    function: str = key('or a Python callable "module:function"')
-    label: str = key("the label whose score it gives; any for `scalar`")
-    score: str = key("as `reward.score`", choices=classifier.KINDS)
-    template: str = key("as `reward.template`")
-    max_tokens: int = key("as `reward.max_tokens`", least=0)
-    model: Model = group()
-    fit: Fit = group()
+class Reward(RewardPart):
+    """The reward of a response."""
+
+    others: dict[str, RewardPart] = named(RewardPart, "Further rewards, each under a name.")
+    missing_eos: str = key("none", "What a response without EOS costs: `missing_eos_value` "
+                           "replaces its reward, or is subtracted.",
+                           choices=MISSING_EOS)  # fmt: skip
+    missing_eos_value: float = key(0.0, "See `missing_eos`.")
+    model: Model = group(Model, layers=2, width=64)
+    fit: Fit = group(Fit, epochs=3, learning_rate=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator(Score):
+    """A second score that is reported in evaluation and never trained on."""
+
+    train: bool = key(False, "Train an evaluator, on texts and a seed of its own. False, and no "
+                      "path or function: no evaluator.")  # fmt: skip
+    model: Model = group(Model, width=96)
+    fit: Fit = group(Fit, epochs=3, learning_rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    temperature: float = key("of rollouts and reference samples, and so of every log-prob", above=0)
-    max_new_tokens: int = key("longest response, tokens, EOS included", least=1)
-    stop_at_eos: bool = key("False: no EOS, every response has exactly max_new_tokens tokens")
-    batch_size: int = key("responses drawn at once outside training", least=1)
+    """How responses are sampled, in training and evaluation."""
+
+    temperature: float = key(1.0, "Sampling temperature of rollouts and reference samples; every "
+                             "log-probability is taken at it.", above=0)  # fmt: skip
+    max_new_tokens: int = key(64, "Longest response in tokens, EOS included.", least=1)
+    stop_at_eos: bool = key(True, "End a response at EOS; False: every response has exactly "
+                            "`sampling.max_new_tokens` tokens.")  # fmt: skip
+    batch_size: int = key(64, "Responses sampled at once outside training.", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    m: int = key("reference responses a prompt behind log F", least=1)
-    path: str = key("a samples file made elsewhere, in place of drawing the training samples")
+    """Scored responses of the reference model, from which log F is estimated."""
+
+    m: int = key(64, "Number of reference responses per training prompt.", least=1)
+    path: str = key("", "File of scored responses made elsewhere, used in place of sampling.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    name: str = key("vbon, ppo, bond, bon_sft, dpo or bonbon; bon trains nothing", choices=METHODS)
-    objective: str = key("of vbon: the exact one or one of its bounds",
+    """The training method and the best-of-n it aims at."""
+
+    name: str = key("vbon", "Training method; bon is best-of-n itself, without training.",
+                    choices=METHODS)  # fmt: skip
+    objective: str = key("exact", "Of vbon: the exact objective or one of its bounds.",
                          choices=("exact", "lower_bound", "jensen_bound"))  # fmt: skip
-    n: float = key("n of best-of-n; any real number at least 1 (whole for bon_sft and bonbon)",
-                   least=1)  # fmt: skip
-    beta: float = key("KL coefficient of ppo and dpo; 1/(n-1) matches n", above=0)
-    estimator: str = key("of log F, or for `interval` of the density ratio itself",
+    n: float = key(8.0, "n of best-of-n: any real number of at least 1; a whole number for bon_sft "
+                   "and bonbon.", least=1)  # fmt: skip
+    beta: float = key(1 / 7, "Of ppo and dpo: KL coefficient; 1/(n-1) matches best-of-n.",
+                      above=0)  # fmt: skip
+    estimator: str = key("interval", "Estimator of log F from the reference samples; interval "
+                         "estimates the density ratio of best-of-n directly.",
                          choices=ESTIMATORS)  # fmt: skip
-    ties: str = key("how best-of-n chooses among equal rewards: at random, or by a fixed order "
-                    "(pairs of dpo and bonbon: at random)",
+    ties: str = key("random", "Choice of best-of-n among equal rewards: random, or by a fixed "
+                    "order of responses (pairs of dpo and bonbon: always random).",
                     choices=TIES)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Bond:
-    form: str = key("jeffreys: iterated, with a moving anchor; backward: against the reference",
+    """Best-of-n distillation, BOND and J-BOND (Sessa et al., 2024)."""
+
+    form: str = key("jeffreys", "jeffreys: J-BOND, iterated with a moving anchor; backward: the "
+                    "backward KL against the reference.",
                     choices=("jeffreys", "backward"))  # fmt: skip
-    jeffreys: float = key("weight of the forward KL; the backward KL has the rest", least=0, most=1)
-    anchor_rate: float = key("the anchor moves this share of the way to the policy, each iteration",
-                             least=0, most=1)  # fmt: skip
-    beta: float = key("extra KL coefficient towards the anchor, in the backward part", least=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Offline:
-    responses: int = key("of dpo: responses a prompt that its pairs are made of", least=2)
-    pairs: int = key("pairs (of bon_sft: winners) a prompt and pass over them", least=1)
-    labels: str = key("of dpo: hard, or soft with sigmoid(reward difference)",
-                      choices=("hard", "soft"))  # fmt: skip
-    epochs: int = key("passes over the pairs", least=1)
-    batch_size: int = key("pairs a gradient step", least=1)
-    learning_rate: float = key("AdamW rate, falling linearly to 0", above=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Train:
-    iterations: int = key("rollout batches; episodes = iterations x batch_size", least=1)
-    batch_size: int = key("responses a rollout", least=1)
-    minibatch_size: int = key("responses a gradient step; divides batch_size", least=1)
-    ppo_epochs: int = key("passes over a rollout", least=1)
-    learning_rate: float = key("AdamW rate, falling linearly to 0", above=0)
-    adam_eps: float = key("AdamW epsilon", above=0)
-    weight_decay: float = key("AdamW decay", least=0)
-    max_grad_norm: float = key("gradients are clipped to this global norm", above=0)
-    clip_policy: float = key("PPO's clip of the probability ratio", above=0, below=1)
-    clip_value: float = key("clip of the value's move", above=0)
-    value_coef: float = key("weight of the value loss", least=0)
-    gamma: float = key("discount", least=0, most=1)
-    lam: float = key("lambda of GAE", least=0, most=1)
-    whiten: bool = key("advantages to zero mean and unit variance over a rollout")
-    penalty: str = key("KL penalty by the sampled token's log-ratio, or by the full distribution",
-                       choices=("sampled", "full"))  # fmt: skip
-    num_layers_unfrozen: int = key("upper blocks that are trained, above a frozen trunk that "
-                                   "policy and reference share; -1: all", least=-1)  # fmt: skip
-    value_network: str = key("values by a head on the policy, or by a network of their own that "
-                             "starts as the reward model", choices=("head", "reward"))  # fmt: skip
-    checkpoint_every: int = key("iterations between checkpoints", least=1)
-    keep: int = key("checkpoints kept", least=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    rank: int = key("of adapters on every block, in place of training it; 0 for none", least=0)
-    alpha: float = key("they are added with the factor alpha / rank", above=0)
-    targets: tuple[str, ...] = key(f"the projections that have one: {', '.join(trainable.TARGETS)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    compute_dtype: str = key("of activations and caches", choices=DTYPES)
-    param_dtype: str = key("of what is trained", choices=DTYPES)
-    frozen_dtype: str = key("of what is not: reference, trunk, rewards", choices=DTYPES)
-    optimizer_dtype: str = key("of AdamW's moments", choices=DTYPES)
-    remat: str = key("what the backward pass finds stored of a block: all, its products with "
-                     "weights, its input only", choices=tuple(REMAT))  # fmt: skip
-    accumulate: int = key("microbatches a gradient step; divides train.minibatch_size", least=1)
-    chunk: int = key("tokens whose logits are held at once", least=1)
-    device_gib: float = key("of `vbon plan`: GiB a device has; 0 asks this machine", least=0)
+    jeffreys: float = key(0.5, "Weight of the forward KL; the backward KL has the rest.", least=0,
+                          most=1)  # fmt: skip
+    anchor_rate: float = key(0.02, "Step size of the anchor's moving average of the policy, per "
+                             "iteration.", least=0, most=1)  # fmt: skip
+    beta: float = key(0.1, "Coefficient of an additional KL to the anchor, in the backward part.",
+                      least=0)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    form: str = key("of the policy: a whole model, or a PEFT adapter directory (LoRA)",
+    """What `vbon export` writes."""
+
+    form: str = key("model", "model: a whole Hugging Face model, adapters merged; adapter: a PEFT "
+                    "adapter directory (with `lora.rank`).",
                     choices=("model", "adapter"))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    temperatures: tuple[float, ...] = key("each gets its own rows")
-    m: int = key("fresh reference rewards a held-out prompt", least=1)
-    samples_per_prompt: int = key("responses a held-out prompt from policy and best-of-n", least=1)
+    """Evaluation on held-out prompts."""
+
+    temperatures: tuple[float, ...] = key((1.0,), "Sampling temperatures; each has its own rows.")
+    m: int = key(100, "Fresh reference responses per held-out prompt, from which win rates and "
+                 "best-of-n are computed.", least=1)  # fmt: skip
+    samples_per_prompt: int = key(4, "Responses per held-out prompt of the policy and of "
+                                  "best-of-n.", least=1)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Convergence:
-    prompts: int = key("held-out prompts that are looked at", least=1)
-    m: tuple[int, ...] = key("numbers of samples held against `convergence.m_full`")
-    m_full: int = key("samples a prompt that stand for the truth", least=2)
-    level: float = key("level of the Kolmogorov-Smirnov test", above=0, below=1)
+    """How many reference samples the estimate of log F needs (Section 5.1 of the paper)."""
+
+    prompts: int = key(128, "Number of held-out prompts.", least=1)
+    m: tuple[int, ...] = key((5, 20, 50, 100, 200, 250, 400), "Numbers of samples per prompt that "
+                             "are compared with `convergence.m_full`.")  # fmt: skip
+    m_full: int = key(600, "Samples per prompt that stand for the true distribution.", least=2)
+    level: float = key(0.05, "Significance level of the Kolmogorov-Smirnov test.", above=0,
+                       below=1)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    bon: tuple[int, ...] = key("n of best-of-n itself, read off the pool of fresh samples")
-    vbon: tuple[float, ...] = key("n of vbon, exact objective; empty leaves a method out")
-    lower_bound: tuple[float, ...] = key("n of vbon, lower bound")
-    lower_bound_estimator: str = key("of its log F, which must be finite",
+    """Grids of `vbon sweep`; an empty grid leaves its method out."""
+
+    bon: tuple[int, ...] = key((), "Values of n of best-of-n itself, computed from the "
+                               "`evaluate.m` fresh reference responses.")  # fmt: skip
+    vbon: tuple[float, ...] = key((), "Values of n of vbon with the exact objective.")
+    lower_bound: tuple[float, ...] = key((), "Values of n of vbon with its lower bound.")
+    lower_bound_estimator: str = key("harmonic", "Estimator of log F for the lower bound, which "
+                                     "must be finite.",
                                      choices=("smoothed", "harmonic", "exponential"))  # fmt: skip
-    ppo: tuple[float, ...] = key("beta of ppo")
-    dpo: tuple[float, ...] = key("beta of dpo")
-    bonbon: tuple[int, ...] = key("n of bonbon")
-    bon_sft: tuple[int, ...] = key("n of bon_sft")
-    bond: tuple[float, ...] = key("n of bond, in its backward form")
-    m: tuple[int, ...] = key("m of vbon at `method.n`, all but `samples.m` trained once more")
-    temperatures: tuple[float, ...] = key(
-        "each method, matched to `method.n`, is measured at these"
-    )
-    temperature_m: int = key("as `evaluate.m`, at these temperatures and out of distribution",
+    ppo: tuple[float, ...] = key((), "Values of beta of ppo.")
+    dpo: tuple[float, ...] = key((), "Values of beta of dpo.")
+    bonbon: tuple[int, ...] = key((), "Values of n of bonbon.")
+    bon_sft: tuple[int, ...] = key((), "Values of n of bon_sft.")
+    bond: tuple[float, ...] = key((), "Values of n of bond in its backward form.")
+    m: tuple[int, ...] = key((), "Numbers of reference samples to train vbon with at `method.n`.")
+    temperatures: tuple[float, ...] = key((), "Sampling temperatures at which each method, at the "
+                                          "value that matches `method.n`, is also "
+                                          "evaluated.")  # fmt: skip
+    temperature_m: int = key(64, "As `evaluate.m`, at these temperatures and out of distribution.",
                              least=1)  # fmt: skip
-    seeds: int = key("seeds of each setting", least=1)
-    at_once: int = key("policies vmapped on a device, the others following in the same program; "
-                       "0 for all: best on GPU and TPU, 1 on CPU", least=0)  # fmt: skip
-    stale_seconds: float = key("a worker unheard of for so long has lost its piece", above=0)
+    seeds: int = key(1, "Number of seeds per setting.", least=1)
+    at_once: int = key(1, "Policies that are vmapped on a device, the others following in the same "
+                       "program; 0 for all: best on GPU and TPU, 1 on CPU.", least=0)  # fmt: skip
+    stale_seconds: float = key(60.0, "Seconds without a heartbeat after which a worker's share is "
+                               "taken over by another worker.", above=0)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    model: str = key(
-        "policy, reference or bon (true best-of-n)", choices=("policy", "reference", "bon")
-    )
-    count: int = key("responses a prompt", least=1)
-    temperature: float = key("of generation", above=0)
-    top_k: int = key("keep the k likeliest tokens; 0 keeps all", least=0)
-    top_p: float = key("keep the smallest set of this mass; 1 keeps all", above=0, most=1)
+    """What `vbon generate` prints."""
+
+    model: str = key("policy", "Model to sample from; bon is best-of-n of the reference.",
+                     choices=("policy", "reference", "bon"))  # fmt: skip
+    count: int = key(1, "Responses per prompt.", least=1)
+    temperature: float = key(1.0, "Sampling temperature.", above=0)
+    top_k: int = key(0, "Sample among the k likeliest tokens; 0 for all.", least=0)
+    top_p: float = key(1.0, "Sample from the smallest set of tokens with this probability mass; 1 "
+                       "for all.", above=0, most=1)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    data: int = key("devices that split the batch; -1 takes all that remain")
-    fsdp: int = key("devices that split batch and parameters; -1 likewise")
-    tensor: int = key("devices that split heads, MLP columns and vocabulary; -1 likewise")
+    """Numbers of devices along the axes of the mesh."""
+
+    data: int = key(1, "Devices that share the batch; -1 for all that remain.")
+    fsdp: int = key(1, "Devices that share the batch and the parameters; -1 for all that remain.")
+    tensor: int = key(1, "Devices that share attention heads, MLP columns and vocabulary; -1 for "
+                      "all that remain.")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    seed: int = key("every random number of the run follows from it", least=0, most=2**32 - 1)
-    stages: tuple[str, ...] = key(f"what `vbon run` does, in order: {', '.join(STAGES)}")
-    data: Data = group()
-    prompts: PromptSet = group()
-    tokenizer: Tokenizer = group()
-    reference: Reference = group()
-    reward: Reward = group()
-    evaluator: Evaluator = group()
-    sampling: Sampling = group()
-    samples: Samples = group()
-    method: Method = group()
-    bond: Bond = group()
-    train: Train = group()
-    lora: Lora = group()
-    memory: Memory = group()
-    offline: Offline = group()
-    export: Export = group()
-    evaluate: Evaluate = group()
-    convergence: Convergence = group()
-    sweep: Sweep = group()
-    generate: Generate = group()
-    mesh: MeshShape = group()
+class Log:
+    """Where metrics are logged beside metrics.jsonl and TensorBoard."""
+
+    wandb: bool = key(False, "Log metrics to Weights & Biases.")
+    wandb_project: str = key("vbon_jax", "Its project.")
 
 
-def parse(values: dict[str, Any]) -> Settings:
-    """Settings from the plain dict of a config.
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole configuration of a run."""
 
-    Raises InputError naming the key, its value and what is allowed.
+    seed: int = key(0, "Seed of every random number of the run.", least=0, most=2**32 - 1)
+    stages: tuple[str, ...] = key(
+        ("sft", "reward", "sample", "train", "export", "evaluate", "report"),
+        f"Stages of `vbon run`, in order, among {', '.join(STAGES)}.",
+    )
+    data: Data = group(Data)
+    prompts: PromptSet = group(PromptSet)
+    tokenizer: Tokenizer = group(Tokenizer)
+    reference: Reference = group(Reference)
+    reward: Reward = group(Reward)
+    evaluator: Evaluator = group(Evaluator)
+    sampling: Sampling = group(Sampling)
+    samples: Samples = group(Samples)
+    method: Method = group(Method)
+    bond: Bond = group(Bond)
+    train: Train = group(Train)
+    lora: Lora = group(Lora)
+    memory: Memory = group(Memory)
+    offline: Offline = group(Offline)
+    export: Export = group(Export)
+    evaluate: Evaluate = group(Evaluate)
+    convergence: Convergence = group(Convergence)
+    sweep: Sweep = group(Sweep)
+    generate: Generate = group(Generate)
+    mesh: MeshShape = group(MeshShape)
+    log: Log = group(Log)
+
+
+Settings = Config
+
+
+def default() -> Any:
+    """Returns the defaults as what a config file starts from.
+
+    Returns:
+      An ``ml_collections.ConfigDict``, locked: a misspelt key raises where it is set. Only
+      ``reward.others`` takes names of the user's own.
     """
-    settings = _build(Settings, values, "config")
-    from vbon_jax import config_constraints as constraints  # which needs the classes above
+    import ml_collections  # the Python API needs no config file
 
-    constraints.check(settings)
-    return settings
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise InputError(f"{where}={values!r}: must be a group of keys")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    prefix = "" if where == "config" else f"{where}."
-    unknown, missing = set(values) - set(fields), set(fields) - set(values)
-    if unknown:
-        raise InputError(
-            f"unknown config key {prefix}{sorted(unknown)[0]}: allowed here are "
-            + ", ".join(f"{prefix}{name}" for name in fields)
-        )
-    if missing:
-        raise InputError(
-            f"config key {prefix}{sorted(missing)[0]} is missing: the file must set it"
-        )
-    return cls(**{name: _field(f, values[name], prefix + name) for name, f in fields.items()})
+    values = ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+    values.reward.others.unlock()
+    return values
 
 
-def _field(f: dataclasses.Field, value: Any, where: str) -> Any:
-    if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
-        return _build(f.type, value, where)
-    if "of" in f.metadata:
-        if not isinstance(value, dict):
-            raise InputError(f"{where}={value!r}: must be groups of keys, each under a name")
-        return {name: _build(f.metadata["of"], v, f"{where}.{name}") for name, v in value.items()}
-    return _value(f, value, where)
+def parse(values: dict[str, Any]) -> Config:
+    """Builds and checks a configuration.
+
+    Args:
+      values: Nested dicts of a config; a key that is missing takes its default.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      InputError: Names the key, its value and what is allowed.
+    """
+    config = keys.build(Config, values)
+    check(config)
+    return config
 
 
-def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
-    rules = f.metadata
-    value = _coerced(f, value)
-    if f.type in (tuple[int, ...], tuple[float, ...]) and isinstance(value, tuple):
-        for entry in value:
-            right = _is_int(entry) if f.type == tuple[int, ...] else isinstance(entry, float)
-            if not right or not math.isfinite(entry):
-                kind = "whole numbers" if f.type == tuple[int, ...] else "finite numbers"
-                raise InputError(f"{where} has {entry!r}: it must hold {kind}")
-    expected = f.type if isinstance(f.type, type) else tuple
-    if not isinstance(value, expected) or (expected is int and not _is_int(value)):
-        raise InputError(f"{where}={value!r}: must be {getattr(expected, '__name__', expected)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{where}={value!r}: must be a finite number")
-    for rule, holds, text in (
-        ("least", lambda a: value >= a, "at least"),
-        ("most", lambda a: value <= a, "at most"),
-        ("above", lambda a: value > a, "above"),
-        ("below", lambda a: value < a, "below"),
-    ):
-        if rule in rules and not holds(rules[rule]):
-            raise InputError(f"{where}={value!r}: must be {text} {rules[rule]}")
-    if "choices" in rules and value not in rules["choices"]:
-        raise InputError(f"{where}={value!r}: choose one of {', '.join(rules['choices'])}")
-    return value
+def defaults_flat() -> dict[str, Any]:
+    """Returns the default of every key as a JSON value, by dotted key."""
+    return flatten(as_dict(Config()))
 
 
-def _coerced(f: dataclasses.Field, value: Any) -> Any:
-    """Whole numbers as floats where floats are meant, lists as tuples."""
-    if f.type is float and _is_int(value):
-        return float(value)
-    if isinstance(value, list | tuple):
-        floats = f.type == tuple[float, ...]
-        return tuple(float(v) if floats and _is_int(v) else v for v in value)
-    return value
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def reference_rows() -> list[tuple[str, str]]:
+    """Returns (dotted key, documentation) of every key, in order."""
+    return [(name, doc) for name, doc, _ in rows(Config)]
 
 
 def template_arguments(text: str) -> dict[str, Any]:
-    """What `prompts.template_arguments` says. Raises InputError where it is no JSON object."""
+    """Reads ``prompts.template_arguments``.
+
+    Args:
+      text: A JSON object; empty for none.
+
+    Returns:
+      Arguments of the chat template by name.
+
+    Raises:
+      InputError: The text is no JSON object.
+    """
     try:
         value = json.loads(text or "{}")
     except json.JSONDecodeError as error:
@@ -436,33 +404,225 @@ def template_arguments(text: str) -> dict[str, Any]:
     return value
 
 
-def as_dict(settings: Any) -> dict[str, Any]:
-    """Settings, or a part of them, as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(settings)))
+def check(config: Config) -> None:
+    """Checks what keys must obey together.
+
+    Args:
+      config: Whose keys each obey their own rules.
+
+    Raises:
+      InputError: Names the keys, their values and what is allowed.
+    """
+    for of_part in (
+        _check_stages, _check_data, _check_models, _check_training, _check_evaluation, _check_bon,
+        _check_vbon, _check_ppo, _check_bond, _check_bon_sft, _check_dpo, _check_bonbon,
+        _check_offline,
+    ):  # fmt: skip
+        of_part(config)
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; a group without any key stays as it is."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inside = isinstance(value, dict) and value
-        flat |= flatten(value, f"{prefix}{name}.") if inside else {prefix + name: value}
-    return flat
+def _require(holds: bool, text: str) -> None:
+    if not holds:
+        raise InputError(text)
 
 
-def reference_rows() -> list[tuple[str, str]]:
-    """(key, meaning) of every config key, in order: what the README's table shows."""
+def _at_most_one_of(values: dict[str, str]) -> None:
+    given = [f"{name}={value!r}" for name, value in values.items() if value]
+    _require(len(given) <= 1, f"{' and '.join(given)}: set one of them")
 
-    def rows(cls: type, prefix: str) -> list[tuple[str, str]]:
-        out: list[tuple[str, str]] = []
-        for f in dataclasses.fields(cls):
-            if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
-                out += rows(f.type, f"{prefix}{f.name}.")
-            elif "of" in f.metadata:
-                out.append((prefix + f.name, f.metadata["doc"]))
-                out += rows(f.metadata["of"], f"{prefix}{f.name}.NAME.")
-            else:
-                out.append((prefix + f.name, f.metadata["doc"]))
-        return out
 
-    return rows(Settings, "")
+def _at_least_1(name: str, values: Iterable[float]) -> None:
+    for n in values:
+        _require(n >= 1, f"{name} has {n}: it must be at least 1")
+
+
+def _above_0(name: str, values: Iterable[float]) -> None:
+    for value in values:
+        _require(value > 0, f"{name} has {value}: it must be above 0")
+
+
+def _at_most(name: str, values: Iterable[float], most: int, of: str) -> None:
+    for n in values:
+        _require(n <= most, f"{name} has {n}, more than {of}={most}")
+
+
+def _check_stages(c: Config) -> None:
+    _require(len(c.stages) > 0, f"stages is empty: choose from {', '.join(STAGES)}")
+    for stage in c.stages:
+        _require(stage in STAGES, f"stages names {stage!r}: choose from {', '.join(STAGES)}")
+
+
+def _check_data(c: Config) -> None:
+    d, p = c.data, c.prompts
+    _at_most_one_of({"data.path": d.path, "data.tfds": d.tfds, "data.hub": d.hub})
+    _at_most_one_of({"prompts.path": p.path, "prompts.hub": p.hub})
+    _require(
+        not d.test_path or bool(d.path),
+        f"data.test_path={d.test_path!r} is set but data.path is empty: set both",
+    )
+    _require(
+        p.min_tokens <= p.max_tokens,
+        f"prompts.min_tokens={p.min_tokens} is more than prompts.max_tokens={p.max_tokens}",
+    )
+    _require(
+        p.format == "text" or bool(p.hub) or bool(p.path and p.test_path),
+        f"prompts.format={p.format}: set prompts.path and prompts.test_path to files of it",
+    )
+    _require(
+        p.format != "tldr" or bool(p.subreddits),
+        "prompts.subreddits is empty: name what is in distribution for prompts.format=tldr",
+    )
+    template_arguments(p.template_arguments)
+
+
+def _check_models(c: Config) -> None:
+    for name, part in (
+        ("reference", c.reference),
+        ("reward", c.reward),
+        ("evaluator", c.evaluator),
+    ):
+        width, heads = part.model.width, part.model.heads
+        _require(
+            width % heads == 0,
+            f"{name}.model.width={width} is not a multiple of {name}.model.heads={heads}",
+        )
+    others = {f"reward.others.{name}": other for name, other in c.reward.others.items()}
+    for name, score in {"reward": c.reward, "evaluator": c.evaluator, **others}.items():
+        _at_most_one_of({f"{name}.path": score.path, f"{name}.function": score.function})
+    for name, other in others.items():
+        _require(
+            bool(other.path or other.function), f"{name}.path and .function are empty: set one"
+        )
+
+
+def _check_training(c: Config) -> None:
+    options.check(c.train, c.lora, c.memory)
+    _require(
+        c.export.form == "model" or c.lora.rank > 0,
+        f"export.form=adapter needs adapters: set lora.rank, which is {c.lora.rank}",
+    )
+    method = c.method.name
+    by_ppo = method in ("vbon", "ppo") or (method == "bond" and c.bond.form == "backward")
+    _require(
+        c.memory.accumulate == 1 or by_ppo,
+        f"memory.accumulate={c.memory.accumulate}: {method} is trained without microbatches; set 1",
+    )
+    _require(
+        c.train.value_network == "head" or not c.reward.function,
+        f"train.value_network=reward starts from a reward model, but reward.function="
+        f"{c.reward.function!r} is none: set train.value_network=head",
+    )
+
+
+def _check_evaluation(c: Config) -> None:
+    temperatures = c.evaluate.temperatures
+    _require(len(temperatures) > 0, "evaluate.temperatures is empty: give at least one")
+    _require(
+        len(set(temperatures)) == len(temperatures),
+        f"evaluate.temperatures={temperatures} names one twice",
+    )
+    for temperature in temperatures:
+        _require(
+            0 < temperature <= HOTTEST,
+            f"evaluate.temperatures has {temperature!r}: each must be a number above 0, "
+            f"at most {HOTTEST:g}",
+        )
+    _above_0("sweep.temperatures", c.sweep.temperatures)
+    for m in c.convergence.m:
+        _require(
+            1 <= m < c.convergence.m_full,
+            f"convergence.m has {m}: each must be at least 1 and below "
+            f"convergence.m_full={c.convergence.m_full}",
+        )
+
+
+# What a method cannot do, alone or in a sweep: a function for each.
+
+
+def _check_bon(c: Config) -> None:
+    _at_least_1("sweep.bon", c.sweep.bon)
+    _at_most("sweep.bon", c.sweep.bon, c.evaluate.m, "evaluate.m")
+
+
+def _check_vbon(c: Config) -> None:
+    _require(
+        c.method.estimator not in ("strict", "interval") or c.method.objective == "exact",
+        f"method.estimator={c.method.estimator} gives no finite log F for "
+        f"method.objective={c.method.objective}: choose smoothed, harmonic or exponential",
+    )
+    _at_least_1("sweep.vbon", c.sweep.vbon)
+    _at_least_1("sweep.lower_bound", c.sweep.lower_bound)
+    _at_least_1("sweep.m", c.sweep.m)
+    _at_most("sweep.m", c.sweep.m, c.samples.m, "samples.m")
+
+
+def _check_ppo(c: Config) -> None:
+    _above_0("sweep.ppo", c.sweep.ppo)
+
+
+def _check_bond(c: Config) -> None:
+    for name, n in _values(c, "bond", "sweep.bond", c.sweep.bond):
+        _require(n > 1, f"{name}={n:g}: bond has the KL coefficient 1/(n-1), so n must be above 1")
+
+
+def _check_bon_sft(c: Config) -> None:
+    _check_stored(c, "bon_sft")
+    _at_least_1("sweep.bon_sft", c.sweep.bon_sft)
+    _at_most("sweep.bon_sft", c.sweep.bon_sft, c.samples.m, "samples.m")
+
+
+def _check_dpo(c: Config) -> None:
+    _above_0("sweep.dpo", c.sweep.dpo)
+    if c.method.name != "dpo" and not c.sweep.dpo:
+        return
+    o = c.offline
+    most = o.responses * (o.responses - 1) // 2
+    _require(
+        o.pairs <= most,
+        f"offline.pairs={o.pairs} is more than the {most} pairs of offline.responses={o.responses}",
+    )
+    _require(
+        o.responses <= c.samples.m,
+        f"offline.responses={o.responses} is more than samples.m={c.samples.m}",
+    )
+
+
+def _check_bonbon(c: Config) -> None:
+    _check_stored(c, "bonbon")
+    for name, n in _values(c, "bonbon", "sweep.bonbon", c.sweep.bonbon):
+        _require(n >= 2, f"{name}={n:g}: bonbon needs a best and a worst, n of at least 2")
+    _at_most("sweep.bonbon", c.sweep.bonbon, c.samples.m, "samples.m")
+
+
+def _check_offline(c: Config) -> None:
+    """Checks what the offline methods share."""
+    o, w = c.offline, c.sweep
+    if not (c.method.name in OFFLINE or w.dpo or w.bonbon or w.bon_sft):
+        return
+    if c.samples.path or c.prompts.path or c.prompts.hub:
+        return  # which bring their own number of prompts
+    examples = o.pairs * c.prompts.train
+    _require(
+        examples >= o.batch_size,
+        f"offline.batch_size={o.batch_size} is more than the {examples} examples of "
+        f"prompts.train={c.prompts.train} x offline.pairs={o.pairs}: lower it",
+    )
+
+
+def _check_stored(c: Config, method: str) -> None:
+    """Checks ``method.n`` of a method that takes the best of the stored samples."""
+    n = c.method.n
+    _require(
+        c.method.name != method or (n.is_integer() and n <= c.samples.m),
+        f"method.n={n:g}: {method} takes the best of a whole number n of the samples.m="
+        f"{c.samples.m} stored ones",
+    )
+
+
+def _values(
+    c: Config, method: str, grid: str, values: Iterable[float]
+) -> Iterator[tuple[str, float]]:
+    """Yields each n of a method with the name of its key: ``method.n`` if chosen, and a grid's."""
+    if c.method.name == method:
+        yield "method.n", c.method.n
+    yield from ((grid, n) for n in values)

@@ -2,6 +2,8 @@ import collections
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vbon_jax.data import prompts, tokenizer
@@ -233,3 +235,34 @@ def test_users_own_prompts(tmp_path, letters):
             read(path)
         with pytest.raises(InputError, match="does not exist"):
             read(tmp_path / "gone")
+
+
+def test_users_own_prompts_from_tables(tmp_path, letters):
+    want = [Prompt(0, "ab", (1, 2)), Prompt(1, "c", (3,))]
+    (tmp_path / "x.csv").write_text('n,prompt\n1,ab\n\n2,"c"\n')
+    assert prompts.read_texts(tmp_path / "x.csv", letters) == want
+    (tmp_path / "x.tsv").write_text("q\tprompt\nab\tz\nc\tz\n")
+    assert prompts.read_texts(tmp_path / "x.tsv", letters, "q") == want
+    pq.write_table(pa.table({"q": ["ab", "c"], "prompt": ["", ""]}), tmp_path / "x.parquet")
+    assert prompts.read_texts(tmp_path / "x.parquet", letters, column="q") == want
+    (tmp_path / "x.jsonl").write_text('{"q": "ab"}\n{"q": "c"}\n')
+    assert prompts.read_texts(tmp_path / "x.jsonl", letters, column="q") == want
+
+
+def test_faults_of_users_prompts_in_tables(tmp_path, letters):
+    path = tmp_path / "x.csv"
+    for content, message in (
+        ("text\nab\n", r"x\.csv: there is no column 'prompt' .*'text'\); set prompts\.column to"),
+        ('prompt\nab\n""\n', r"x\.csv:3: 'prompt' '' has no token"),
+        ("prompt\nab\nA!\n", r"x\.csv:3: .*cannot be tokenized"),
+        ("prompt\n", r"x\.csv: the file is empty; give it records with a prompt \('prompt'\)"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            prompts.read_texts(path, letters)
+    pq.write_table(pa.table({"prompt": ["ab", None]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="row index 1: 'prompt' must be a string, not None"):
+        prompts.read_texts(tmp_path / "x.parquet", letters)
+    (tmp_path / "x.jsonl").write_text('{"text": "ab"}\n')
+    with pytest.raises(InputError, match=r"x\.jsonl:1: .*'prompt' is missing.*set prompts\.column"):
+        prompts.read_texts(tmp_path / "x.jsonl", letters)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -230,6 +231,35 @@ TABULAR = {
         )
     ]
 }  # fmt: skip
+
+
+class Look(NamedTuple):
+    """What the caller of the report knows of a method, and more that the report does not read."""
+
+    name: str
+    color: str
+    marker: str
+    in_front: bool = True
+    steps: int = 7
+
+
+# Okabe and Ito's palette, which color-blind eyes can tell apart, without its yellow (too faint on
+# white; a dark red of Paul Tol's stands in).
+LOOKS = {
+    "vbon": Look("vBoN", "#0072b2", "o"),
+    "lower_bound": Look("vBoN, bound L", "#882255", "P", in_front=False),
+    "ppo": Look("PPO", "#009e73", "s"),
+    "dpo": Look("DPO", "#cc79a7", "^"),
+    "bonbon": Look("BoNBoN", "#e69f00", "D"),
+    "bond": Look("BOND", "#56b4e9", "v"),
+    "bon_sft": Look("BoN-SFT", "#1a1a1a", "X", in_front=False),
+}
+
+
+@pytest.fixture(scope="session")
+def looks() -> dict[str, Look]:
+    """How each method appears, in the order of the legends."""
+    return LOOKS
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from vbon_jax.errors import InputError
-from vbon_jax.report import front_figures, results, style, sweep_figures
+from vbon_jax.report import front_figures, results, style, sweep_figures, training_figures
 from vbon_jax.report.front_figures import REWARD, WIN_RATE
 
 
@@ -35,7 +35,7 @@ def by_label(ax, label: str):
 
 
 def points(ax) -> dict[tuple[float, float], tuple[str, str, float]]:
-    """Colour, marker and opacity of every point that is drawn."""
+    """Color, marker and opacity of every point that is drawn."""
     return {
         (float(x), float(y)): (to_hex(one.get_color()), one.get_marker(), one.get_alpha())
         for one in ax.lines
@@ -47,15 +47,15 @@ def points(ax) -> dict[tuple[float, float], tuple[str, str, float]]:
 # --- Front -------------------------------------------------------------------------------------
 
 
-def test_points_off_the_front_are_faint_and_shares_are_in_the_legend():
-    figure = front_figures.draw_front(POLICIES, BON, 0.5, WIN_RATE)
+def test_points_off_the_front_are_faint_and_shares_are_in_the_legend(looks):
+    figure = front_figures.draw_front(POLICIES, BON, 0.5, WIN_RATE, looks)
     ax = figure.axes[0]
-    blue, green = style.LOOKS["vbon"], style.LOOKS["ppo"]
+    blue, green = looks["vbon"], looks["ppo"]
     assert points(ax) == {
-        (1.0, 0.80): (blue.colour, "o", 1.0),
-        (2.0, 0.90): (blue.colour, "o", 1.0),
-        (1.5, 0.78): (green.colour, "s", front_figures.FADED),
-        (0.5, 0.70): (green.colour, "s", 1.0),
+        (1.0, 0.80): (blue.color, "o", 1.0),
+        (2.0, 0.90): (blue.color, "o", 1.0),
+        (1.5, 0.78): (green.color, "s", front_figures.FADED),
+        (0.5, 0.70): (green.color, "s", 1.0),
     }
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "vBoN: 67% of the front (2/2)" in legend
@@ -63,15 +63,15 @@ def test_points_off_the_front_are_faint_and_shares_are_in_the_legend():
     assert not ax.get_xlabel().endswith("axis)")
 
 
-def test_error_bars_are_the_intervals():
-    ax = front_figures.draw_front(POLICIES[:1], [], None, WIN_RATE).axes[0]
+def test_error_bars_are_the_intervals(looks):
+    ax = front_figures.draw_front(POLICIES[:1], [], None, WIN_RATE, looks).axes[0]
     segments = [bars.get_segments()[0] for bars in ax.collections]
     np.testing.assert_allclose(segments[0], [[0.9, 0.8], [1.2, 0.8]])
     np.testing.assert_allclose(segments[1], [[1.0, 0.79], [1.0, 0.83]])
 
 
-def test_best_of_n_is_a_labelled_curve_and_does_not_join_the_front():
-    ax = front_figures.draw_front(POLICIES, BON, 0.5, WIN_RATE).axes[0]
+def test_best_of_n_is_a_labelled_curve_and_does_not_join_the_front(looks):
+    ax = front_figures.draw_front(POLICIES, BON, 0.5, WIN_RATE, looks).axes[0]
     np.testing.assert_array_equal(by_label(ax, "BoN, KL").get_xydata(), [[0, 0.5], [1.2, 0.88]])
     theory = by_label(ax, "BoN in theory")
     np.testing.assert_allclose(theory.get_xydata()[0], [0, 0.5])
@@ -79,21 +79,23 @@ def test_best_of_n_is_a_labelled_curve_and_does_not_join_the_front():
     assert {text.get_text() for text in ax.texts} == {"n=1", "n=8"}
     assert by_label(ax, "reference").get_ydata()[0] == 0.5
 
-    ax = front_figures.draw_front(POLICIES, BON, None, REWARD).axes[0]
+    ax = front_figures.draw_front(POLICIES, BON, None, REWARD, looks).axes[0]
     np.testing.assert_array_equal(by_label(ax, "BoN at the bound").get_xdata(), [0, 1.204])
 
 
-def test_a_policy_far_off_is_shown_on_a_root_axis():
-    figure = front_figures.draw_front([*POLICIES, row("dpo", 30.0, 0.95)], BON, 0.5, WIN_RATE)
+def test_a_policy_far_off_is_shown_on_a_root_axis(looks):
+    figure = front_figures.draw_front(
+        [*POLICIES, row("dpo", 30.0, 0.95)], BON, 0.5, WIN_RATE, looks
+    )
     ax = figure.axes[0]
     assert ax.get_xlabel().endswith("(square-root axis)")
     at = ax.transData.transform([[0, 0.5], [7.5, 0.5], [30, 0.5]])[:, 0]
     assert (at[1] - at[0]) / (at[2] - at[0]) == pytest.approx(0.5)
 
 
-def test_policies_far_off_the_front_do_not_squeeze_the_others():
+def test_policies_far_off_the_front_do_not_squeeze_the_others(looks):
     far = [row("dpo", 100.0, 0.55), row("dpo", 231.0, 0.52)]
-    ax = front_figures.draw_front([*POLICIES, *far], BON, 0.5, WIN_RATE).axes[0]
+    ax = front_figures.draw_front([*POLICIES, *far], BON, 0.5, WIN_RATE, looks).axes[0]
     assert not ax.get_xlabel().endswith("(square-root axis)")
     left, right = ax.get_xlim()
     assert -0.2 < left < 0 and 1.2 < right < 10
@@ -101,43 +103,59 @@ def test_policies_far_off_the_front_do_not_squeeze_the_others():
     assert "2 off the front beyond the right edge, up to 231 nats" in texts
 
 
-def test_each_figure_has_its_methods(sweep):
+def test_each_figure_has_its_methods(sweep, looks):
     def methods(which):
-        return {row["method"] for row in front_figures.front_rows(sweep, which)}
+        return {row["method"] for row in front_figures.front_rows(sweep, which, looks)}
 
     main = {"vbon", "ppo", "dpo", "bonbon", "bond"}
     assert methods("front") == main
     assert methods("bound") == {"vbon", "lower_bound"}
     assert methods("sft") == main | {"bon_sft"}
-    rows = front_figures.front_rows(sweep, "front")
+    rows = front_figures.front_rows(sweep, "front", looks)
     assert len(rows) == 5 * 6 * 2 and {r["split"] for r in rows} == {"test"}
     assert [r["n"] for r in front_figures.bon_rows(sweep)] == [1, 2, 3, 4, 8, 16, 32, 64, 128]
 
 
-def test_every_method_has_its_own_look_and_an_unknown_one_gets_a_spare():
-    looks = style.method_looks(["mine", *style.LOOKS, "other"])
-    assert list(looks)[-2:] == ["mine", "other"]
-    assert len({look.colour for look in looks.values()}) == len(looks)
-    assert len({look.marker for look in looks.values()}) == len(looks)
-    assert style.method_looks(["ppo"])["ppo"] == style.LOOKS["ppo"]
-    assert style.method_name("mine") == "mine" and style.method_name("bond") == "BOND"
+def test_a_look_decides_who_is_in_the_main_figure_and_an_unknown_label_is(sweep, looks):
+    rows = [row(method, 1.0, 0.8) for method in ("vbon", "ppo", "mine", "bon", "reference")]
+
+    def methods(which, known):
+        return [row["method"] for row in front_figures.front_rows(rows, which, known)]
+
+    assert methods("front", looks) == ["vbon", "ppo", "mine"]
+    assert methods("front", {}) == ["vbon", "ppo", "mine"]
+    without = looks | {"ppo": looks["ppo"]._replace(in_front=False)}
+    assert methods("front", without) == methods("sft", without) == ["vbon", "mine"]
 
 
-def test_no_policy_is_an_error():
+def test_every_method_has_its_own_look_and_an_unknown_one_gets_a_spare(looks):
+    shown = style.method_looks(["mine", "bon", "vbon", *looks, "other", "reference"], looks)
+    assert list(shown) == ["reference", "bon", *looks, "mine", "other"]
+    assert len({look.color for look in shown.values()}) == len(shown)
+    assert len({look.marker for look in shown.values()}) == len(shown)
+    assert style.method_looks(["ppo"], looks)["ppo"] is looks["ppo"]
+    turned = dict(reversed(looks.items()))
+    assert list(style.method_looks(looks, turned)) == list(turned)
+    assert style.method_name("mine", looks) == "mine"
+    assert style.method_name("bond", looks) == "BOND"
+    assert style.method_name("bon", {"bon": looks["ppo"]}) == "BoN"
+
+
+def test_no_policy_is_an_error(looks):
     with pytest.raises(InputError, match=r"no fine-tuned policy.*vbon sweep"):
-        front_figures.draw_front([], BON, 0.5, WIN_RATE)
+        front_figures.draw_front([], BON, 0.5, WIN_RATE, looks)
 
 
 # --- m, temperature, log F ---------------------------------------------------------------------
 
 
-def test_sample_size_shows_mean_deviation_and_minutes():
+def test_sample_size_shows_mean_deviation_and_minutes(looks):
     rows = [
         row("vbon", 1.0, win, m=m, seed=seed, study="m", sample_seconds=60.0 * m)
         for m, wins in ((4, (0.7, 0.8)), (16, (0.85, 0.87)), (64, (0.9,)))
         for seed, win in enumerate(wins)
     ]
-    ax = sweep_figures.draw_sample_size(rows, 0.889, WIN_RATE).axes[0]
+    ax = sweep_figures.draw_sample_size(rows, 0.889, WIN_RATE, looks).axes[0]
     marker, _, (bars,) = ax.containers[0]
     np.testing.assert_allclose(marker.get_xydata(), [[4, 0.75], [16, 0.86], [64, 0.9]])
     # The standard deviation of two values is their distance over the square root of 2.
@@ -148,7 +166,7 @@ def test_sample_size_shows_mean_deviation_and_minutes():
     assert by_label(ax, "BoN, n = 8").get_ydata()[0] == 0.889
 
 
-def test_temperature_lines_are_means_solid_in_and_dashed_out_of_distribution():
+def test_temperature_lines_are_means_solid_in_and_dashed_out_of_distribution(looks):
     rows = [
         row("vbon", 1.0, 0.0, temperature=t, split=split, seed=seed, study="temperature",
             evaluator_win_rate=win + 0.02 * seed)
@@ -157,7 +175,7 @@ def test_temperature_lines_are_means_solid_in_and_dashed_out_of_distribution():
         for seed in (0, 1)
     ]  # fmt: skip
     rows.append(row("ppo", 1.0, 0.0, study="temperature", evaluator_win_rate=None))
-    figure = sweep_figures.draw_temperature(rows, sweep_figures.EVALUATOR_WIN_RATE)
+    figure = sweep_figures.draw_temperature(rows, sweep_figures.EVALUATOR_WIN_RATE, looks)
     lines = [container[0] for container in figure.axes[0].containers]
     assert [line.get_linestyle() for line in lines] == ["-", "--"]
     for line in lines:
@@ -177,10 +195,10 @@ def test_temperature_rows_take_what_only_the_front_measured():
     assert sweep_figures.temperature_rows(rows) == [rows[0], rows[4], rows[1]]
 
 
-def test_without_an_evaluator_there_is_nothing_to_draw():
+def test_without_an_evaluator_there_is_nothing_to_draw(looks):
     rows = [row("vbon", 1.0, 0.8, study="temperature", evaluator_win_rate=None)]
     with pytest.raises(InputError, match=r"evaluator_win_rate.*evaluator reward"):
-        sweep_figures.draw_temperature(rows, sweep_figures.EVALUATOR_WIN_RATE)
+        sweep_figures.draw_temperature(rows, sweep_figures.EVALUATOR_WIN_RATE, looks)
 
 
 def test_log_f_has_a_panel_a_prompt_and_a_line_for_each_m():
@@ -218,18 +236,18 @@ def test_columns_of_any_method_are_drawn():
         "loss": np.array([3.0, 2.0, 1.0]),
         "empty": np.full(3, np.nan),
     }
-    axes = sweep_figures.draw_columns(metrics).axes
+    axes = training_figures.draw_columns(metrics).axes
     assert [ax.get_title(loc="left") for ax in axes] == ["loss"]
     np.testing.assert_array_equal(axes[0].lines[0].get_ydata(), [3, 2, 1])
     with pytest.raises(InputError, match="'step'"):
-        sweep_figures.draw_columns({"step": np.arange(3.0)})
+        training_figures.draw_columns({"step": np.arange(3.0)})
 
 
-def test_all_figures_are_written_and_none_is_cut(full_workdir):
-    paths = [front_figures.front_figure(full_workdir, "sft", WIN_RATE)]
-    paths += [front_figures.front_figure(full_workdir, "bound", REWARD)]
-    paths += [sweep_figures.sample_size(full_workdir, REWARD)]
-    paths += [sweep_figures.temperature(full_workdir, sweep_figures.EVALUATOR_REWARD)]
+def test_all_figures_are_written_and_none_is_cut(full_workdir, looks):
+    paths = [front_figures.front_figure(full_workdir, "sft", WIN_RATE, looks)]
+    paths += [front_figures.front_figure(full_workdir, "bound", REWARD, looks)]
+    paths += [sweep_figures.sample_size(full_workdir, REWARD, looks)]
+    paths += [sweep_figures.temperature(full_workdir, sweep_figures.EVALUATOR_REWARD, looks)]
     paths += [sweep_figures.log_f_curves(full_workdir)]
     names = ["sft_win_rate", "bound_reward", "m_reward", "temperature_evaluator_reward"]
     assert [path.stem for path in paths] == [*names, "log_f_curves"]

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from vbon_jax.errors import InputError
 from vbon_jax.report import tables as table
+from vbon_jax.report.table import Column, Table, column_groups, markdown
 
 VBON = {
     "policy": "vbon",
@@ -50,14 +51,14 @@ def on_screen(shown, width: int) -> str:
 
 
 def test_cells_by_hand():
-    assert table.results_cells([VBON, BON]) == [
-        VBON_CELLS,
-        ["BoN", "8", "1", *VBON_CELLS[3:5], "1.100", "n/a", "38.7", "930"],
-    ]
+    assert table.results_table([VBON, BON]).rows == (
+        tuple(VBON_CELLS),
+        ("BoN", "8", "1", *VBON_CELLS[3:5], "1.100", "n/a", "38.7", "930"),
+    )
 
 
 def test_a_real_n_keeps_its_fraction():
-    assert table.results_cells([VBON | {"n": 2.5}])[0][1] == "2.5"
+    assert table.results_table([VBON | {"n": 2.5}]).rows[0][1] == "2.5"
 
 
 def test_a_missing_key_is_named():
@@ -67,21 +68,105 @@ def test_a_missing_key_is_named():
 
 def test_screen_and_markdown_have_the_same_cells():
     wide = on_screen(table.results_table([VBON, BON]), 120)
-    for row in table.results_cells([VBON, BON]):
+    for row in table.results_table([VBON, BON]).rows:
         assert any(all(cell in one for cell in row) for one in wide.splitlines())
     lines = table.markdown_table([VBON, BON]).splitlines()
-    assert lines[0] == "| " + " | ".join(table.COLUMNS) + " |"
+    assert lines[0] == (
+        "| policy | n | T | reward | win rate | KL(·‖ref), nats | KL(·‖BoN), nats | responses/s | "
+        "tokens/s |"
+    )
     assert lines[1] == "| --- |" + " ---: |" * 8
     assert lines[2] == "| " + " | ".join(VBON_CELLS) + " |"
     assert len(lines) == 4
 
 
-def test_nothing_is_cut_on_80_columns():
-    narrow = on_screen(table.results_table([VBON, BON]), 80)
-    assert "…" not in narrow
-    for row in table.results_cells([VBON, BON]):
-        for part in " ".join(row).split():
-            assert part in narrow
+def rows_of(temperature: float, n: float) -> list[dict]:
+    """Reference, best-of-n and policy as an evaluation of a large model has them."""
+    measured = {
+        "reward": -12.345, "reward_ci95": [-12.468, -12.222],
+        "win_rate": 0.5, "win_rate_ci95": [0.4, 0.6],
+        "kl_ref": 10.234, "kl_ref_ci95": [10.0, 10.468],
+        "kl_bon": 11.501, "responses_per_second": 1105.49, "tokens_per_second": 132681.1,
+    }  # fmt: skip
+    return [
+        {"policy": policy, "n": n, "temperature": temperature} | measured
+        for policy in ("reference", "bon", "vbon")
+    ]
+
+
+LARGE = ["-12.345 ± 0.123", "0.500 ± 0.100", "10.234 ± 0.234", "11.501", "1,105.5", "132,681"]
+SMALL = [one | {"reward": 1.74, "reward_ci95": [1.694, 1.786], "kl_ref": 1.2, "kl_bon": 5.4,
+                "kl_ref_ci95": [1.1, 1.3], "tokens_per_second": 32681.0}
+         for one in rows_of(1.0, 8.0)]  # fmt: skip
+
+
+def test_a_usual_evaluation_is_one_table_on_80_columns():
+    shown = [line for line in on_screen(table.results_table(SMALL), 80).splitlines() if line[:1]]
+    assert shown[0] == "Held-out prompts (±: half the 95% interval)"
+    assert shown[-3].split(" ", 1)[0] == "reference" and len(shown[-3]) <= 80
+    numbers = "1.740 ± 0.046 0.500 ± 0.100 1.200 ± 0.100 5.400 1,105.5 32,681"
+    assert " ".join(shown[-1].split()) == f"vbon 8 1 {numbers}"
+    assert sum(line.startswith("vbon") for line in shown) == 1
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_no_number_is_broken_however_narrow_the_screen(width):
+    """Two temperatures, and all nine columns at their widest."""
+    rows = [*rows_of(0.25, 128.0), *rows_of(1.0, 128.0)]
+    shown = on_screen(table.results_table(rows), width)
+    assert "…" not in shown and max(len(line) for line in shown.splitlines()) <= width
+    for name in ("reference", "BoN", "vbon"):
+        for temperature in ("0.25", "1"):
+            parts = [
+                line
+                for line in shown.splitlines()
+                if line.split()[:3] == [name, "128", temperature]
+            ]
+            assert len(parts) > 1  # it does not fit at once, so that the row heads are repeated
+            for cell in LARGE:
+                assert sum(cell in part for part in parts) == 1, cell
+    numbers = [line for line in shown.splitlines() if "±" in line and "half" not in line]
+    assert all(line.split()[0] in ("reference", "BoN", "vbon") for line in numbers)
+
+
+def test_a_line_stands_between_temperatures():
+    table_2 = table.results_table([*rows_of(0.25, 8.0), *rows_of(1.0, 8.0)])
+    assert table_2.rules == (3,)
+    lines = on_screen(table_2, 200).splitlines()
+    at = [number for number, line in enumerate(lines) if line.startswith("vbon")]
+    assert not lines[at[0] + 1].strip() and lines[at[0] + 2].startswith("reference")
+
+
+def test_columns_are_set_closer_before_they_are_split():
+    assert column_groups([5, 5, 5], 1, 19) == (2, [(0, 1, 2)])
+    assert column_groups([5, 5, 5], 1, 18) == (1, [(0, 1, 2)])
+    assert column_groups([5, 5, 5], 1, 17) == (1, [(0, 1, 2)])
+    assert column_groups([5, 5, 5], 1, 16) == (2, [(0, 1), (0, 2)])
+    assert column_groups([5, 2, 5, 4, 9], 2, 22) == (2, [(0, 1, 2, 3), (0, 1, 4)])
+    assert column_groups([5, 30, 5], 1, 16) == (2, [(0, 1), (0, 2)])
+
+
+def test_text_gives_way_to_numbers():
+    columns = (Column("name", "left"), Column("value"))
+    shown = on_screen(Table(columns, (("some words of a name", "10.000 ± 0.100"),)), 21)
+    assert shown.splitlines()[2].split() == ["some", "10.000", "±", "0.100"]
+    assert all(word in shown for word in ("words", "of a", "name"))
+
+
+def test_text_is_wrapped_and_other_rows_stand_out():
+    columns = (Column("name", "left"), Column("the\nvalue", narrow="v"))
+    shown = Table(columns, (("a long name of six words", "1.5"), ("[b]", "20")), strong=(1,))
+    assert [line.split() for line in on_screen(shown, 18).splitlines() if line.strip()] == [
+        ["name", "v"], ["─" * 18], ["a", "long", "name", "1.5"], ["of", "six", "words"],
+        ["[b]", "20"],
+    ]  # fmt: skip
+    console = Console(width=40, force_terminal=True, color_system="standard", file=io.StringIO())
+    console.print(shown)
+    styled = console.file.getvalue().splitlines()
+    assert "\x1b[1m" in styled[-2] and "\x1b[1m" not in styled[-3]
+    assert markdown(shown).splitlines()[0] == "| name | the value |"
+    with pytest.raises(ValueError, match="2 cells for 1 columns"):
+        Table(columns[:1], (("a", "b"),))
 
 
 def test_a_policy_name_is_text_not_markup():
@@ -92,12 +177,9 @@ def test_a_policy_name_is_text_not_markup():
 
 def test_exact_table_labels_what_it_knows_and_drops_nothing():
     exact = {"kl_ref": 1.1, "kl_bon": 0.12, "win_rate": 0.87, "bon_win_rate": 0.88, "other": 2.0}
-    shown = [
-        [cell.strip() for cell in one.split("│")[1:3]]
-        for one in on_screen(table.exact_table(exact), 80).splitlines()
-        if "│" in one
-    ]
-    assert shown == [
+    shown = [one.rsplit(maxsplit=1) for one in on_screen(table.exact_table(exact), 80).splitlines()]
+    assert shown[:3] == [["Exact, by", "enumeration"], ["quantity", "value"], ["─" * 30]]
+    assert shown[3:-1] == [
         ["KL(policy‖BoN), nats", "0.1200"],
         ["KL(policy‖ref), nats", "1.1000"],
         ["win rate of the policy", "0.8700"],
@@ -161,3 +243,23 @@ def test_bons_kl_is_told_three_ways():
         "direct (mean log ratio) 1.100 ± 0.100\n"
     )
     assert table.bon_kls([VBON]) == ""
+
+
+FOUND = {
+    "m_full": 60, "prompts": 1200, "level": 0.05, "temperature": 1.0, "recommended": 59,
+    "rows": [
+        {"m": 20, "rejected": 0.25, "statistic": 0.6666, "p_value": 0.0004, "mean_statistic": 0.3},
+        {"m": 59, "rejected": 0.0, "statistic": None, "p_value": None, "mean_statistic": 0.01},
+    ],
+}  # fmt: skip
+
+
+def test_the_study_of_samples_on_80_columns():
+    shown = table.convergence_table(FOUND)
+    lines = [line.split() for line in on_screen(shown, 80).splitlines() if line.strip()]
+    title = "m samples per prompt against all 60, 1,200 prompts, T = 1"
+    assert " ".join(lines[0]) == title
+    assert lines[-2] == ["20", "25.00%", "0.667", "0.000", "0.300"]
+    assert lines[-1] == ["59", "0.00%", "n/a", "n/a", "0.010"]
+    assert shown.strong == (1,)
+    assert table.convergence_table(FOUND | {"recommended": None}).strong == ()

@@ -6,6 +6,7 @@ import pytest
 from vbon_jax.errors import InputError
 from vbon_jax.models import encoder, heads
 from vbon_jax.rewards import classifier
+from vbon_jax.rewards.classifier import Classifier, ClassifierReward
 
 LABELS = ("NEGATIVE", "POSITIVE")
 EOS = 3
@@ -16,7 +17,7 @@ def scorer(params, config):
     tree = {"decoder": params, "score": heads.init_score(config, 2, jax.random.key(5))}
 
     def make(kind="logit", label="POSITIVE"):
-        return classifier.ClassifierReward(tree, config, LABELS, label, kind, EOS)
+        return ClassifierReward(Classifier(tree, config, LABELS, label, kind), EOS)
 
     return make
 
@@ -113,7 +114,7 @@ def test_an_encoder_is_told_by_its_config():
 )
 def test_bad_settings_are_named(params, config, labels, label, kind, message):
     with pytest.raises(InputError, match=message):
-        classifier.ClassifierReward({"decoder": params}, config, labels, label, kind, EOS)
+        ClassifierReward(Classifier({"decoder": params}, config, labels, label, kind), EOS)
 
 
 def test_a_scalar_model_needs_no_label_and_messages_name_their_key():

@@ -1,3 +1,4 @@
+import functools
 import sys
 import types
 
@@ -78,3 +79,25 @@ def test_messages_name_the_key_the_function_came_from(module):
     reward = function.FunctionReward("a_users_reward:bad", lambda rows: ["r"], None, "evaluator")
     with pytest.raises(InputError, match=r"evaluator\.function='a_users_reward:bad' returned NaN"):
         reward([Prompt(0, "a", (1,))], None, None, np.ones((1, 1), int), np.ones((1, 1), bool))
+
+
+def test_a_callable_itself_is_named_after_its_definition(module):
+    def halves(prompts, responses):
+        return [len(r) / 2 for r in responses]
+
+    class Scorer:
+        def __call__(self, prompts, responses):
+            return ["x"]
+
+    def score(given, response="abc"):
+        reward = function.FunctionReward(given, lambda rows: [response], None)
+        return reward([Prompt(0, "a", (1,))], None, None, np.ones((1, 1)), np.ones((1, 1), bool))
+
+    assert score(halves).tolist() == [1.5]
+    assert score(functools.partial(module.length)).tolist() == [0.75]
+    with pytest.raises(InputError, match=r"^reward\.function='Scorer' returned 'x', not a number"):
+        score(Scorer())
+    with pytest.raises(
+        InputError, match=r"^reward\.function='test_a_.*<lambda>' returned 0 values"
+    ):
+        score(lambda prompts, responses: [])

@@ -13,7 +13,8 @@ from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.models import hf
 from vbon_jax.rewards import classifier, text
-from vbon_jax.rewards.text import TextReward
+from vbon_jax.rewards.classifier import Classifier
+from vbon_jax.rewards.text import TextFormat, TextReward
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
@@ -109,8 +110,10 @@ def make(models_of, policy_tokenizer, mesh):
 
     def of(name="gpt2", kind="log_odds", **options):
         tokenizer, model, (config, params, labels) = models_of(name, 1 if kind == "scalar" else 2)
+        form = {k: options.pop(k) for k in ("template", "max_tokens") if k in options}
         reward = TextReward(
-            sharding.place(params, mesh), config, labels, "POSITIVE", kind, tokenizer,
+            Classifier(sharding.place(params, mesh), config, labels, "POSITIVE", kind),
+            TextFormat(tokenizer, **form),
             lambda rows: policy_tokenizer.batch_decode(rows), len(policy_tokenizer), mesh,
             batch_size=options.pop("batch_size", 4), **options,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checks of concrete arguments; under tracing values are unknown and nothing is checked."""
+"""Argument checks that are skipped under tracing, where values are not known."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ import numpy as np
 
 
 def is_readable(x: Any) -> bool:
-    """Whether this process can read the values of `x`: no tracer, nothing on other hosts."""
+    """Returns whether this process can read the values of ``x``.
+
+    It cannot if ``x`` is a tracer, or a JAX array with shards on other hosts.
+    """
     if isinstance(x, jax.core.Tracer):
         return False
     return not isinstance(x, jax.Array) or x.is_fully_addressable
@@ -18,7 +21,14 @@ def _first(bad: np.ndarray, values: np.ndarray) -> Any:
 
 
 def check_n(n: Any) -> None:
-    """Raises ValueError unless every concrete value of `n` is finite and at least 1."""
+    """Checks that every value of n is finite and at least 1.
+
+    Args:
+      n: the N of best-of-N, a number or array of any shape. Traced values are not checked.
+
+    Raises:
+      ValueError: if n is None, or one of its values is below 1, NaN or infinite.
+    """
     if n is None:
         raise ValueError("n must be a number >= 1, got None")
     if not is_readable(n):
@@ -33,7 +43,15 @@ def check_n(n: Any) -> None:
 
 
 def check_m(m: Any) -> None:
-    """Raises ValueError unless every concrete value of `m` is at least 1."""
+    """Checks that every value of m is at least 1.
+
+    Args:
+      m: the number of reference rewards of a prompt, a number or array of any shape. Traced values
+        are not checked.
+
+    Raises:
+      ValueError: if a value is below 1 or NaN.
+    """
     if not is_readable(m):
         return
     values = np.asarray(m)
@@ -46,7 +64,15 @@ def check_m(m: Any) -> None:
 
 
 def check_beta(beta: Any) -> None:
-    """Raises ValueError unless every concrete value of `beta` is finite and not negative."""
+    """Checks that every value of beta is finite and not negative.
+
+    Args:
+      beta: the weight of the KL penalty, a number or array of any shape. Traced values are not
+        checked.
+
+    Raises:
+      ValueError: if a value is negative, NaN or infinite.
+    """
     if not is_readable(beta):
         return
     values = np.asarray(beta)
@@ -59,6 +85,15 @@ def check_beta(beta: Any) -> None:
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of `allowed`."""
+    """Checks that a setting has one of its allowed values.
+
+    Args:
+      name: name of the setting, for the message.
+      value: its value.
+      allowed: all values it may have.
+
+    Raises:
+      ValueError: if ``value`` is not among ``allowed``.
+    """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {name}={value!r}")

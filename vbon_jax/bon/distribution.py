@@ -1,12 +1,14 @@
-"""The best-of-N distribution and the objectives made from it.
+"""The best-of-N distribution and the objectives derived from it.
 
-Notation: F(y) = P_ref(r(y') < r(y)), strict; g(y) = P_ref(r(y') = r(y)), the mass of the tie group
-of y (pi_ref(y) itself when the reward is injective, or when ties are broken by a fixed total order
-which then also extends `<` in F). `log_f` = log F and `log_mass` = log g, in nats.
+Notation: F(y) = P_ref(r(y') < r(y)), with a strict inequality, and g(y) = P_ref(r(y') = r(y)), the
+probability mass of y's tie group. If the reward is injective, or if ties are broken by a fixed
+total order (which then also extends ``<`` in F), g(y) is pi_ref(y). ``log_f`` = log F and
+``log_mass`` = log g are in nats.
 
     pi_bon(y) / pi_ref(y) = ((F + g)^n - F^n) / g                                          (1)
 
-Proposition 1 and Appendix C of "Variational Best-of-N Alignment" (Amini et al., 2024).
+Proposition 1 and Appendix C of "Variational Best-of-N Alignment" (Amini et al., 2024), called the
+vBoN paper below.
 """
 
 import jax
@@ -22,14 +24,21 @@ _TINY = 1e-6
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
-    """log(1 - exp(-x)) for x >= 0, elementwise; -inf at x = 0."""
+    """Computes log(1 - exp(-x)) elementwise without loss of precision.
+
+    Args:
+      x: non-negative array of any shape.
+
+    Returns:
+      Array of the same shape; -inf at x = 0.
+    """
     near = jnp.log(-jnp.expm1(-x))
     far = jnp.log1p(-jnp.exp(-x))
     return jnp.where(x < 0.6931472, near, far)
 
 
 def _log_expm1_over(x: jax.Array) -> jax.Array:
-    """log((exp(x) - 1) / x) for x >= 0, elementwise; 0 at x = 0."""
+    """Computes log((exp(x) - 1) / x) for x >= 0, elementwise; 0 at x = 0."""
     clipped = jnp.clip(x, _TINY, 1.0)
     middle = jnp.log(jnp.expm1(clipped) / clipped)
     large = jnp.maximum(x, 1.0)
@@ -38,7 +47,7 @@ def _log_expm1_over(x: jax.Array) -> jax.Array:
 
 
 def _log_softplus_over_exp(u: jax.Array) -> jax.Array:
-    """log(log(1 + u) / u) for 0 <= u <= 1, elementwise; 0 at u = 0."""
+    """Computes log(log(1 + u) / u) for 0 <= u <= 1, elementwise; 0 at u = 0."""
     clipped = jnp.maximum(u, _TINY)
     return jnp.where(u < _TINY, -u / 2, jnp.log(jnp.log1p(clipped) / clipped))
 
@@ -71,24 +80,26 @@ def _log_bon_ratio(log_f: jax.Array, log_mass: jax.Array, n: jax.Array) -> jax.A
 
 
 def log_bon_ratio(log_f: ArrayLike, log_mass: ArrayLike, n: ArrayLike) -> jax.Array:
-    """log(pi_bon(y) / pi_ref(y)) by formula (1), elementwise, O(1) in n.
+    """Computes log(pi_bon(y) / pi_ref(y)) of best-of-N by formula (1), elementwise.
 
-    Finite wherever the true value is: log_f = -inf (F = 0) gives (n - 1) log g; g -> 0, however far
-    below the range of float32 exp, gives log n + (n - 1) log F; n = 1 gives exactly 0.
+    The cost does not depend on n. The result is finite wherever the true value is: log_f = -inf
+    (F = 0) gives (n - 1) log g; as g goes to 0, even where exp(log_mass) underflows in float32, it
+    tends to log n + (n - 1) log F; n = 1 gives exactly 0.
 
-    Inputs that only rounding or an estimated F can make are brought back to what is possible:
-    log_mass > 0 is read as 0, and F > 1 - g as F = 1 - g. A NaN in log_f or log_mass stays a NaN.
+    Inputs that are impossible, and arise only by rounding or from an estimated F, are clipped to
+    the nearest possible value: log_mass > 0 counts as 0, and F > 1 - g as F = 1 - g. NaN in log_f
+    or log_mass propagates.
 
     Args:
-        log_f: log F in nats, <= 0 or -inf, any shape.
-        log_mass: log g in nats, <= 0; broadcasts with log_f.
-        n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts too.
+      log_f: log F in nats, <= 0 or -inf, any shape.
+      log_mass: log g in nats, <= 0; broadcasts with log_f.
+      n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts with log_f.
 
     Returns:
-        float32 array of the broadcast shape, in nats. Not meant to be differentiated.
+      float32 array of the broadcast shape, in nats. It is not meant to be differentiated.
 
     Raises:
-        ValueError: a concrete n is below 1, NaN or infinite.
+      ValueError: if a concrete n is below 1, NaN or infinite.
     """
     check_n(n)
     return _log_bon_ratio(
@@ -99,18 +110,20 @@ def log_bon_ratio(log_f: ArrayLike, log_mass: ArrayLike, n: ArrayLike) -> jax.Ar
 
 
 def log_bon_prob(log_f: ArrayLike, log_ref: ArrayLike, n: ArrayLike) -> jax.Array:
-    """log pi_bon(y) for an injective reward (Eq. 4 of the paper), where g(y) = pi_ref(y).
+    """Computes log pi_bon(y) for an injective reward, where g(y) = pi_ref(y).
+
+    Eq. 4 of the vBoN paper.
 
     Args:
-        log_f: log F in nats, any shape.
-        log_ref: log pi_ref(y) in nats; broadcasts with log_f.
-        n: as in `log_bon_ratio`.
+      log_f: log F in nats, any shape.
+      log_ref: log pi_ref(y) in nats; broadcasts with log_f.
+      n: the N of best-of-N, as in ``log_bon_ratio``.
 
     Returns:
-        float32 array of the broadcast shape, in nats.
+      float32 array of the broadcast shape, in nats.
 
     Raises:
-        ValueError: a concrete n is below 1, NaN or infinite.
+      ValueError: if a concrete n is below 1, NaN or infinite.
     """
     return jnp.asarray(log_ref, jnp.float32) + log_bon_ratio(log_f, log_ref, n)
 
@@ -122,7 +135,7 @@ def _need(objective: str, name: str, value: ArrayLike | None) -> ArrayLike:
 
 
 def _times_log_f(weight: jax.Array, log_f: ArrayLike) -> jax.Array:
-    """weight * log_f, with 0 * -inf = 0 (at n = 1 F does not matter) and NaN kept."""
+    """Computes weight * log_f with 0 * -inf = 0 (at n = 1 F does not matter); NaN propagates."""
     log_f = jnp.asarray(log_f, jnp.float32)
     unweighted = (weight == 0) & ~jnp.isnan(log_f)
     return jnp.where(unweighted, 0.0, weight * log_f)
@@ -138,44 +151,47 @@ def sequence_reward(
     log_up_to: ArrayLike | None = None,
     reward: ArrayLike | None = None,
 ) -> jax.Array:
-    """The reward R(y) of a whole response under an objective of the form
+    """Computes the reward R(y) of a whole response under one of the objectives.
 
-        J = E_policy[R(y)] - kl_coefficient * KL(policy || ref) + entropy_coefficient * H(policy).
+    Every objective has the form
 
-    `kl_coefficient` and `entropy_coefficient` of this module give the other two weights. Each
-    objective is divided by one constant c, which moves no optimum and keeps the size of R
+        J = E_policy[R(y)] - kl_coefficient * KL(policy || ref) + entropy_coefficient * H(policy),
+
+    whose other two weights are given by ``kl_coefficient`` and ``entropy_coefficient``. Each
+    objective is divided by a constant c. That changes no optimum, and makes the scale of R
     comparable between objectives and between values of n:
 
-    | objective      | c          | R(y)                       | KL  | H                        |
-    |----------------|------------|----------------------------|-----|--------------------------|
-    | `exact`        | n          | log ratio (1) / n          | 1/n | 0                        |
-    | `lower_bound`  | n          | (n-1) log F / n            | 1/n | 0                        |
-    | `jensen_bound` | n(n+1)/2   | (n-1) log F / (n+1)        | 1   | -(n+2)(n-1) / (n(n+1))   |
-    | `backward`     | n - 1      | log P_ref(r(y') <= r(y))   | 1/(n-1) | 0                    |
-    | `reward`       | 1          | r(y)                       | beta| 0                        |
+    | objective      | c        | R(y)                     | KL      | H                      |
+    |----------------|----------|--------------------------|---------|------------------------|
+    | `exact`        | n        | log ratio (1) / n        | 1/n     | 0                      |
+    | `lower_bound`  | n        | (n-1) log F / n          | 1/n     | 0                      |
+    | `jensen_bound` | n(n+1)/2 | (n-1) log F / (n+1)      | 1       | -(n+2)(n-1) / (n(n+1)) |
+    | `backward`     | n - 1    | log P_ref(r(y') <= r(y)) | 1/(n-1) | 0                      |
+    | `reward`       | 1        | r(y)                     | beta    | 0                      |
 
-    Eq. 5, Eq. 8 with Theorem 2, Theorem 3, the non-iterative backward KL of BOND (Sessa et al.,
-    2024), and Eq. 1 of the paper. For `jensen_bound`,
+    In order: Eq. 5, Eq. 8 with Theorem 2, and Theorem 3 of the vBoN paper; the backward KL of BOND
+    (Sessa et al., 2024) at a single n; Eq. 1 of the vBoN paper. The bound of ``jensen_bound`` is
     L1 = gamma E[log F] - alpha H - beta KL with gamma = n(n-1)/2, alpha = (n+2)(n-1)/2 = beta - 1
-    and beta = n(n+1)/2; c is that beta, so at n = 1 it agrees with the others.
+    and beta = n(n+1)/2. Its c is that beta, so that at n = 1 it agrees with the other objectives.
 
     Args:
-        objective: one of `OBJECTIVES`.
-        n: the N of best-of-N; all but `reward` and `backward` need it.
-        log_f: log F in nats; for `lower_bound` and `jensen_bound`, and for `exact` without
-            log_ratio. -inf gives -inf in the two bounds (unless n = 1): floor it or choose an
-            estimator that is finite.
-        log_mass: log g in nats; for `exact` without log_ratio.
-        log_ratio: log(pi_bon / pi_ref) already computed; `exact` prefers it to log_f and log_mass.
-        log_up_to: log P_ref(r(y') <= r(y)) in nats; for `backward`.
-        reward: r(y); for `reward`.
-        Arguments that the objective does not use are ignored.
+      objective: one of ``OBJECTIVES``. Arguments that it does not use are ignored.
+      n: the N of best-of-N; needed by all objectives but ``reward`` and ``backward``.
+      log_f: log F in nats; used by ``lower_bound`` and ``jensen_bound``, and by ``exact`` if
+        log_ratio is None. -inf gives -inf in the two bounds (unless n = 1): clip it or choose an
+        estimator that is always finite.
+      log_mass: log g in nats; used by ``exact`` if log_ratio is None.
+      log_ratio: log(pi_bon / pi_ref) if it is computed already; ``exact`` prefers it to log_f and
+        log_mass.
+      log_up_to: log P_ref(r(y') <= r(y)) in nats; used by ``backward``.
+      reward: r(y); used by ``reward``.
 
     Returns:
-        float32 array of the inputs' broadcast shape; a NaN in what is used stays a NaN.
+      float32 array of the inputs' broadcast shape. NaN in an input that is used propagates.
 
     Raises:
-        ValueError: unknown objective, a missing argument, or a bad concrete n.
+      ValueError: if the objective is unknown, an argument it needs is None, or a concrete n is
+        below 1, NaN or infinite.
     """
     check_choice("objective", objective, OBJECTIVES)
     if objective == "reward":
@@ -201,18 +217,19 @@ def sequence_reward(
 def kl_coefficient(
     objective: str, n: ArrayLike | None = None, beta: ArrayLike | None = None
 ) -> jax.Array:
-    """The weight of KL(policy || ref) that goes with `sequence_reward`; see the table there.
+    """Returns the weight of KL(policy || ref) in an objective; see ``sequence_reward``.
 
     Args:
-        objective: one of `OBJECTIVES`.
-        n: the N of best-of-N, for all but `reward`; above 1 for `backward` (at 1 it is inf).
-        beta: the weight itself, for `reward` only; 1 / (n - 1) is comparable to best-of-n.
+      objective: one of ``OBJECTIVES``.
+      n: the N of best-of-N; needed by all objectives but ``reward``. Above 1 for ``backward``,
+        whose weight at n = 1 is inf.
+      beta: the weight itself, for ``reward`` only; 1 / (n - 1) is comparable to best-of-n.
 
     Returns:
-        float32 scalar (or n's shape), >= 0.
+      float32 scalar, or array of n's shape, >= 0.
 
     Raises:
-        ValueError: unknown objective, or a missing or bad n or beta.
+      ValueError: if the objective is unknown, or n or beta is missing or invalid.
     """
     check_choice("objective", objective, OBJECTIVES)
     if objective == "reward":
@@ -227,19 +244,20 @@ def kl_coefficient(
 
 
 def entropy_coefficient(objective: str, n: ArrayLike | None = None) -> jax.Array:
-    """The weight of H(policy) that goes with `sequence_reward`: 0 but for `jensen_bound`.
+    """Returns the weight of the entropy H(policy) in an objective; see ``sequence_reward``.
 
-    There it is -alpha/beta = -(n+2)(n-1) / (n(n+1)): the bound punishes entropy (Theorem 3).
+    It is 0 for all objectives but ``jensen_bound``, where it is -alpha / beta = -(n+2)(n-1) /
+    (n(n+1)): that bound penalizes entropy (Theorem 3 of the vBoN paper).
 
     Args:
-        objective: one of `OBJECTIVES`.
-        n: the N of best-of-N, for `jensen_bound`.
+      objective: one of ``OBJECTIVES``.
+      n: the N of best-of-N, needed by ``jensen_bound``.
 
     Returns:
-        float32 scalar (or n's shape), in (-1, 0].
+      float32 scalar, or array of n's shape, in (-1, 0].
 
     Raises:
-        ValueError: unknown objective, or a missing or bad n.
+      ValueError: if the objective is unknown, or n is missing or invalid.
     """
     check_choice("objective", objective, OBJECTIVES)
     if objective != "jensen_bound":

@@ -1,7 +1,7 @@
-"""Exact quantities of a world whose S strings are all listed.
+"""Exact best-of-N quantities where all S possible strings can be enumerated.
 
-float64 NumPy on purpose: these are the yardstick that training is measured with, computed once on
-the host, and they share no code with the float32 formulas that they check.
+Computed in float64 NumPy on the host. These are the values that training is compared with, so they
+share no code with the float32 formulas that they check.
 """
 
 import numpy as np
@@ -36,21 +36,22 @@ def _rewards(rewards_S: ArrayLike, size: int) -> np.ndarray:
 
 
 def log_f_and_mass(log_ref_S: ArrayLike, rewards_S: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Exact log F and log g of every string.
+    """Computes exact log F and log g of every string.
 
-    F(y) = P_ref(r(y') < r(y)); g(y) = P_ref(r(y') = r(y)), the mass of all strings tied with y,
-    which is pi_ref(y) when no two rewards are equal. For ties broken by a fixed total order (App. C
-    of the paper), pass each string's place in that order as its reward.
+    F(y) = P_ref(r(y') < r(y)); g(y) = P_ref(r(y') = r(y)) is the mass of all strings tied with y,
+    which is pi_ref(y) if no two rewards are equal. For ties broken by a fixed total order (App. C
+    of the vBoN paper), pass each string's rank in that order as its reward.
 
     Args:
-        log_ref_S: log pi_ref of every string, in nats, normalised.
-        rewards_S: their rewards.
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      rewards_S: rewards of the same strings.
 
     Returns:
-        (log_f_S, log_mass_S), float64; log_f is -inf for the lowest reward.
+      (log_f_S, log_mass_S), float64, in nats. log_f_S is -inf for the lowest reward.
 
     Raises:
-        ValueError: not normalised, shapes that differ, or NaN rewards (they are counted).
+      ValueError: if log_ref_S is not normalized, shapes differ, or a reward is NaN (the message
+        counts them).
     """
     log_ref_S = _log_probs("log_ref_S", log_ref_S)
     _, group_S = np.unique(_rewards(rewards_S, log_ref_S.size), return_inverse=True)
@@ -62,18 +63,20 @@ def log_f_and_mass(log_ref_S: ArrayLike, rewards_S: ArrayLike) -> tuple[np.ndarr
 
 
 def log_bon(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndarray:
-    """log pi_bon of every string by formula (1), ties broken uniformly at random.
+    """Computes log pi_bon of every string by formula (1), ties broken uniformly at random.
+
+    Formula (1) is that of ``bon.distribution``.
 
     Args:
-        log_ref_S: log pi_ref of every string, in nats, normalised.
-        rewards_S: their rewards.
-        n: the N of best-of-N, a real number >= 1.
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      rewards_S: rewards of the same strings.
+      n: the N of best-of-N, a real number >= 1.
 
     Returns:
-        float64 vector, in nats, normalised as well as log_ref_S is.
+      float64 vector [S], in nats, normalized as well as log_ref_S is.
 
     Raises:
-        ValueError: as `log_f_and_mass`, or n below 1, NaN or infinite.
+      ValueError: as ``log_f_and_mass`` does, or if n is below 1, NaN or infinite.
     """
     check_n(n)
     log_f_S, log_mass_S = log_f_and_mass(log_ref_S, rewards_S)
@@ -88,14 +91,17 @@ def log_bon(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndarray:
 
 
 def kl(log_p_S: ArrayLike, log_q_S: ArrayLike) -> float:
-    """KL(p || q) = sum_y p(y) (log p(y) - log q(y)), in nats; inf where p > 0 and q = 0.
+    """Computes KL(p || q) = sum_y p(y) (log p(y) - log q(y)).
 
     Args:
-        log_p_S: log p of every string, normalised.
-        log_q_S: log q of the same strings, normalised.
+      log_p_S: log p of every string, in nats, normalized.
+      log_q_S: log q of the same strings, in nats, normalized.
+
+    Returns:
+      The divergence in nats; inf if a string has p > 0 and q = 0.
 
     Raises:
-        ValueError: not normalised, or shapes that differ.
+      ValueError: if an argument is not normalized, or shapes differ.
     """
     log_p_S = _log_probs("log_p_S", log_p_S)
     log_q_S = _log_probs("log_q_S", log_q_S)
@@ -109,15 +115,21 @@ def kl(log_p_S: ArrayLike, log_q_S: ArrayLike) -> float:
 
 
 def win_rate(log_p_S: ArrayLike, log_ref_S: ArrayLike, rewards_S: ArrayLike) -> float:
-    """P(r(y) > r(y')) + P(r(y) = r(y')) / 2 for y from p and y' from the reference.
+    """Computes the win rate of a distribution over the reference.
+
+    The win rate is P(r(y) > r(y')) + P(r(y) = r(y')) / 2 with y drawn from p and y' from pi_ref.
 
     Args:
-        log_p_S: log p of every string, normalised.
-        log_ref_S: log pi_ref of the same strings, normalised.
-        rewards_S: their rewards.
+      log_p_S: log p of every string, in nats, normalized.
+      log_ref_S: log pi_ref of the same strings, in nats, normalized.
+      rewards_S: rewards of the same strings.
+
+    Returns:
+      The win rate in [0, 1], a tie counting one half.
 
     Raises:
-        ValueError: not normalised, shapes that differ, or NaN rewards (they are counted).
+      ValueError: if a distribution is not normalized, shapes differ, or a reward is NaN (the
+        message counts them).
     """
     log_p_S = _log_probs("log_p_S", log_p_S)
     log_f_S, log_mass_S = log_f_and_mass(log_ref_S, rewards_S)

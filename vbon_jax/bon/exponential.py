@@ -1,10 +1,10 @@
-"""The `exponential` estimator of log F: a smooth curve through the estimates of each prompt.
+"""The ``exponential`` estimator of log F, a smooth curve fitted to the estimates of each prompt.
 
     log F(r) = -a exp(-b r),  a, b > 0
 
-fitted to the pairs (r_(i), log F_i) of a prompt's reference rewards by non-linear least squares
-(Section 6 of "Variational Best-of-N Alignment"). Unlike the other estimators it depends on the
-rewards themselves, not on their ranks alone, and goes on past the best reference reward.
+It is fitted to the pairs (r_(i), log F_i) of a prompt's reference rewards by non-linear least
+squares (Section 6 of the vBoN paper). Unlike the other estimators it depends on the values of the
+rewards and not only on their ranks, and it extrapolates beyond the largest reference reward.
 """
 
 from typing import Any, NamedTuple
@@ -25,12 +25,12 @@ _MAX_EXPONENT = 69.0
 
 
 class ExponentialFit(NamedTuple):
-    """The curves log F(r) = -exp(log_a - b r) of P prompts, in the units of their rewards.
+    """Fitted curves log F(r) = -exp(log_a - b r) of P prompts, in the units of their rewards.
 
     Attributes:
-        log_a_P: float32; NaN where the fit did not converge.
-        b_P: float32, > 0; NaN where the fit did not converge.
-        converged_P: bool.
+      log_a_P: float32 [P]; NaN where the fit did not converge.
+      b_P: float32 [P], > 0; NaN where the fit did not converge.
+      converged_P: bool [P].
     """
 
     log_a_P: jax.Array
@@ -39,7 +39,7 @@ class ExponentialFit(NamedTuple):
 
 
 def _fit_standardised(z_M: jax.Array, log_f_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Levenberg-Marquardt for one prompt: (log a, b, converged)."""
+    """Fits one prompt by Levenberg-Marquardt; returns (log a, b, converged)."""
     import optimistix
 
     # The line through log(-log F) is the same curve with other weights; these weights are what
@@ -93,38 +93,39 @@ def _fit(sorted_PxM: jax.Array, below_PxM: jax.Array) -> ExponentialFit:
 
 
 def fit(sorted_rewards_PxM: ArrayLike) -> ExponentialFit:
-    """Fits log F(r) = -exp(log_a - b r) to each prompt's reference rewards, all prompts at once.
+    """Fits log F(r) = -exp(log_a - b r) to the reference rewards of each prompt.
 
-    The points are the reference rewards with the `smoothed` estimate at their rank: k counts the
-    references strictly below, so tied rewards share one value. Least squares in float32 on rewards
-    standardised per prompt, by Levenberg-Marquardt; then log_a and b are brought back to the
-    rewards' units. A prompt has not converged if the solver did not, if b <= 0, if all its rewards
-    are equal, or if anything is not finite (rows padded with +inf among them).
+    The points are the reference rewards, each with the ``smoothed`` estimate of log F at its rank;
+    the rank counts rewards strictly below, so tied rewards share one value. Rewards are
+    standardized for each prompt, the least-squares problem is solved in float32 by
+    Levenberg-Marquardt, and log_a and b are converted back to the rewards' units. A prompt counts
+    as not converged if the solver did not converge, if b <= 0, if all its rewards are equal, or if
+    anything is not finite (which includes rows padded with +inf).
 
     Args:
-        sorted_rewards_PxM: reference rewards of P prompts, each row ascending, M >= 1.
+      sorted_rewards_PxM: reference rewards of P prompts, each row ascending, M >= 1.
 
     Returns:
-        ExponentialFit, with NaN in log_a_P and b_P where converged_P is False.
+      The fits, with NaN in log_a_P and b_P where converged_P is False.
 
     Raises:
-        ValueError: as `vbon_jax.bon.log_f.reference_ranks`, where values can be read.
+      ValueError: as ``bon.log_f.reference_ranks`` does, where values can be read.
     """
     below_PxM, _ = reference_ranks(sorted_rewards_PxM, sorted_rewards_PxM)
     return _fit(jnp.asarray(sorted_rewards_PxM, jnp.float32), below_PxM)
 
 
 def exponential_log_f(log_a: ArrayLike, b: ArrayLike, rewards: ArrayLike) -> jax.Array:
-    """log F(r) = -exp(log_a - b r), elementwise (Section 6 of the paper).
+    """Evaluates fitted curves, log F(r) = -exp(log_a - b r), elementwise.
 
     Args:
-        log_a: log a of the fit, any shape.
-        b: b of the fit; broadcasts.
-        rewards: r, in the units of the fitted rewards; broadcasts.
+      log_a: log a of the fit, any shape.
+      b: b of the fit; broadcasts with log_a.
+      rewards: r, in the units of the rewards of the fit; broadcasts with log_a.
 
     Returns:
-        float32 array of the broadcast shape, in nats, in [-1e30, 0]: the exponent is cut off at 69,
-        which only rewards far below every reference reach. NaN where an argument is.
+      float32 array of the broadcast shape, in nats, in [-1e30, 0]: the exponent is clipped at 69,
+      which only rewards far below every reference reward reach. NaN in an argument propagates.
     """
     exponent = jnp.asarray(log_a, jnp.float32) - jnp.asarray(b, jnp.float32) * jnp.asarray(
         rewards, jnp.float32
@@ -140,20 +141,22 @@ def log_f_with_fallback(
     num_below: ArrayLike,
     m: ArrayLike,
 ) -> jax.Array:
-    """log F by the fitted curve where it converged, by `smoothed` elsewhere, elementwise.
+    """Evaluates log F by the fitted curve where it converged, else by ``smoothed``, elementwise.
 
     Args:
-        fit_log_a, fit_b, converged: the fields of `ExponentialFit`, in a shape that broadcasts with
-            rewards (one prompt a row: fit_log_a[:, None]).
-        rewards: r of the responses, any shape.
-        num_below: k of the same responses, integers in [0, m]; broadcasts.
-        m: the number of reference rewards, >= 1, concrete or traced; broadcasts.
+      fit_log_a: ``log_a_P`` of an ``ExponentialFit``, in a shape that broadcasts with rewards; with
+        one prompt a row, ``fit.log_a_P[:, None]``.
+      fit_b: ``b_P`` of the same fit, in the same shape.
+      converged: ``converged_P`` of the same fit, in the same shape.
+      rewards: r of the responses, any shape.
+      num_below: k of the same responses, integers in [0, m]; broadcasts with rewards.
+      m: the number of reference rewards, >= 1, concrete or traced; broadcasts with rewards.
 
     Returns:
-        float32 array of the broadcast shape, in nats, <= 0 and finite.
+      float32 array of the broadcast shape, in nats, <= 0 and finite.
 
     Raises:
-        ValueError: a concrete m below 1.
+      ValueError: if a concrete m is below 1.
     """
     return jnp.where(
         jnp.asarray(converged),

@@ -1,8 +1,9 @@
-"""The two-sample Kolmogorov-Smirnov test, for all prompts at once.
+"""The two-sample Kolmogorov-Smirnov test, vectorized over prompts.
 
-Asks of two sets of rewards of one prompt whether they come from the same distribution: Section 5 of
-the paper compares m reference samples with all of them to see how many are enough. float64 NumPy on
-the host; ties are counted as `scipy.stats.ks_2samp` counts them, and its p-values are these.
+It tests whether two sets of rewards of one prompt come from the same distribution: Section 5 of the
+vBoN paper compares m reference samples with all of them to see how many are enough. Computed in
+float64 NumPy on the host. Ties are treated as in ``scipy.stats.ks_2samp``, whose p-values are
+reproduced.
 """
 
 import math
@@ -34,13 +35,13 @@ def _rewards(name: str, rewards: ArrayLike) -> np.ndarray:
 
 
 def _steps(num_a: int, num_b: int) -> tuple[int, int]:
-    """What one sample of a, and one of b, moves (F_a - F_b) * lcm(num_a, num_b)."""
+    """Returns how far one sample of a, and one of b, moves (F_a - F_b) * lcm(num_a, num_b)."""
     divisor = math.gcd(num_a, num_b)
     return num_b // divisor, num_a // divisor
 
 
 def _scaled_statistic(a_PxM: np.ndarray, b_PxK: np.ndarray) -> np.ndarray:
-    """max |F_a - F_b| * lcm(M, K), a whole number, of each row."""
+    """Computes max |F_a - F_b| * lcm(M, K), an integer, of each row."""
     num_a = a_PxM.shape[1]
     step_a, step_b = _steps(num_a, b_PxK.shape[1])
     pooled_PxL = np.concatenate([np.sort(a_PxM, axis=1), np.sort(b_PxK, axis=1)], axis=1)
@@ -55,13 +56,14 @@ def _scaled_statistic(a_PxM: np.ndarray, b_PxK: np.ndarray) -> np.ndarray:
 
 
 def _exact_p_values(h_H: np.ndarray, num_a: int, num_b: int) -> np.ndarray:
-    """P(statistic * lcm >= h) if both samples come from one continuous distribution.
+    """Computes P(statistic * lcm >= h) for two samples of one continuous distribution.
 
-    All orders of the pooled sample are equally likely: a lattice path from (0, 0) to
-    (num_a, num_b). A(i, j), the chance that a path to (i, j) has been where
-    |i step_a - j step_b| >= h, is 1 there and otherwise i/(i+j) A(i-1, j) + j/(i+j) A(i, j-1):
-    nothing is ever subtracted, so that p-values of 1e-200 keep their digits. One anti-diagonal
-    i + j at a time, for all h, inside the widest band |i step_a - j step_b| < max h.
+    All orders of the pooled sample are equally likely, and each is a lattice path from (0, 0) to
+    (num_a, num_b). Let A(i, j) be the probability that a path to (i, j) has passed a point where
+    |i step_a - j step_b| >= h. It is 1 at such a point and otherwise
+    i/(i+j) A(i-1, j) + j/(i+j) A(i, j-1). Nothing is subtracted, so p-values of 1e-200 keep their
+    precision. The recursion goes over the anti-diagonals i + j, for all h at once, within the
+    widest band |i step_a - j step_b| < max h.
     """
     step_a, step_b = _steps(num_a, num_b)
     reach = int(h_H.max())
@@ -104,24 +106,24 @@ def _p_values(h_P: np.ndarray, num_a: int, num_b: int) -> np.ndarray:
 
 
 def ks_test(a_PxM: ArrayLike, b_PxK: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Two-sided two-sample Kolmogorov-Smirnov test of each row of a against the same row of b.
+    """Performs a two-sided two-sample Kolmogorov-Smirnov test for each pair of rows.
 
-    Equals `scipy.stats.ks_2samp(a, b)` with its default method="auto": the exact p-value where both
-    samples hold at most 10,000 values, else the asymptotic one (`scipy.stats.kstwo` with
-    MK / (M + K) rounded). The p-value depends on the sizes and the statistic alone, so it is
-    computed once for each statistic that occurs. SciPy turns to the asymptotic formula, with a
-    warning, where its own exact value comes out above 1 by rounding; here that value is 1.
+    Equals ``scipy.stats.ks_2samp(a, b)`` with its default ``method="auto"``: the exact p-value if
+    both samples have at most 10,000 values, else the asymptotic one (``scipy.stats.kstwo`` with MK
+    / (M + K) rounded). The p-value depends on the statistic and the sizes alone, so it is computed
+    once for each distinct statistic. One difference: where rounding lifts SciPy's exact value above
+    1, SciPy warns and falls back to the asymptotic formula; here that value is 1.
 
     Args:
-        a_PxM: M >= 1 rewards of each of P >= 1 prompts; their order does not matter.
-        b_PxK: K >= 1 rewards of the same prompts.
+      a_PxM: M >= 1 rewards of each of P >= 1 prompts, in any order.
+      b_PxK: K >= 1 rewards of the same prompts, in any order.
 
     Returns:
-        (statistic_P, p_value_P), float64, both in [0, 1].
+      (statistic_P, p_value_P), float64, both in [0, 1].
 
     Raises:
-        ValueError: no matrices of the same number of prompts, no prompts, no rewards, or NaN
-            rewards (they are counted).
+      ValueError: if the arguments are not matrices with the same number of rows, there are no
+        prompts or no rewards, or a reward is NaN (the message counts them).
     """
     a_PxM, b_PxK = _rewards("a_PxM", a_PxM), _rewards("b_PxK", b_PxK)
     (prompts, num_a), (others, num_b) = a_PxM.shape, b_PxK.shape

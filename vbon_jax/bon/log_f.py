@@ -1,14 +1,15 @@
-"""Ranks among reference rewards, and the estimators of log F made from them.
+"""Ranks among reference rewards, and the estimators of log F based on them.
 
-A response y with reward r has k = #{reference rewards < r} (`num_below`) and
-e = #{reference rewards = r} (`num_equal`) among the m rewards of reference samples of the same
-prompt. F(y) = P_ref(r(y') < r(y)). Only ranks are used, so a strictly increasing transform of the
-rewards changes nothing, bit for bit. (Not so for `exponential`, which fits a curve to the rewards:
-see `vbon_jax.bon.exponential`.)
+A response y with reward r has k = #{reference rewards < r} (``num_below``) and e = #{reference
+rewards = r} (``num_equal``) among the m rewards of reference samples of the same prompt.
+F(y) = P_ref(r(y') < r(y)). Only ranks are used, so a strictly increasing transform of the rewards
+changes no bit of the result. The exception is ``exponential``, which fits a curve to the rewards;
+see ``bon.exponential``.
 
-Ties may be broken at random, which F and formula (1) describe with g the mass of the tie group, or
-by a fixed total order of responses that extends `<` (App. C of the paper), with g = pi_ref(y):
-`ordered_ranks` ranks by `response_order`, and `log_mass` is log g in either case.
+Ties may be broken at random, where g in formula (1) of ``bon.distribution`` is the mass of the tie
+group, or by a fixed total order of responses that extends ``<`` (App. C of the vBoN paper), where
+g = pi_ref(y). ``ordered_ranks`` ranks by such an order, given as the keys of ``response_order``;
+``log_mass`` is log g in both cases.
 """
 
 import functools
@@ -71,24 +72,24 @@ def _check_shapes(
 def reference_ranks(
     sorted_rewards_PxM: ArrayLike, rewards_PxB: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Counts, for each reward, the same prompt's reference rewards below it and equal to it.
+    """Counts the reference rewards of the same prompt below, and equal to, each reward.
 
-    Rewards are compared in float32. A prompt with fewer than M references may be padded with +inf
-    at the end, as long as its own m is then passed to the estimators.
+    Rewards are compared in float32. A prompt with fewer than M reference rewards may be padded with
+    +inf at the end, as long as its own m is then passed to the estimators.
 
-    Values are checked only when they can be read: not under tracing (jit, vmap), nor in an array
-    spread over other processes. Check them before entering such code.
+    Values are checked only where they can be read: not under tracing (jit, vmap), nor in an array
+    with shards on other hosts. Check them before entering such code.
 
     Args:
-        sorted_rewards_PxM: reference rewards of P prompts, each row ascending, M >= 1.
-        rewards_PxB: the rewards to rank, B of each prompt.
+      sorted_rewards_PxM: reference rewards of P prompts, each row ascending, M >= 1.
+      rewards_PxB: the rewards to rank, B of each prompt.
 
     Returns:
-        (num_below_PxB, num_equal_PxB), int32.
+      (num_below_PxB, num_equal_PxB), int32.
 
     Raises:
-        ValueError: shapes do not fit, M = 0, a NaN reward (they are counted), or a row of
-            references that is not ascending.
+      ValueError: if shapes do not fit, M is 0, a reward is NaN (the message counts them), or a row
+        of reference rewards is not ascending.
     """
     shape, _ = _check_shapes("sorted_rewards_PxM", sorted_rewards_PxM, "rewards_PxB", rewards_PxB)
     _check_rewards("sorted_rewards_PxM", sorted_rewards_PxM)
@@ -133,25 +134,28 @@ def _order_keys(name: str, order: ArrayLike, shape: tuple[int, ...]) -> jax.Arra
 def ordered_ranks(
     rewards_PxM: ArrayLike, order_PxM: ArrayLike, reward_PxB: ArrayLike, order_PxB: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """`reference_ranks` with ties broken by a total order (App. C of the paper).
+    """Counts the reference rewards below and equal, ties broken by a total order.
 
-    A reference y' is below y if r' < r, or r' = r and order' < order; it is equal if both are
-    equal, which is to say (but for a collision of keys) that y' is y. References need no sorting:
-    each is compared with each reward. Rewards are compared in float32; values are checked only
-    where they can be read, as in `reference_ranks`.
+    This is ``reference_ranks`` for the rule of App. C of the vBoN paper.
+
+    A reference response y' is below y if r' < r, or if r' = r and order' < order. It is equal if
+    both are equal, in which case y' is y, except for a collision of keys. The reference rewards
+    need not be sorted: each is compared with each reward. Rewards are compared in float32; values
+    are checked only where they can be read, as in ``reference_ranks``.
 
     Args:
-        rewards_PxM: reference rewards of P prompts, M >= 1; +inf may pad a row as there.
-        order_PxM: uint32 keys of the reference responses, of `response_order`.
-        reward_PxB: the rewards to rank, B of each prompt.
-        order_PxB: uint32 keys of their responses.
+      rewards_PxM: reference rewards of P prompts, M >= 1; +inf may pad a row as in
+        ``reference_ranks``.
+      order_PxM: uint32 keys of the reference responses, from ``response_order``.
+      reward_PxB: the rewards to rank, B of each prompt.
+      order_PxB: uint32 keys of their responses.
 
     Returns:
-        (num_below_PxB, num_equal_PxB), int32.
+      (num_below_PxB, num_equal_PxB), int32.
 
     Raises:
-        ValueError: shapes do not fit, M = 0, a NaN reward (they are counted), or keys that are not
-            uint32.
+      ValueError: if shapes do not fit, M is 0, a reward is NaN (the message counts them), or the
+        keys are not uint32.
     """
     shape, other = _check_shapes("rewards_PxM", rewards_PxM, "reward_PxB", reward_PxB)
     _check_rewards("rewards_PxM", rewards_PxM)
@@ -165,7 +169,7 @@ def ordered_ranks(
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every bit depends on every bit (MurmurHash3's finaliser)."""
+    """Applies MurmurHash3's finalizer, a bijection in which every bit depends on every bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -180,21 +184,21 @@ def _response_order(tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 
 
 def response_order(tokens_BxT: ArrayLike, mask_BxT: ArrayLike) -> jax.Array:
-    """A key for each response, by which ties of the reward are broken: a fixed total order.
+    """Computes a key for each response, a fixed total order by which ties of the reward are broken.
 
-    A well-mixed 32-bit hash of the tokens inside the mask and of their places among them, so the
-    same in every process and whatever the padding. The order says nothing about quality. Two given
-    responses share a key with probability 2^-32; they then count as one.
+    The key is a well-mixed 32-bit hash of the tokens inside the mask and their positions, so it is
+    the same in every process and does not depend on padding. The order is unrelated to quality. Two
+    given responses share a key with probability 2^-32; they then count as one response.
 
     Args:
-        tokens_BxT: integer token ids, B responses.
-        mask_BxT: True (or 1) for the tokens of the response; same shape.
+      tokens_BxT: integer token ids of B responses.
+      mask_BxT: True (or 1) for the tokens of the response; same shape.
 
     Returns:
-        uint32 [B].
+      uint32 keys [B].
 
     Raises:
-        ValueError: shapes that differ or are no matrices, or tokens that are not integers.
+      ValueError: if shapes differ or are not two-dimensional, or the tokens are not integers.
     """
     shape, other = np.shape(tokens_BxT), np.shape(mask_BxT)
     if len(shape) != 2 or shape != other:
@@ -209,14 +213,14 @@ def response_order(tokens_BxT: ArrayLike, mask_BxT: ArrayLike) -> jax.Array:
 
 
 def _log_fraction(a: jax.Array, b: jax.Array) -> jax.Array:
-    """log(a / b) for counts 0 <= a <= b, to full relative accuracy also for a close to b."""
+    """Computes log(a / b) for counts 0 <= a <= b, precise even for a close to b."""
     fraction = a.astype(jnp.float32) / b.astype(jnp.float32)
     lacking = (b - a).astype(jnp.float32) / b.astype(jnp.float32)
     return jnp.where(fraction < 0.5, jnp.log(fraction), jnp.log1p(-lacking))
 
 
 def _harmonic(k: jax.Array, m: jax.Array) -> jax.Array:
-    """H_k - H_m. Subtracting two digammas would lose what is left when k is close to m."""
+    """Computes H_k - H_m; a difference of two digammas would lose precision for k close to m."""
     few = digamma(k.astype(jnp.float32) + 1) - digamma(m.astype(jnp.float32) + 1)
     # digamma(x + 1) = log y + 1 / (24 y^2) - 7 / (960 y^4) + ..., y = x + 1/2
 
@@ -243,49 +247,52 @@ def _rank_log_f(num_below: ArrayLike, m: ArrayLike, estimator: str) -> jax.Array
 
 
 def log_f(num_below: ArrayLike, m: ArrayLike, estimator: str) -> jax.Array:
-    """Estimates log F from a rank, elementwise. With k = num_below:
+    """Estimates log F from a rank, elementwise.
 
-    * `smoothed`: log((k + 1) / (m + 1)), what the paper's code runs; never -inf.
-    * `strict`: log(k / m), Eq. 6 of the paper; -inf at k = 0.
-    * `harmonic`: digamma(k + 1) - digamma(m + 1) = H_k - H_m. Its expectation over the reference
-      samples is -sum_{j=1..m} (1 - F)^j / j, the Taylor series of log F cut after m terms, so its
-      bias is only the rest of that series; finite at k = 0.
+    With k = ``num_below``, the estimators are
+
+    * ``smoothed``: log((k + 1) / (m + 1)), as in the code of the vBoN paper; never -inf.
+    * ``strict``: log(k / m), Eq. 6 of the vBoN paper; -inf at k = 0.
+    * ``harmonic``: digamma(k + 1) - digamma(m + 1) = H_k - H_m. Its expectation over the reference
+      samples is -sum_{j=1..m} (1 - F)^j / j, the Taylor series of log F truncated after m terms, so
+      its bias is only the remainder of that series; finite at k = 0.
 
     Args:
-        num_below: k, integers in [0, m], any shape.
-        m: the number of reference rewards, >= 1, concrete or traced; broadcasts with num_below.
-        estimator: one of `LOG_F_ESTIMATORS`.
+      num_below: k, integers in [0, m], any shape.
+      m: the number of reference rewards, >= 1, concrete or traced; broadcasts with num_below.
+      estimator: one of ``LOG_F_ESTIMATORS``.
 
     Returns:
-        float32 array of the broadcast shape, in nats, <= 0.
+      float32 array of the broadcast shape, in nats, <= 0.
 
     Raises:
-        ValueError: unknown estimator, or a concrete m below 1.
+      ValueError: if the estimator is unknown, or a concrete m is below 1.
     """
     check_choice("estimator", estimator, LOG_F_ESTIMATORS)
     return _rank_log_f(num_below, m, estimator)
 
 
 def log_mass(ties: str, num_equal: ArrayLike, m: ArrayLike, log_ref: ArrayLike) -> jax.Array:
-    """log g for formula (1), elementwise: the mass of all that ties with y.
+    """Estimates log g, the log mass of the responses that tie with y, elementwise.
 
-    * `random`, ties broken uniformly at random: log max(pi_ref(y), e / m) with e = num_equal. The
-      tie group holds y itself and about e / m of the reference samples, so this tends to log g as
-      m grows, and stays right where no reference sample was drawn from the group.
-    * `order`, ties broken by a fixed total order: log pi_ref(y). Take the ranks from
-      `ordered_ranks` then.
+    This is g of formula (1) in ``bon.distribution``. It depends on how ties are broken:
+
+    * ``random``, uniformly at random: log max(pi_ref(y), e / m) with e = ``num_equal``. The tie
+      group contains y itself and about e / m of the reference samples, so this tends to log g as m
+      grows, and is still right where no reference sample was drawn from the group.
+    * ``order``, by a fixed total order: log pi_ref(y). Ranks must then come from ``ordered_ranks``.
 
     Args:
-        ties: one of `TIES`.
-        num_equal: e, integers in [0, m], any shape; not used by `order`.
-        m: the number of reference rewards, >= 1, concrete or traced; broadcasts.
-        log_ref: log pi_ref(y) of the whole response, in nats; broadcasts.
+      ties: one of ``TIES``.
+      num_equal: e, integers in [0, m], any shape; its values are not used by ``order``.
+      m: the number of reference rewards, >= 1, concrete or traced; broadcasts with num_equal.
+      log_ref: log pi_ref(y) of the whole response, in nats; broadcasts with num_equal.
 
     Returns:
-        float32 array of the broadcast shape, in nats.
+      float32 array of the broadcast shape, in nats.
 
     Raises:
-        ValueError: unknown ties, or a concrete m below 1.
+      ValueError: if ties is unknown, or a concrete m is below 1.
     """
     check_choice("ties", ties, TIES)
     check_m(m)
@@ -308,26 +315,29 @@ def _log_ratio_interval(k: jax.Array, e: jax.Array, m: jax.Array, n: jax.Array) 
 def log_ratio_interval(
     num_below: ArrayLike, num_equal: ArrayLike, m: ArrayLike, n: ArrayLike
 ) -> jax.Array:
-    """Estimates log(pi_bon / pi_ref) from a rank, elementwise, without log F or log pi_ref:
+    """Estimates log(pi_bon / pi_ref) from a rank, elementwise, without log F or log pi_ref.
 
-        log[((k + e + 1) / (m + 1))^n - (k / (m + 1))^n] - log((e + 1) / (m + 1))
+    The ``interval`` estimator is
 
-    Formula (1) with y counted as one more sample of its own tie group: the density averaged over
-    the bin of its rank. Averaged over which of the m + 1 exchangeable samples is y, its exp is
-    exactly 1, so the implied pi_bon is normalised under the reference. Bounded by
-    min(log n, log(m + 1)) above and by -(n - 1) log(m + 1) below.
+        log[((k + e + 1) / (m + 1))^n - (k / (m + 1))^n] - log((e + 1) / (m + 1)),
+
+    formula (1) of ``bon.distribution`` with y counted as one more sample of its own tie group: the
+    density ratio averaged over the bin of its rank. The exponential of the estimate, averaged over
+    which of the m + 1 exchangeable samples is y, is exactly 1, so the implied pi_bon is normalized
+    under the reference. The estimate is at most min(log n, log(m + 1)) and at least -(n - 1) log(m
+    + 1).
 
     Args:
-        num_below: k, integers in [0, m], any shape.
-        num_equal: e, integers with k + e <= m; broadcasts with num_below.
-        m: the number of reference rewards, >= 1, concrete or traced; broadcasts.
-        n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts.
+      num_below: k, integers in [0, m], any shape.
+      num_equal: e, integers with k + e <= m; broadcasts with num_below.
+      m: the number of reference rewards, >= 1, concrete or traced; broadcasts with num_below.
+      n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts with num_below.
 
     Returns:
-        float32 array of the broadcast shape, in nats, always finite.
+      float32 array of the broadcast shape, in nats, always finite.
 
     Raises:
-        ValueError: a concrete m below 1, or a concrete n below 1, NaN or infinite.
+      ValueError: if a concrete m is below 1, or a concrete n is below 1, NaN or infinite.
     """
     check_m(m)
     check_n(n)
@@ -348,24 +358,29 @@ def log_ratio(
     log_mass: ArrayLike | None = None,
     log_f: ArrayLike | None = None,
 ) -> jax.Array:
-    """The estimated log(pi_bon / pi_ref) for any of `ESTIMATORS`, elementwise.
+    """Estimates log(pi_bon / pi_ref) by any of the estimators, elementwise.
 
-    `interval` estimates the ratio itself from the rank; the others put their log F and log_mass
-    into formula (1). `exponential` has no log F of a rank: it is computed from the reward before.
+    ``interval`` estimates the ratio directly from the rank. The others estimate log F and insert it
+    and log_mass into formula (1) of ``bon.distribution``. log F of ``exponential`` depends on the
+    reward and not on its rank alone, so it must be computed beforehand.
 
     Args:
-        estimator: one of `ESTIMATORS`.
-        num_below, num_equal, m, n: as in `log_ratio_interval`.
-        log_mass: log g in nats, of the function `log_mass`; not used by `interval`, needed by the
-            others.
-        log_f: log F in nats for `exponential`, which needs it (of
-            `vbon_jax.bon.exponential.log_f_with_fallback`); not used by the others.
+      estimator: one of ``ESTIMATORS``.
+      num_below: k, integers in [0, m], any shape.
+      num_equal: e, integers with k + e <= m; broadcasts with num_below.
+      m: the number of reference rewards, >= 1, concrete or traced; broadcasts with num_below.
+      n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts with num_below.
+      log_mass: log g in nats, from the function ``log_mass``; needed by all estimators but
+        ``interval``, which ignores it.
+      log_f: log F in nats, from ``bon.exponential.log_f_with_fallback``; needed by ``exponential``,
+        ignored by the others.
 
     Returns:
-        float32 array of the broadcast shape, in nats.
+      float32 array of the broadcast shape, in nats.
 
     Raises:
-        ValueError: unknown estimator, a missing log_mass or log_f, or a bad concrete m or n.
+      ValueError: if the estimator is unknown, log_mass or log_f is needed and None, or a concrete m
+        or n is invalid.
     """
     check_choice("estimator", estimator, ESTIMATORS)
     if estimator == "interval":

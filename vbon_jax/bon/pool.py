@@ -1,8 +1,9 @@
-"""Best-of-n from a stored pool of m reference samples a prompt, for every n, without drawing anew.
+"""Best-of-n computed from a stored pool of m reference samples a prompt, for every n <= m.
 
-The winner among n of the m samples, drawn without replacement, is the i-th smallest of the pool
-with probability C(i-1, n-1) / C(m, n): the pool, weighted so, is best-of-n. This averages over all
-C(m, n) choices and is unbiased for every n <= m. float64 NumPy on the host.
+If n of the m samples are drawn without replacement, their best is the i-th smallest of the pool
+with probability C(i-1, n-1) / C(m, n). Weighting the pool by these probabilities averages over all
+C(m, n) subsets and is unbiased for every n <= m, so no new samples have to be drawn. Computed in
+float64 NumPy on the host.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def _pool(rewards_PxM: ArrayLike) -> np.ndarray:
 
 
 class _Sorted(NamedTuple):
-    """Pool columns from worst to best, and the tie group [low, high) of each place."""
+    """Columns of the pool from worst to best, and the tie group [low, high) of each position."""
 
     column_PxM: np.ndarray
     low_PxM: np.ndarray
@@ -71,20 +72,20 @@ def _sort(rewards_PxM: np.ndarray, order_PxM: ArrayLike | None) -> _Sorted:
 
 
 def order_weights(m: int, n: int) -> np.ndarray:
-    """The probability C(i-1, n-1) / C(m, n) that the i-th smallest of m is the best of n.
+    """Computes the probability C(i-1, n-1) / C(m, n) that the i-th smallest of m is the best of n.
 
-    Computed in log space from the top down, w_m = n / m and w_{i-1} / w_i = (i - n) / (i - 1), so
-    that no binomial coefficient is formed; relative errors stay below 1e-12 at m = 10,000.
+    Computed in log space from the largest down, w_m = n / m and w_{i-1} / w_i = (i - n) / (i - 1),
+    so that no binomial coefficient overflows; relative errors are below 1e-12 at m = 10,000.
 
     Args:
-        m: the number of samples in the pool.
-        n: how many of them are drawn without replacement, a whole number in [1, m].
+      m: the number of samples in the pool.
+      n: how many of them are drawn without replacement, a whole number in [1, m].
 
     Returns:
-        float64 [m] for i = 1..m, ascending, 0 for i < n, sum 1.
+      float64 weights [m] for i = 1..m, ascending, 0 for i < n, with sum 1.
 
     Raises:
-        ValueError: n is not a whole number in [1, m].
+      ValueError: if n is not a whole number in [1, m].
     """
     _check_n(n, m)
     n = int(n)
@@ -98,21 +99,21 @@ def order_weights(m: int, n: int) -> np.ndarray:
 def winner_weights(
     rewards_PxM: ArrayLike, n: int, order_PxM: ArrayLike | None = None
 ) -> np.ndarray:
-    """The probability that each sample of a pool is the best of n drawn without replacement.
+    """Computes each sample's probability to be the best of n drawn without replacement.
 
     Args:
-        rewards_PxM: the pool's rewards, M samples of each of P prompts, in any order.
-        n: the N of best-of-N, a whole number in [1, M].
-        order_PxM: None breaks ties at random: tied samples have the same weight. Or keys (of
-            `vbon_jax.bon.log_f.response_order`): the larger key wins a tie; samples with the same
-            reward and key are the same response and share.
+      rewards_PxM: rewards of the pool, M samples of each of P prompts, in any order.
+      n: the N of best-of-N, a whole number in [1, M].
+      order_PxM: None breaks ties at random, so that tied samples have equal weights. Otherwise
+        keys, as from ``bon.log_f.response_order``, of which the larger wins a tie; samples with
+        equal rewards and equal keys are the same response and share their weight equally.
 
     Returns:
-        float64 [P, M] in the pool's own column order, each row adding up to 1.
+      float64 weights [P, M] in the order of the pool's columns; each row sums to 1.
 
     Raises:
-        ValueError: rewards_PxM is no matrix or holds NaN (they are counted), order_PxM has another
-            shape, or n is not a whole number in [1, M].
+      ValueError: if rewards_PxM is not a matrix or contains NaN (the message counts them),
+        order_PxM has another shape, or n is not a whole number in [1, M].
     """
     rewards_PxM = _pool(rewards_PxM)
     weights_M = order_weights(rewards_PxM.shape[1], n)
@@ -127,18 +128,18 @@ def winner_weights(
 
 
 def best_mean(values_PxM: ArrayLike, weights_PxM: ArrayLike) -> np.ndarray:
-    """The expectation of a quantity over best-of-n: sum of values times `winner_weights`.
+    """Computes the expectation of a quantity under best-of-n, the weighted sum over the pool.
 
     Args:
-        values_PxM: any quantity of each sample in the pool.
-        weights_PxM: their winner weights. A sample of weight 0 counts for nothing, also at a value
-            that is infinite.
+      values_PxM: any quantity of each sample in the pool.
+      weights_PxM: weights of the samples, from ``winner_weights``. A sample of weight 0 contributes
+        nothing, even if its value is infinite.
 
     Returns:
-        float64 [P].
+      float64 means [P].
 
     Raises:
-        ValueError: no matrices of the same shape.
+      ValueError: if the arguments are not matrices of the same shape.
     """
     values_PxM, weights_PxM = np.asarray(values_PxM, np.float64), np.asarray(weights_PxM)
     if values_PxM.ndim != 2 or values_PxM.shape != weights_PxM.shape:
@@ -159,20 +160,20 @@ def sample_winners(
     count: int,
     order: ArrayLike | None = None,
 ) -> np.ndarray:
-    """Draws winners of best-of-n from a pool: columns with `winner_weights`, independently.
+    """Draws independent best-of-n winners from a pool, distributed as ``winner_weights``.
 
     Args:
-        rng: where the randomness comes from.
-        rewards_PxM: the pool's rewards, M samples of each of P prompts.
-        n: the N of best-of-N, a whole number in [1, M].
-        count: how many winners of each prompt; each is the best of its own n samples.
-        order: order_PxM of `winner_weights`.
+      rng: source of randomness.
+      rewards_PxM: rewards of the pool, M samples of each of P prompts.
+      n: the N of best-of-N, a whole number in [1, M].
+      count: number of winners to draw for each prompt, each the best of its own n samples.
+      order: ``order_PxM`` of ``winner_weights``.
 
     Returns:
-        int64 [P, count], columns of rewards_PxM.
+      int64 column indices [P, count] into rewards_PxM.
 
     Raises:
-        ValueError: as `winner_weights`, or count is below 0.
+      ValueError: as ``winner_weights`` does, or if count is negative.
     """
     rewards_PxM = _pool(rewards_PxM)
     prompts, m = rewards_PxM.shape
@@ -189,22 +190,24 @@ def sample_winners(
 def sample_best_and_worst(
     rng: np.random.Generator, rewards_PxM: ArrayLike, n: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best and the worst of n samples drawn from a pool without replacement, ties at random.
+    """Draws the best and the worst of n samples of a pool, ties broken at random.
 
-    The training pairs of BoNBoN (Gui et al., 2024).
+    The n samples are drawn without replacement. These are the training pairs of BoNBoN (Gui et al.,
+    2024).
 
     Args:
-        rng: where the randomness comes from.
-        rewards_PxM: the pool's rewards, M samples of each of P prompts.
-        n: how many are drawn, a whole number in [2, M].
-        count: how many draws for each prompt, independent of each other.
+      rng: source of randomness.
+      rewards_PxM: rewards of the pool, M samples of each of P prompts.
+      n: how many samples are drawn, a whole number in [2, M].
+      count: number of independent draws for each prompt.
 
     Returns:
-        (best_PxC, worst_PxC), int64 [P, count], columns of rewards_PxM; never the same column.
+      (best_PxC, worst_PxC), int64 column indices [P, count] into rewards_PxM. The two are never the
+      same column.
 
     Raises:
-        ValueError: rewards_PxM is no matrix or holds NaN (they are counted), n is not a whole
-            number in [2, M], or count is below 0.
+      ValueError: if rewards_PxM is not a matrix or contains NaN (the message counts them), n is not
+        a whole number in [2, M], or count is negative.
     """
     rewards_PxM = _pool(rewards_PxM)
     prompts, m = rewards_PxM.shape

@@ -1,7 +1,7 @@
-"""The reference rewards of all prompts, and the density of best-of-n read off them.
+"""The reference rewards of all prompts, and the estimated density of best-of-n at given responses.
 
-One definition for training, evaluation and best-of-n itself: ranks under the chosen rule for ties,
-then the chosen estimator.
+Training, evaluation and best-of-n share this definition: ranks under the chosen rule for ties, then
+the chosen estimator.
 """
 
 from typing import NamedTuple
@@ -19,11 +19,13 @@ from vbon_jax.bon.checks import check_choice
 class References(NamedTuple):
     """m reference rewards of each of P prompts.
 
-    rewards_PxM: float32, each row ascending. Rows may be padded with +inf at the end: m counts.
-    order_PxM: uint32, the place of each response in the total order that breaks ties, in the
-      columns of rewards_PxM; None where ties are broken at random.
-    fit: the exponential curves; None for every other estimator.
-    m: int32 scalar, the number of rewards that count.
+    Attributes:
+      rewards_PxM: float32, each row ascending. Rows may be padded with +inf at the end; only the
+        first m rewards count.
+      order_PxM: uint32 keys of the responses in the total order that breaks ties, in the same
+        column order as rewards_PxM; None if ties are broken at random.
+      fit: fitted curves of the ``exponential`` estimator; None for every other estimator.
+      m: int32 scalar, the number of rewards that count.
     """
 
     rewards_PxM: jax.Array
@@ -33,8 +35,14 @@ class References(NamedTuple):
 
 
 class Density(NamedTuple):
-    """Of each response, in nats, float32 [B]: log(pi_bon / pi_ref); log F, None for `interval`,
-    which does without; log g; log P_ref(r(y') <= r(y)), smoothed as log((k + e + 1) / (m + 1))."""
+    """The estimated density of best-of-n at B responses, float32 [B], in nats.
+
+    Attributes:
+      log_ratio_B: log(pi_bon / pi_ref).
+      log_f_B: log F; None for the ``interval`` estimator, which does not use it.
+      log_mass_B: log g.
+      log_up_to_B: log P_ref(r(y') <= r(y)), smoothed: log((k + e + 1) / (m + 1)).
+    """
 
     log_ratio_B: jax.Array
     log_f_B: jax.Array | None
@@ -45,14 +53,19 @@ class Density(NamedTuple):
 def references(
     rewards_PxM: np.ndarray, estimator: str, order_PxM: np.ndarray | None = None
 ) -> References:
-    """Sorts the rewards (and their places in the order with them) and fits what there is to fit.
+    """Sorts reference rewards and, for the ``exponential`` estimator, fits its curves.
 
     Args:
-      rewards_PxM: finite rewards in any order.
-      estimator: one of ``log_f.ESTIMATORS``.
-      order_PxM: uint32 places in the total order, for ties broken by it.
+      rewards_PxM: finite rewards of P prompts, in any order.
+      estimator: one of ``bon.log_f.ESTIMATORS``.
+      order_PxM: uint32 keys of the responses, from ``bon.log_f.response_order``, if ties are broken
+        by a total order; None if they are broken at random.
 
-    Raises ValueError: unknown estimator, or shapes that differ.
+    Returns:
+      The table that ``density`` looks rewards up in.
+
+    Raises:
+      ValueError: if the estimator is unknown, or shapes differ.
     """
     check_choice("estimator", estimator, lf.ESTIMATORS)
     rewards = np.asarray(rewards_PxM, np.float32)
@@ -80,17 +93,23 @@ def density(
     *,
     estimator: str,
 ) -> Density:
-    """The estimated density of best-of-n at responses with these rewards.
+    """Estimates the density of best-of-n at responses with the given rewards.
 
     Args:
-      row_B: int32, the row of ``table`` of each response's prompt.
-      reward_B: their rewards.
-      order_B: uint32 places in the total order; needed where the table has them.
-      log_ref_B: log pi_ref of the whole response in nats.
+      table: the reference rewards, from ``references``.
+      row_B: int32, the row of ``table`` that belongs to the prompt of each response.
+      reward_B: rewards of the responses.
+      order_B: uint32 keys of the responses; needed if the table breaks ties by order, else ignored.
+      log_ref_B: log pi_ref of the whole responses, in nats.
       n: the N of best-of-N, a real number >= 1, concrete or traced.
-      estimator: the one the table was made for.
+      estimator: the estimator that the table was made for.
 
-    Raises ValueError: unknown estimator, or a table without what it needs.
+    Returns:
+      The density at each response.
+
+    Raises:
+      ValueError: if the estimator is unknown, the table lacks the fits that it needs, or order_B is
+        needed and None.
     """
     row_B, reward_B, log_ref_B = map(jnp.asarray, (row_B, reward_B, log_ref_B))
     rewards_BxM = table.rewards_PxM[row_B]

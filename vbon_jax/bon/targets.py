@@ -1,7 +1,7 @@
-"""Where each method's training ends, exactly, in a world whose S strings are all listed.
+"""The optimum of each training method, exactly, where all S possible strings can be enumerated.
 
-float64 NumPy, like `enumeration`, whose `log_bon` is the target of vBoN's exact objective and of
-maximum likelihood on best-of-n winners.
+Computed in float64 NumPy, as in ``bon.enumeration``. ``bon.enumeration.log_bon`` is the optimum of
+vBoN's exact objective and of maximum likelihood on best-of-n winners.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ _GRADIENT_WITHIN = 1e-8
 
 
 def _tilted(log_ref_S: ArrayLike, log_tilt_S: np.ndarray) -> np.ndarray:
-    """Normalised log pi_ref + log_tilt."""
+    """Computes log pi_ref + log_tilt, normalized."""
     log_weight_S = np.asarray(log_ref_S, np.float64) + log_tilt_S
     if np.isneginf(log_weight_S).all():
         raise ValueError(
@@ -26,27 +26,27 @@ def _tilted(log_ref_S: ArrayLike, log_tilt_S: np.ndarray) -> np.ndarray:
 
 
 def _power(log_p_S: np.ndarray, exponent: float) -> np.ndarray:
-    """log p^exponent with 0^0 = 1."""
+    """Computes log p^exponent with 0^0 = 1."""
     return np.zeros_like(log_p_S) if exponent == 0 else exponent * log_p_S
 
 
 def tilted(log_ref_S: ArrayLike, score_S: ArrayLike, beta: float) -> np.ndarray:
-    """log(pi_ref exp(score / beta) / Z), the maximum of E[score] - beta KL(p || ref).
+    """Computes log(pi_ref exp(score / beta) / Z), the maximizer of E[score] - beta KL(p || ref).
 
-    With score = reward: the target of PPO, and of DPO with soft labels, the Bradley-Terry
+    With score = reward this is the optimum of PPO, and of DPO with soft labels, the Bradley-Terry
     probabilities of the rewards.
 
     Args:
-        log_ref_S: log pi_ref of every string, in nats, normalised.
-        score_S: finite scores.
-        beta: > 0.
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      score_S: finite scores of the same strings.
+      beta: weight of the KL penalty, > 0.
 
     Returns:
-        float64 vector, in nats, normalised.
+      float64 vector [S], in nats, normalized.
 
     Raises:
-        ValueError: log_ref_S or scores as in `enumeration.log_f_and_mass`, infinite scores, or a
-            beta that is not above 0.
+      ValueError: as ``enumeration.log_f_and_mass`` does, if a score is infinite, or if beta is not
+        positive.
     """
     check_beta(beta)
     if beta == 0:
@@ -59,20 +59,20 @@ def tilted(log_ref_S: ArrayLike, score_S: ArrayLike, beta: float) -> np.ndarray:
 
 
 def lower_bound(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndarray:
-    """log(pi_ref F^(n-1) / Z), the maximum of the bound L (Eq. 8 of the vBoN paper).
+    """Computes log(pi_ref F^(n-1) / Z), the maximizer of the bound L (Eq. 8 of the vBoN paper).
 
-    F is strict: for n > 1 the strings of the lowest reward are at -inf.
+    F is strict: for n > 1 the strings of the lowest reward have probability 0.
 
     Args:
-        log_ref_S: log pi_ref of every string, in nats, normalised.
-        rewards_S: their rewards.
-        n: the N of best-of-N, a real number >= 1.
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      rewards_S: rewards of the same strings.
+      n: the N of best-of-N, a real number >= 1.
 
     Returns:
-        float64 vector, in nats, normalised.
+      float64 vector [S], in nats, normalized; -inf is probability 0.
 
     Raises:
-        ValueError: as `enumeration.log_bon`, or no two rewards differ while n > 1.
+      ValueError: as ``enumeration.log_bon`` does, or if all rewards are equal and n > 1.
     """
     check_n(n)
     log_f_S, _ = log_f_and_mass(log_ref_S, rewards_S)
@@ -80,9 +80,20 @@ def lower_bound(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndar
 
 
 def bond_backward(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndarray:
-    """log(pi_ref p_<=^(n-1) / Z), p_<= = F + g: the maximum of `rl.bond.backward_reward`.
+    """Computes log(pi_ref p_<=^(n-1) / Z) with p_<= = F + g, the optimum of BOND's backward KL.
 
-    Args, Returns and Raises as `lower_bound`, but rewards may all be equal.
+    This is the objective ``backward`` of ``bon.distribution.sequence_reward``.
+
+    Args:
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      rewards_S: rewards of the same strings; they may all be equal.
+      n: the N of best-of-N, a real number >= 1.
+
+    Returns:
+      float64 vector [S], in nats, normalized.
+
+    Raises:
+      ValueError: as ``enumeration.log_bon`` does.
     """
     check_n(n)
     log_f_S, log_mass_S = log_f_and_mass(log_ref_S, rewards_S)
@@ -90,13 +101,24 @@ def bond_backward(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.nd
 
 
 def jensen_bound(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndarray:
-    """log(pi_ref^beta F^gamma / Z), the maximum of the bound L1 (Theorem 3 of the vBoN paper).
+    """Computes log(pi_ref^beta F^gamma / Z), the maximizer of the bound L1.
 
-    In L1 = gamma E[log F] - alpha H - beta KL, alpha = beta - 1 leaves the log p terms a weight of
-    -1: L1 = E[gamma log F + beta log ref - log p], which is -KL to the above. beta = n(n+1)/2 and
-    gamma = n(n-1)/2.
+    Theorem 3 of the vBoN paper.
 
-    Args, Returns and Raises as `lower_bound`.
+    In L1 = gamma E[log F] - alpha H - beta KL, alpha = beta - 1, so the log p terms have weight -1
+    in sum: L1 = E[gamma log F + beta log ref - log p], which is the negative KL divergence from p
+    to this distribution up to a constant. beta = n(n+1)/2 and gamma = n(n-1)/2.
+
+    Args:
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      rewards_S: rewards of the same strings.
+      n: the N of best-of-N, a real number >= 1.
+
+    Returns:
+      float64 vector [S], in nats, normalized; -inf is probability 0.
+
+    Raises:
+      ValueError: as ``enumeration.log_bon`` does, or if all rewards are equal and n > 1.
     """
     check_n(n)
     log_f_S, _ = log_f_and_mass(log_ref_S, rewards_S)
@@ -106,25 +128,26 @@ def jensen_bound(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.nda
 
 
 def best_and_worst(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: int) -> np.ndarray:
-    """P(best of n draws = i, worst of the same draws = j), for an injective reward.
+    """Computes P(best of n draws = i, worst of the same draws = j) for an injective reward.
 
-    For r(i) > r(j), with U = F + g, by inclusion and exclusion of the two ends:
+    For r(i) > r(j), with U = F + g, inclusion and exclusion of the two ends gives
 
-        (U_i - F_j)^n - (F_i - F_j)^n - (U_i - U_j)^n + (F_i - U_j)^n
+        (U_i - F_j)^n - (F_i - F_j)^n - (U_i - U_j)^n + (F_i - U_j)^n,
 
-    and g_i^n on the diagonal. Entries are right to about 1e-15, absolutely.
+    and the diagonal is g_i^n. The absolute error of each entry is about 1e-15.
 
     Args:
-        log_ref_S: log pi_ref of every string, in nats, normalised.
-        rewards_S: their rewards, no two of them equal (break ties by a fixed order: pass each
-            string's place in it).
-        n: a whole number >= 1.
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      rewards_S: rewards of the same strings, no two of them equal. To break ties by a fixed order,
+        pass each string's rank in it.
+      n: number of draws, a whole number >= 1.
 
     Returns:
-        float64 [S, S], non-negative, adding up to 1.
+      float64 matrix [S, S] of best and worst, non-negative, with sum 1.
 
     Raises:
-        ValueError: as `enumeration.log_f_and_mass`, n is not whole, or two rewards are equal.
+      ValueError: as ``enumeration.log_f_and_mass`` does, if n is not whole, or if two rewards are
+        equal.
     """
     check_n(n)
     if n != int(n):
@@ -152,29 +175,34 @@ def best_and_worst(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: int) -> np.nda
 
 
 def bonbon(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: int, alpha: float) -> np.ndarray:
-    """log of the distribution p that minimises BoNBoN's expected loss (Gui et al. 2024):
+    """Computes log p of the distribution that minimizes BoNBoN's expected loss.
+
+    The loss (Gui et al., 2024) is
 
         alpha E_bon[-log p(y)] + (1 - alpha) E[(h(best) - h(worst) - 1 / (2 beta_n))^2]
 
-    with h = log p - log ref, best and worst of the same n draws, 1 / (2 beta_n) = (n-1) H_{n-1}.
+    with h = log p - log ref, best and worst of the same n draws, and 1 / (2 beta_n) = (n-1)
+    H_{n-1}.
 
-    Found in u = h + any constant. The second term is u' Q u - 2 c u' (b - w) + c^2 with b and w the
-    distributions of best and worst, J their joint one, Q = diag(b + w) - J - J' and
-    c = 1 / (2 beta_n); it does not see the constant. In place of alpha (log sum_y ref e^u - b'u),
-    the first term, alpha (sum_y ref e^u - b'u) has the same minimum, where it fixes the constant to
-    sum_y ref e^u = 1. That is strictly convex without a constraint, and Newton's method solves it.
+    The unknown is u = h up to a constant. With b and w the distributions of best and worst, J their
+    joint distribution, Q = diag(b + w) - J - J' and c = 1 / (2 beta_n), the second expectation is
+    u' Q u - 2 c u' (b - w) + c^2, which does not depend on the constant. The first term, alpha (log
+    sum_y ref e^u - b'u), is replaced by alpha (sum_y ref e^u - b'u): this has the same minimum, and
+    there fixes the constant to sum_y ref e^u = 1. The resulting problem is unconstrained and
+    strictly convex, and is solved by Newton's method.
 
     Args:
-        log_ref_S, rewards_S: as in `best_and_worst`.
-        n: a whole number >= 2.
-        alpha: in (0, 1]; 1 gives pi_bon itself.
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      rewards_S: rewards of the same strings, no two of them equal; see ``best_and_worst``.
+      n: number of draws, a whole number >= 2.
+      alpha: weight of the first term, in (0, 1]; 1 gives pi_bon itself.
 
     Returns:
-        float64 vector, in nats, normalised; -inf where log_ref_S is.
+      float64 vector [S], in nats, normalized; -inf where log_ref_S is -inf.
 
     Raises:
-        ValueError: as `best_and_worst`, n < 2, or an alpha outside (0, 1].
-        RuntimeError: no gradient below 1e-8 was reached.
+      ValueError: as ``best_and_worst`` does, if n < 2, or if alpha is outside (0, 1].
+      RuntimeError: if Newton's method does not reach a gradient below 1e-8.
     """
     if not n >= 2:
         raise ValueError(f"n must be a whole number >= 2 (best and worst of n draws), got n={n}")
@@ -190,7 +218,7 @@ def bonbon(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: int, alpha: float) -> 
 
 
 def _newton(log_ref_S: np.ndarray, joint_SxS: np.ndarray, gap: float, alpha: float) -> np.ndarray:
-    """The u of `bonbon`, for strings that all have mass."""
+    """Solves for the u of ``bonbon``, for strings that all have positive mass."""
     best_S, worst_S = joint_SxS.sum(axis=1), joint_SxS.sum(axis=0)
     quadratic_SxS = np.diag(best_S + worst_S) - joint_SxS - joint_SxS.T
     linear_S = gap * (best_S - worst_S)

@@ -1,4 +1,4 @@
-"""KL divergence from the reference and win rate of best-of-N: what theory says, and estimates.
+"""Theoretical values and bounds of best-of-N: KL divergence from the reference, and win rate.
 
 Beirami et al., "Theoretical guarantees on the best-of-n alignment policy" (2024).
 """
@@ -12,18 +12,18 @@ from vbon_jax.bon.distribution import log1mexp
 
 
 def kl_upper_bound(n: ArrayLike) -> jax.Array:
-    """log n - (n - 1) / n, in nats: KL(bon || ref) is at most this.
+    """Computes log n - (n - 1) / n, an upper bound on KL(bon || ref) in nats.
 
-    Nearly reached when no single response has a large probability.
+    The bound is nearly attained if no single response has a large probability.
 
     Args:
-        n: the N of best-of-N, a real number >= 1, concrete or traced, any shape.
+      n: the N of best-of-N, a real number >= 1, concrete or traced, any shape.
 
     Returns:
-        float32 array of n's shape, >= 0.
+      float32 array of n's shape, >= 0.
 
     Raises:
-        ValueError: a concrete n is below 1, NaN or infinite.
+      ValueError: if a concrete n is below 1, NaN or infinite.
     """
     check_n(n)
     more = jnp.asarray(n, jnp.float32) - 1
@@ -32,22 +32,24 @@ def kl_upper_bound(n: ArrayLike) -> jax.Array:
 
 
 def kl_estimate(log_mass: ArrayLike, n: ArrayLike) -> jax.Array:
-    """Beirami et al.'s estimate of KL(bon || ref), from the winner's probability e = pi_ref(y*):
+    """Estimates KL(bon || ref) from the winner's probability (Beirami et al., 2024).
 
-        (1-e)^n (log n + (n-1) log(1-e) - (n-1)/n) + (1-(1-e)^n) log((1-(1-e)^n) / e)
+    With e = pi_ref(y*), the estimate is
 
-    Evaluated from log e, so that it stays right where e underflows; lies in
-    [0, `kl_upper_bound(n)`]. Average it over the winners of several draws of best-of-n.
+        (1-e)^n (log n + (n-1) log(1-e) - (n-1)/n) + (1-(1-e)^n) log((1-(1-e)^n) / e).
+
+    It is evaluated from log e, so that it stays accurate where e underflows, and lies in [0,
+    ``kl_upper_bound(n)``]. Average it over the winners of several draws of best-of-n.
 
     Args:
-        log_mass: log e in nats, <= 0, any shape.
-        n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts with log_mass.
+      log_mass: log e in nats, <= 0, any shape.
+      n: the N of best-of-N, a real number >= 1, concrete or traced; broadcasts with log_mass.
 
     Returns:
-        float32 array of the broadcast shape, in nats; NaN where log_mass is.
+      float32 array of the broadcast shape, in nats; NaN where log_mass is NaN.
 
     Raises:
-        ValueError: a concrete n is below 1, NaN or infinite.
+      ValueError: if a concrete n is below 1, NaN or infinite.
     """
     check_n(n)
     n = jnp.asarray(n, jnp.float32)
@@ -63,18 +65,18 @@ def kl_estimate(log_mass: ArrayLike, n: ArrayLike) -> jax.Array:
 
 
 def win_rate(n: ArrayLike) -> jax.Array:
-    """n / (n + 1): how often best-of-n beats one reference sample, counting a tie as half.
+    """Computes n / (n + 1), the win rate of best-of-n over the reference, a tie counting one half.
 
-    Exact for a continuous reward; ties make the true rate smaller.
+    It is exact for a continuous reward; with ties the true rate is smaller.
 
     Args:
-        n: the N of best-of-N, a real number >= 1, concrete or traced, any shape.
+      n: the N of best-of-N, a real number >= 1, concrete or traced, any shape.
 
     Returns:
-        float32 array of n's shape, in [0.5, 1).
+      float32 array of n's shape, in [0.5, 1).
 
     Raises:
-        ValueError: a concrete n is below 1, NaN or infinite.
+      ValueError: if a concrete n is below 1, NaN or infinite.
     """
     check_n(n)
     n = jnp.asarray(n, jnp.float32)

@@ -1,8 +1,8 @@
-"""JSON lines: one JSON object a line, every fault named by file and line number."""
+"""JSON lines: one JSON object a line; errors name the file and the line number."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     """Parses one line.
 
     Args:
-      line: the bytes of the line, with or without its newline, UTF-8.
+      line: the UTF-8 bytes of the line, with or without its newline.
       where: "file:line", for the message.
+
+    Returns:
+      The JSON object.
 
     Raises:
       InputError: the line is not UTF-8, not JSON, or not a JSON object.
@@ -30,9 +33,15 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", object) for each line of a file; blank lines are skipped.
+    """Yields the JSON object of each line of a file; blank lines are skipped.
 
-    Lines end at the newline byte only, so U+2028 and its like inside a string do not split it.
+    Lines end at the newline byte only, so U+2028 and similar characters do not split a string.
+
+    Args:
+      path: the file.
+
+    Yields:
+      ("file:line", JSON object), in file order.
 
     Raises:
       InputError: the file is missing or cannot be read, or a line is not a JSON object.
@@ -51,20 +60,50 @@ def read(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def dump_line(record: dict[str, Any]) -> bytes:
-    """One JSON object as ASCII bytes with its newline; NaN and infinity raise ValueError."""
+    """Serializes one JSON object as a line.
+
+    Args:
+      record: what `json.dumps` takes.
+
+    Returns:
+      ASCII bytes, newline included.
+
+    Raises:
+      ValueError: a value is NaN or infinite.
+    """
     return (json.dumps(record, allow_nan=False) + "\n").encode("ascii")
 
 
-def field(record: dict[str, Any], key: str, where: str) -> Any:
-    """The value of a key that must be there; InputError names the keys that are."""
+def field(record: Mapping[str, Any], key: str, where: str, setting: str = "") -> Any:
+    """Returns the value of a key that must be there.
+
+    Args:
+      record: the JSON object.
+      key: its key.
+      where: "file:line", for the message.
+      setting: the config key that names the key, if one does; for the message.
+
+    Raises:
+      InputError: the key is not there; names the keys that are.
+    """
     if key not in record:
         found = ", ".join(map(repr, record)) or "none"
-        raise InputError(f"{where}: key {key!r} is missing (found: {found}); add it")
+        remedy = f"add it, or set {setting} to the key to read" if setting else "add it"
+        raise InputError(f"{where}: key {key!r} is missing (found: {found}); {remedy}")
     return record[key]
 
 
-def text_field(record: dict[str, Any], key: str, where: str) -> str:
-    """The value of a key that must be a string."""
+def text_field(record: Mapping[str, Any], key: str, where: str) -> str:
+    """Returns the value of a key that must be there and a string.
+
+    Args:
+      record: the JSON object.
+      key: its key.
+      where: "file:line", for the message.
+
+    Raises:
+      InputError: the key is not there, or its value is no string.
+    """
     value = field(record, key, where)
     if not isinstance(value, str):
         raise InputError(f"{where}: {key!r} must be a string, not {value!r}")

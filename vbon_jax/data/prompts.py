@@ -1,4 +1,4 @@
-"""Prompts: a number, a text and its token ids. Everything downstream goes by the number."""
+"""Prompts: an id, a text and its token ids. All later stages refer to a prompt by its id."""
 
 import os
 import re
@@ -10,17 +10,24 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from vbon_jax.data import jsonl
+from vbon_jax.data import jsonl, records
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError
+
+TEXT_COLUMN = "prompt"
+COLUMN_SETTING = "prompts.column"  # the config key that names another
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: `tokens` are what the model sees, `text` is their decoding.
+    """A prompt; two prompts may have the same text, their ids differ.
 
-    Two prompts may have the same text; their ids differ. `messages` are the (role, content) pairs
-    that a chat template made the tokens of, in order; none where the prompt is plain text.
+    Attributes:
+      id: its number, unique within a split.
+      text: the decoded tokens.
+      tokens: the token ids that the model is given.
+      messages: the (role, content) pairs that a chat template turned into the tokens, in order;
+        empty where the prompt is plain text.
     """
 
     id: int
@@ -36,7 +43,7 @@ def _cut(
     max_tokens: int,
     wanted: re.Pattern[str] | None,
 ) -> Prompt | None:
-    """The shortest allowed beginning that contains what is wanted, with id 0; None if none does."""
+    """The shortest allowed prefix that contains a wanted phrase, with id 0; None if none does."""
     tokens = tokenizers.encode(tokenizer, text)
     end = 0
     if wanted is not None:
@@ -65,18 +72,19 @@ def prefix_prompts(
     """Cuts prompts from the beginnings of texts, as the paper does for its sentiment task.
 
     The texts are taken in random order without replacement, and each prompt has a length drawn
-    uniformly from {min_tokens, ..., max_tokens}. A text is passed over when it has no token left
-    beyond the prompt, or when the cut would split a character.
+    uniformly from {min_tokens, ..., max_tokens}. A text is skipped when it has no token left after
+    the prompt, or when the cut would split a character.
 
-    With must_contain, a prompt is made longer than the length drawn where it takes that to contain
-    one of the phrases, and a text is passed over when even max_tokens do not.
+    With must_contain, a prompt is extended beyond its drawn length until it contains one of the
+    phrases, and a text is skipped when its first max_tokens tokens contain none.
 
     Args:
       texts: the held-out texts.
-      tokenizer: counts and cuts the tokens; no special token is added.
+      tokenizer: encodes the texts; no special token is added.
       count: number of prompts.
-      min_tokens, max_tokens: the range of lengths in tokens, both ends included.
-      seed: decides the texts and the lengths.
+      min_tokens: least length in tokens.
+      max_tokens: greatest length in tokens, included.
+      seed: seed of the choice of texts and lengths.
       must_contain: phrases of which each prompt must contain one, as whole words of the text.
 
     Returns:
@@ -121,7 +129,14 @@ def prefix_prompts(
 
 
 def from_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
-    """Takes each text whole as a prompt; ids are 0, 1, ... in order.
+    """Makes each text a prompt, uncut.
+
+    Args:
+      texts: the prompts.
+      tokenizer: encodes them; no special token is added.
+
+    Returns:
+      Prompts with ids 0, 1, ... in order.
 
     Raises:
       InputError: a text has no token, or one the tokenizer does not know.
@@ -136,11 +151,11 @@ def from_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list
 
 
 def fits_context(prompts: Sequence[Prompt], max_new_tokens: int, positions: int) -> None:
-    """Checks that each prompt and its response fit the positions of the model.
+    """Checks that each prompt with its response fits the context length of the model.
 
     Args:
       prompts: the prompts.
-      max_new_tokens: most tokens of a response.
+      max_new_tokens: greatest number of tokens of a response.
       positions: the model's context length in tokens.
 
     Raises:
@@ -157,9 +172,13 @@ def fits_context(prompts: Sequence[Prompt], max_new_tokens: int, positions: int)
 
 
 def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None:
-    """Writes {"id", "prompt", "tokens"} lines; the file appears whole or not at all.
+    """Writes {"id", "prompt", "tokens"} lines, atomically.
 
     A prompt with messages has them as well: "messages", a list of {"role", "content"}.
+
+    Args:
+      path: the file; one that exists is replaced.
+      prompts: the prompts.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -180,18 +199,22 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def parse_messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:
-    """The (role, content) pairs of a list of {"role": str, "content": str}; other keys are ignored.
+def parse_messages(value: Any, where: str, column: str = "messages") -> tuple[tuple[str, str], ...]:
+    """Parses a list of {"role": str, "content": str}; other keys are ignored.
 
     Args:
-      value: what JSON gave.
+      value: the value of the column.
       where: "file:line", for the message.
+      column: its name, for the message.
+
+    Returns:
+      (role, content) pairs in order.
 
     Raises:
       InputError: it is no list, or a message is not an object with two strings.
     """
     if not isinstance(value, list):
-        raise InputError(f"{where}: 'messages' must be a list of messages, not {value!r}")
+        raise InputError(f"{where}: {column!r} must be a list of messages, not {value!r}")
     messages = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
@@ -206,7 +229,13 @@ def parse_messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Prompt]:
-    """Reads what `write_jsonl` wrote.
+    """Reads the prompts that `write_jsonl` wrote.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The prompts in file order.
 
     Raises:
       InputError: the file is missing or empty, a line is malformed, or an id occurs twice; names
@@ -230,26 +259,37 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Prompt]:
     return prompts
 
 
-def read_texts(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
-    """Reads a user's own prompts from {"prompt": str} lines; other keys are ignored.
+def read_texts(
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerFast,
+    column: str = TEXT_COLUMN,
+) -> list[Prompt]:
+    """Reads a user's own prompts from a .jsonl, .csv, .tsv or .parquet file.
+
+    Other columns are ignored; see `records.read` for the formats.
+
+    Args:
+      path: the file.
+      tokenizer: encodes the prompts; no special token is added.
+      column: the column (or JSON key) of the prompts, strings.
 
     Returns:
       The prompts in file order with ids 0, 1, ...
 
     Raises:
-      InputError: the file is missing or empty, or a line is malformed or has no token; names the
-        file and the line.
+      InputError: the file cannot be read, holds no record or lacks the column, or a prompt is no
+        string or has no token; names the file and the line.
     """
     prompts: list[Prompt] = []
-    for where, record in jsonl.read(path):
-        text = jsonl.text_field(record, "prompt", where)
+    for where, record in records.read(path, {column: COLUMN_SETTING}):
+        text = jsonl.text_field(record, column, where)
         try:
             tokens = tokenizers.encode(tokenizer, text)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         if not tokens:
-            raise InputError(f"{where}: 'prompt' {text!r} has no token; give it at least one")
+            raise InputError(f"{where}: {column!r} {text!r} has no token; give it at least one")
         prompts.append(Prompt(len(prompts), text, tokens))
     if not prompts:
-        raise InputError(f'{path}: the file is empty; give one {{"prompt": ...}} a line')
+        raise InputError(f"{path}: the file is empty; give it records with a prompt ({column!r})")
     return prompts

@@ -1,110 +1,158 @@
-"""Held-out evaluation: what a split is measured with, and the enumeration of the tabular world."""
+"""Held-out evaluation: a split at a temperature, and what its figures are taken from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import pool as bon_pool
-from vbon_jax.data import samples as reference_files
-from vbon_jax.data import tabular
-from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
-from vbon_jax.evaluation import exact as fixed_points
 from vbon_jax.evaluation import measure
 from vbon_jax.progress import reporting
-from vbon_jax.sampling import responses
-from vbon_jax.sampling import sampler as engine
-from vbon_jax.sampling.responses import Reward
-from vbon_jax.sampling.sampler import Request, Sampling
-from vbon_jax.stages import inputs
-from vbon_jax.stages.inputs import Decoder, Run
+from vbon_jax.rewards.base import Reward, counts_of
+from vbon_jax.sampling.sampler import (
+    Batch,
+    Request,
+    Response,
+    Sampler,
+    index,
+    named_key,
+    requests_for,
+)
+from vbon_jax.training.references import orders, references, response_orders
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """What every measurement needs of a run, loaded once."""
+    """What every measurement needs, loaded once.
 
-    tokenizer: PreTrainedTokenizerFast
-    reference: Decoder
+    Attributes:
+      reference: the reference model; it is measured at other temperatures too.
+      reward: the reward that best-of-n maximises.
+      evaluator: a second reward that only measures; None without one.
+    """
+
+    reference: Sampler
     reward: Reward
-    evaluator: Reward | None
+    evaluator: Reward | None = None
 
 
-def models(run: Run) -> Models:
-    """Loads them from the workdir."""
-    tokenizer = inputs.load_tokenizer(run)
-    return Models(
-        tokenizer,
-        inputs.load_reference(run),
-        inputs.load_reward(run, tokenizer),
-        inputs.load_evaluator(run, tokenizer),
-    )
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a split is measured.
+
+    Attributes:
+      n: of the best-of-n that policies are compared with.
+      estimator: of log F.
+      ties: how best-of-n chooses among equal rewards.
+      m: opponents a prompt, and samples a prompt of the pool.
+      each: responses a prompt from each policy.
+      batch_size: responses drawn at once.
+      seed: of the draws.
+    """
+
+    n: float
+    estimator: str = "interval"
+    ties: str = "random"
+    m: int = 64
+    each: int = 4
+    batch_size: int = 64
+    seed: int = 0
+
+    def key(self, name: str, split: str, temperature: float) -> jax.Array:
+        """The key of a piece of the measurement."""
+        key = named_key(self.seed, f"{name} {split}")
+        return jax.random.fold_in(key, round(temperature * 1e6))
+
+
+# (role, "opponents" or "pool"; the reference at the temperature; key) -> m samples a prompt
+Draw = Callable[[str, Sampler, jax.Array], Sequence[PromptSamples]]
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """A split at a temperature: its prompts, the opponents every response is compared with, and
-    the pool of other fresh reference samples that best-of-n is read off."""
+    """A split at a temperature.
 
-    run: Run
+    Attributes:
+      models: reference, at the temperature, and rewards.
+      protocol: how it is measured.
+      split: its name, "test" or "ood".
+      prompts: held-out prompts.
+      yardstick: the opponents that every response is compared with.
+      pool_samples: other fresh reference samples, that best-of-n is read off.
+      pool: their figures.
+    """
+
     models: Models
+    protocol: Protocol
     split: str
     prompts: Sequence[Prompt]
-    sampling: Sampling
     yardstick: measure.Yardstick
     pool_samples: Sequence[PromptSamples]
     pool: measure.Responses
 
+    @property
+    def temperature(self) -> float:
+        """That everything is drawn and scored at."""
+        return self.models.reference.settings.temperature
+
     def key(self, name: str) -> jax.Array:
-        return _key(self.run, name, self.split, self.sampling.temperature)
+        """The key of a piece of this split's measurement."""
+        return self.protocol.key(name, self.split, self.temperature)
 
     def policy(
-        self, name: str, n: float, policy: Decoder, title: str, seed: int = 0
-    ) -> tuple[dict[str, Any], list[list[responses.Response]]]:
+        self, name: str, n: float, policy: Sampler, title: str, seed: int = 0
+    ) -> tuple[dict[str, Any], list[list[Response]]]:
         """The row of a policy, without its speed, and the responses behind it.
 
-        What the reward and the evaluator count (texts they cut, responses without an end, the
-        means of their parts) stands in the row under the names of the metrics.
+        What the reward and the evaluator count (texts they cut, responses without an end, the means
+        of their parts) stands in the row under the names of the metrics.
+
+        Args:
+          name: of the row.
+          n: of the row.
+          policy: drawn from at the split's temperature.
+          title: of the progress line.
+          seed: tells policies of one population apart.
         """
-        s, m = self.run.settings, self.models
+        m, each = self.models, self.protocol.each
+        policy = policy.at(temperature=self.temperature)
+        evaluate = (
+            None if m.evaluator is None else policy.measure(m.evaluator, self.prompts, "evaluator")
+        )
 
-        def kls(batch: engine.Batch) -> dict[str, jax.Array]:
-            found = measure.sequence_kls(
-                policy.params["decoder"], m.reference.params["decoder"], batch.prompts,
-                batch.rollout, np.float32(self.sampling.temperature), config=policy.config,
-                ref_config=m.reference.config,
-            )  # fmt: skip
-            also = responses.also_evaluator(m.evaluator, self.prompts)
-            return found | (also(batch) if also else {})
+        def also(batch: Batch) -> dict[str, Any]:
+            found = measure.sequence_kls(policy.model, m.reference.model, batch)
+            return found | (evaluate(batch) if evaluate else {})
 
-        each = s.evaluate.samples_per_prompt
-        requests = responses.requests_for(self.prompts, each)
-        drawn: list[responses.Response] = []
-        _counts(m)  # of what came before
+        requests = requests_for(self.prompts, each)
+        key = jax.random.fold_in(self.key("policy"), seed)
+        drawn: list[Response] = []
+        self._counts()  # of what came before
         with reporting(title, len(requests)) as report:
-            for group in responses.scored(
-                policy, self.sampling, self.run.mesh, jax.random.fold_in(self.key("policy"), seed),
-                self.prompts, requests, s.sampling.batch_size, m.reward, m.tokenizer, kls,
-            ):  # fmt: skip
+            for group in policy.responses(
+                key, self.prompts, requests, self.protocol.batch_size, m.reward, also
+            ):
                 drawn += group
                 report.update(len(drawn))
         rows = measure.grouped(drawn, each)
-        by_order = self.yardstick.references.order_PxM is not None
-        order = _orders(rows, self.sampling.max_new_tokens) if by_order else None
+        order = None
+        if self.yardstick.references.order_PxM is not None:
+            ids = [r.tokens for r in drawn]
+            longest = policy.settings.max_new_tokens
+            order = response_orders(ids, longest).reshape(len(rows), -1)
         row = measure.row(name, n, measure.of_policy(rows, order), self.yardstick)
-        return row | _counts(m), rows
+        return row | self._counts(), rows
+
+    def _counts(self) -> dict[str, float]:
+        return counts_of(self.models.reward) | counts_of(self.models.evaluator, "evaluator")
 
     def reference(self) -> dict[str, Any]:
         """The row of the reference."""
-        each = self.run.settings.evaluate.samples_per_prompt
-        order = self.pool.order
-        own = measure.of_reference(self.pool_samples, order, each)
+        own = measure.of_reference(self.pool_samples, self.pool.order, self.protocol.each)
         return measure.row("reference", 1.0, own, self.yardstick)
 
     def bon(self, n: int) -> dict[str, Any]:
@@ -113,91 +161,74 @@ class HeldOut:
 
     def winners(self, n: int) -> list[list[tuple[str, float]]]:
         """Winners of best-of-n from the pool, as many a prompt as a policy gives: text, reward."""
-        each = self.run.settings.evaluate.samples_per_prompt
-        rng = np.random.default_rng(self.run.settings.seed)
-        columns = bon_pool.sample_winners(rng, self.pool.rewards, n, each, self.pool.order)
+        rng = np.random.default_rng(self.protocol.seed)
+        columns = bon_pool.sample_winners(
+            rng, self.pool.rewards, n, self.protocol.each, self.pool.order
+        )
         return [
             [(x.responses[i], x.rewards[i]) for i in row]
             for x, row in zip(self.pool_samples, columns)
         ]
 
-    def speed(self, model: Decoder, calls: int, scoring: bool) -> tuple[float, float]:
+    def speed(self, model: Sampler, calls: int, scoring: bool) -> tuple[float, float]:
         """Responses and tokens a second; see ``measure.throughput``."""
-        by_id = {p.id: p for p in self.prompts}
-        size = self.run.settings.sampling.batch_size
-        count = len(self.prompts)
+        model = model.at(temperature=self.temperature)
+        by_id, _ = index(self.prompts)
+        size, count = self.protocol.batch_size, len(self.prompts)
         requests = [
             Request(p.id, i // count, p.tokens)
             for i, p in ((i, self.prompts[i % count]) for i in range(size))
         ]
+
+        def pick(batch: Batch) -> Any:
+            of = [by_id[r.prompt_id] for r in batch.requests]
+            rollout = batch.rollout
+            return self.models.reward(of, *batch.prompts, rollout.tokens_BxT, rollout.mask_BxT)
+
         return measure.throughput(
-            lambda: next(
-                engine.generate(
-                    model.params["decoder"], model.config, self.sampling, self.run.mesh,
-                    self.key("speed"), requests, size,
-                )
-            ),
-            (lambda batch: responses.score_batch(self.models.reward, batch, by_id))
-            if scoring
-            else None,
+            lambda: next(model.batches(self.key("speed"), requests, size)),
+            pick if scoring else None,
             calls,
-        )  # fmt: skip
-
-
-def _counts(m: Models) -> dict[str, float]:
-    return responses.counts_of(m.reward) | responses.counts_of(m.evaluator, "evaluator")
-
-
-def _key(run: Run, name: str, split: str, temperature: float) -> jax.Array:
-    return jax.random.fold_in(run.key(f"{name} {split}"), round(temperature * 1e6))
-
-
-def _orders(rows: Sequence[Sequence[responses.Response]], longest: int) -> np.ndarray:
-    """The places of responses in the total order, uint32 [P, S]."""
-    tokens = np.zeros((len(rows) * len(rows[0]), longest), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for i, r in enumerate(r for row in rows for r in row):
-        tokens[i, : len(r.tokens)], mask[i, : len(r.tokens)] = r.tokens, True
-    return np.asarray(lf.response_order(tokens, mask)).reshape(len(rows), -1)
+        )
 
 
 def open_split(
-    run: Run, loaded: Models, split: str, temperature: float, n: float, m: int
+    models: Models,
+    prompts: Sequence[Prompt],
+    split: str,
+    temperature: float,
+    protocol: Protocol,
+    draw: Draw,
 ) -> HeldOut:
-    """Draws and scores what a split is measured with, unless it is in the workdir already.
+    """Draws and scores what a split is measured with.
 
     Args:
-      n: of the best-of-n that policies are held against.
-      m: opponents a prompt, and samples a prompt of the pool.
+      models: reference and rewards.
+      prompts: held-out prompts.
+      split: its name.
+      temperature: that everything is drawn and scored at.
+      protocol: how it is measured.
+      draw: gives the samples of each role; a stage's goes by files in the workdir.
     """
-    s = run.settings
-    prompts = inputs.load_prompts(run, split)
-    sampling = inputs.sampling(run, loaded.tokenizer, temperature)
-    found = {}
-    for role in ("opponents", "pool"):
-        path = run.workdir.held_out(role, split, temperature, m)
-        responses.write_samples(
-            path, f"{role} ({split}) at T={temperature:g}", loaded.reference, sampling, run.mesh,
-            _key(run, role, split, temperature), prompts, m, s.sampling.batch_size, loaded.reward,
-            loaded.tokenizer, loaded.evaluator,
-        )  # fmt: skip
-        found[role] = reference_files.samples_of(path, prompts, m)
+    reference = models.reference.at(temperature=temperature)
+    found = {
+        role: draw(role, reference, protocol.key(role, split, temperature))
+        for role in ("opponents", "pool")
+    }
+    evaluated = None
+    if models.evaluator is not None:
+        evaluated = np.sort([x.evaluator_rewards for x in found["opponents"]], axis=1)
     yardstick = measure.Yardstick(
-        inputs.references(run, loaded.tokenizer, found["opponents"], m, s.method.estimator),
-        None
-        if loaded.evaluator is None
-        else np.sort([x.evaluator_rewards for x in found["opponents"]], axis=1).astype(np.float32),
-        n,
-        s.method.estimator,
+        references(found["opponents"], protocol.m, protocol.estimator, protocol.ties, reference),
+        None if evaluated is None else evaluated.astype(np.float32),
+        protocol.n,
+        protocol.estimator,
         temperature,
     )
-    order = (
-        None
-        if s.method.ties == "random"
-        else inputs.orders(run, loaded.tokenizer, found["pool"], m)
-    )
+    order = orders(found["pool"], protocol.m, reference) if protocol.ties == "order" else None
     pool = measure.of_reference(found["pool"], order)
-    return HeldOut(run, loaded, split, prompts, sampling, yardstick, found["pool"], pool)
+    at = dataclasses.replace(models, reference=reference)
+    return HeldOut(at, protocol, split, prompts, yardstick, found["pool"], pool)
 
 
 def sample_lines(
@@ -207,7 +238,7 @@ def sample_lines(
     return [
         {
             "policy": policy,
-            "temperature": held.sampling.temperature,
+            "temperature": held.temperature,
             "prompt_id": prompt.id,
             "prompt": prompt.text,
             "response": text,
@@ -217,54 +248,3 @@ def sample_lines(
         for prompt, group in zip(held.prompts, groups, strict=True)
         for text, reward in group
     ]
-
-
-def enumerate_world(run: Run, loaded: Models, policy: Decoder, n: float) -> dict[str, float]:
-    """The tabular world's enumeration, over its training prompts."""
-    s = run.settings
-    prompts = inputs.load_prompts(run, "train")
-    strings = tabular.strings()
-    ids = np.array([tokenizers.encode(loaded.tokenizer, text) for text in strings], np.int32)
-    mask = np.ones(ids.shape, bool)
-    return measure.exact(
-        policy.params["decoder"],
-        loaded.reference.params["decoder"],
-        [p.tokens for p in prompts],
-        ids,
-        np.array([world_rewards(run, p.text, strings) for p in prompts]),
-        n,
-        s.sampling.temperature,
-        config=policy.config,
-        ref_config=loaded.reference.config,
-        order_S=np.asarray(lf.response_order(ids, mask)) if s.method.ties == "order" else None,
-    )
-
-
-def fixed_point(
-    run: Run, loaded: Models, policy: Decoder, method: str, n: float, beta: float | None
-) -> dict[str, Any]:
-    """The tabular world's exact figures of a policy; see ``fixed_points.row``."""
-    s = run.settings
-    prompts = inputs.load_prompts(run, "train")
-    strings = tabular.strings()
-    ids = np.array([tokenizers.encode(loaded.tokenizer, text) for text in strings], np.int32)
-    log_p, log_ref = (
-        [
-            measure.string_log_probs(
-                model.params["decoder"], model.config, p.tokens, ids, s.sampling.temperature
-            )
-            for p in prompts
-        ]
-        for model in (policy, loaded.reference)
-    )
-    rewards = np.array([world_rewards(run, p.text, strings) for p in prompts])
-    return fixed_points.row(method, n, beta, log_p, log_ref, rewards, n, s.offline.labels)
-
-
-def world_rewards(run: Run, prompt: str, strings: Sequence[str]) -> np.ndarray:
-    """The run's reward of every response of the tabular world, float64 [S]."""
-    from vbon_jax.rewards import function
-
-    name = run.settings.reward.function
-    values = function.call(name, function.load(name), [prompt] * len(strings), list(strings))
-    return values.astype(np.float64)

@@ -10,20 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vbon_jax.bon import enumeration, theory
 from vbon_jax.bon import pool as bon_pool
 from vbon_jax.bon import references as bon_references
+from vbon_jax.bon import theory
 from vbon_jax.bon.references import References
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare
-from vbon_jax.models import decoder
-from vbon_jax.models import log_probs as score
+from vbon_jax.models import decoder, log_probs
 from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.models.lm import LanguageModel
 from vbon_jax.rl import kl
-from vbon_jax.sampling import decode
-from vbon_jax.sampling import sampler as engine
-from vbon_jax.sampling.responses import Response
+from vbon_jax.sampling.decode import Rollout
+from vbon_jax.sampling.sampler import Batch, Prompts, Response
 
 REPEATS = 5  # of each timing; the median counts
 
@@ -79,30 +78,25 @@ class Responses:
 
 
 @partial(jax.jit, static_argnames=("config", "ref_config"))
-def sequence_kls(
+def _sequence_kls(
     params: Any,
     ref_params: Any,
-    prompts: engine.Prompts,
-    rollout: decode.Rollout,
+    prompts: Prompts,
+    rollout: Rollout,
     temperature: jax.Array | float,
     *,
     config: DecoderConfig,
     ref_config: DecoderConfig,
 ) -> dict[str, jax.Array]:
-    """KL(policy || ref) of responses sampled from the policy, and their log pi_ref; nats, [B].
-
-    "kl_k1" is the log-ratio of the sampled tokens, "kl" the sum over positions of the KL of the
-    whole next-token distributions: the same mean, far less variance.
-    """
     tokens = jnp.concatenate([prompts.tokens_BxP, rollout.tokens_BxT], axis=1)
     mask = jnp.concatenate([prompts.mask_BxP, rollout.mask_BxT], axis=1)
     length = rollout.mask_BxT.shape[1]
 
     states = tuple(
-        score.hidden(p, c, tokens, mask, length)
+        log_probs.hidden(p, c, tokens, mask, length)
         for p, c in ((params, config), (ref_params, ref_config))
     )
-    found = score.against(
+    found = log_probs.against(
         (decoder.head(params), decoder.head(ref_params)), (config, ref_config), states,
         rollout.tokens_BxT, temperature,
     )  # fmt: skip
@@ -112,6 +106,21 @@ def sequence_kls(
         "kl_k1": kl.k1(found.log_prob, found.log_ref, m),
         "log_ref": kl.sequence_sum(found.log_ref, m),
     }
+
+
+def sequence_kls(
+    policy: LanguageModel, reference: LanguageModel, batch: Batch
+) -> dict[str, jax.Array]:
+    """KL(policy || ref) of responses sampled from the policy, and their log pi_ref; nats, [B].
+
+    "kl_k1" is the log-ratio of the sampled tokens, "kl" the sum over positions of the KL of the
+    whole next-token distributions: the same mean, far less variance. Both are taken at the
+    temperature of the batch.
+    """
+    return _sequence_kls(
+        policy.params, reference.params, batch.prompts, batch.rollout,
+        np.float32(batch.temperature), config=policy.config, ref_config=reference.config,
+    )  # fmt: skip
 
 
 def grouped(responses: Sequence[Response], size: int) -> list[list[Response]]:
@@ -263,8 +272,8 @@ def _estimates(columns: dict[str, np.ndarray | None]) -> dict[str, Any]:
 
 
 def throughput(
-    draw: Callable[[], engine.Batch],
-    pick: Callable[[engine.Batch], Any] | None,
+    draw: Callable[[], Batch],
+    pick: Callable[[Batch], Any] | None,
     calls: int,
 ) -> tuple[float, float]:
     """Responses and tokens delivered a second, from the median time of REPEATS batches.
@@ -288,76 +297,3 @@ def throughput(
     once()  # compiles
     seconds, responses, tokens = np.median([once() for _ in range(REPEATS)], axis=0)
     return float(responses / (seconds * calls)), float(tokens / (seconds * calls))
-
-
-def exact(
-    params: Any,
-    ref_params: Any,
-    prompt_tokens: Sequence[tuple[int, ...]],
-    strings_SxT: np.ndarray,
-    rewards_PxS: np.ndarray,
-    n: float,
-    temperature: float,
-    *,
-    config: DecoderConfig,
-    ref_config: DecoderConfig,
-    order_S: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Exact figures of a world small enough to enumerate, averaged over its prompts; nats.
-
-    Args:
-      params, ref_params: decoder parameters of policy and reference.
-      prompt_tokens: P prompts of one length.
-      strings_SxT: int32, every possible response, all of T tokens.
-      rewards_PxS: the reward of each response to each prompt.
-      order_S: the responses' places in the total order that breaks ties; None breaks them at
-        random.
-
-    Returns:
-      "kl_bon" KL(policy || bon), "kl_ref" KL(policy || ref), "win_rate" of the policy over the
-      reference, "bon_win_rate" of best-of-n, "bon_kl" KL(bon || ref), "reference_kl_bon"
-      KL(ref || bon), where training starts.
-    """
-    sums: dict[str, float] = {}
-    for tokens, rewards in zip(prompt_tokens, rewards_PxS, strict=True):
-        log_p, log_ref = (
-            string_log_probs(p, c, tokens, strings_SxT, temperature)
-            for p, c in ((params, config), (ref_params, ref_config))
-        )
-        ranked = rewards if order_S is None else np.argsort(np.lexsort((order_S, rewards)))
-        log_bon = enumeration.log_bon(log_ref, ranked, n)
-        for name, value in {
-            "kl_bon": enumeration.kl(log_p, log_bon),
-            "kl_ref": enumeration.kl(log_p, log_ref),
-            "win_rate": enumeration.win_rate(log_p, log_ref, rewards),
-            "bon_win_rate": enumeration.win_rate(log_bon, log_ref, rewards),
-            "bon_kl": enumeration.kl(log_bon, log_ref),
-            "reference_kl_bon": enumeration.kl(log_ref, log_bon),
-        }.items():
-            sums[name] = sums.get(name, 0.0) + value / len(prompt_tokens)
-    return sums
-
-
-@partial(jax.jit, static_argnames=("config", "length"))
-def _teacher_forced(params, tokens_SxL, length, temperature, *, config):
-    log_probs = score.log_probs(
-        params, config, tokens_SxL, jnp.ones_like(tokens_SxL, bool), length, temperature
-    )
-    return jnp.sum(log_probs, axis=-1)
-
-
-def string_log_probs(
-    params: Any,
-    config: DecoderConfig,
-    prompt: tuple[int, ...],
-    strings_SxT: np.ndarray,
-    temperature: float,
-) -> np.ndarray:
-    """log p(string | prompt) of every string, float64 nats, normalised over the strings."""
-    count, length = strings_SxT.shape
-    tokens = np.concatenate([np.tile(np.array(prompt, np.int32), (count, 1)), strings_SxT], axis=1)
-    log_p = np.asarray(
-        _teacher_forced(params, tokens, length, temperature, config=config), np.float64
-    )
-    # The world is closed, so what is missing from 1 is float32 rounding (about 1e-6).
-    return log_p - np.logaddexp.reduce(log_p)

@@ -16,28 +16,30 @@ from vbon_jax.report.front_figures import (
     on_front,
 )
 from vbon_jax.report.results import chosen, matched, over_seeds
-from vbon_jax.report.style import method_looks, method_name
+from vbon_jax.report.style import Looks, method_looks, method_name
 from vbon_jax.report.sweep_figures import EVALUATOR_WIN_RATE, sample_size_rows, temperature_rows
 
 Rows = Sequence[dict[str, Any]]
 
 
-def share_rows(rows: Rows, bon: Rows) -> list[dict[str, Any]]:
-    """Who holds the fronts of a figure, and how far below best-of-n each method lies.
+def share_rows(rows: Rows, bon: Rows, looks: Looks) -> list[dict[str, Any]]:
+    """Computes each method's share of the fronts of a figure and its shortfall below best-of-n.
 
     Args:
-      rows: the fine-tuned policies of the figure.
-      bon: best-of-n in order of n; may be empty.
+        rows: The fine-tuned policies of the figure.
+        bon: Best-of-n in order of n; may be empty.
+        looks: The looks of the fine-tuned methods, by label.
 
     Returns:
-      One dict a method: "method", "points", and for each of "win_rate" and "reward" the number of
-      its points "on_<q>", its share "share_<q>" of the front, and "below_<q>", the median of how
-      far it lies below best-of-n at the same KL (None without best-of-n in that range).
+        One dict per method, in the order of the legends: "method", "points", and for each of
+        "win_rate" and "reward" the number of its points on the front "on_<q>", its share of the
+        front "share_<q>", and "below_<q>", the median of how far it lies below best-of-n at the
+        same KL (None without best-of-n in that range).
     """
     methods = [row["method"] for row in rows]
     result: dict[str, dict[str, Any]] = {
         method: {"method": method, "points": methods.count(method)}
-        for method in method_looks(methods)
+        for method in method_looks(methods, looks)
     }
     for quantity in QUANTITIES:
         front = on_front(rows, quantity)
@@ -53,7 +55,16 @@ def share_rows(rows: Rows, bon: Rows) -> list[dict[str, Any]]:
 
 
 def shortfalls(rows: Rows, bon: Rows, quantity: Quantity) -> np.ndarray:
-    """How far each policy lies below best-of-n at the same KL, [N]; NaN off its range of KL."""
+    """Computes how far each policy lies below best-of-n at the same KL.
+
+    Args:
+        rows: N policies.
+        bon: Best-of-n in order of n; may be empty.
+        quantity: What is compared.
+
+    Returns:
+        The differences, a float array [N]; NaN where best-of-n has no such KL.
+    """
     if not bon:
         return np.full(len(rows), np.nan)
     return pareto.shortfall(
@@ -64,36 +75,44 @@ def shortfalls(rows: Rows, bon: Rows, quantity: Quantity) -> np.ndarray:
     )
 
 
-def findings(sweep: Rows, n: float | None) -> list[str]:
-    """The headline sentences, most important first.
+def findings(sweep: Rows, n: float | None, looks: Looks) -> list[str]:
+    """Says what a sweep found.
 
     Args:
-      sweep: rows of ``sweep.jsonl``.
-      n: the run's n of best-of-n; None where it is not known.
+        sweep: The rows of ``sweep.jsonl``.
+        n: The run's n of best-of-n; None where it is not known.
+        looks: The looks of the fine-tuned methods, by label.
+
+    Returns:
+        Sentences, the most important first.
     """
-    rows = front_rows(sweep, "front")
+    rows = front_rows(sweep, "front", looks)
     found: list[str] = []
     if rows:
-        held = share_rows(rows, bon_rows(sweep))
+        held = share_rows(rows, bon_rows(sweep), looks)
         for quantity in QUANTITIES:
-            found += [_front_sentence(held, quantity), *_shortfall_sentence(held, quantity)]
+            found.append(_front_sentence(held, quantity, looks))
+            found += _shortfall_sentence(held, quantity, looks)
     if n is not None:
-        found += _matched_sentence(chosen(sweep, study="front", split="test"), n)
-    return found + _bound_sentence(sweep) + _size_sentence(sweep) + _temperature_sentences(sweep)
+        found += _matched_sentence(chosen(sweep, study="front", split="test"), n, looks)
+    found += _bound_sentence(sweep)
+    return found + _size_sentence(sweep, looks) + _temperature_sentences(sweep, looks)
 
 
-def _front_sentence(held: list[dict[str, Any]], quantity: Quantity) -> str:
+def _front_sentence(held: list[dict[str, Any]], quantity: Quantity, looks: Looks) -> str:
     total = sum(entry[f"on_{quantity.key}"] for entry in held)
     if len(held) == 1:
-        return (f"{quantity.name.capitalize()} against KL: only {method_name(held[0]['method'])} "
-                "was swept, so the share of the front says nothing.")  # fmt: skip
+        only = method_name(held[0]["method"], looks)
+        return (f"{quantity.name.capitalize()} against KL: only {only} was swept, so the share of "
+                "the front says nothing.")  # fmt: skip
     ranked = sorted(held, key=lambda entry: -entry[f"on_{quantity.key}"])
     most = ranked[0][f"on_{quantity.key}"]
     first = [entry for entry in ranked if entry[f"on_{quantity.key}"] == most]
-    names = " and ".join(method_name(entry["method"]) for entry in first)
+    names = " and ".join(method_name(entry["method"], looks) for entry in first)
     verb, each = ("holds", "") if len(first) == 1 else ("hold", "each ")
     rest = "; ".join(
-        f"{method_name(e['method'])} {e[f'share_{quantity.key}']:.0%}" for e in ranked[len(first) :]
+        f"{method_name(e['method'], looks)} {e[f'share_{quantity.key}']:.0%}"
+        for e in ranked[len(first) :]
     )
     return (
         f"{quantity.name.capitalize()} against KL: {names} {verb} the largest share of the front "
@@ -102,19 +121,19 @@ def _front_sentence(held: list[dict[str, Any]], quantity: Quantity) -> str:
     )
 
 
-def _shortfall_sentence(held: list[dict[str, Any]], quantity: Quantity) -> list[str]:
+def _shortfall_sentence(held: list[dict[str, Any]], quantity: Quantity, looks: Looks) -> list[str]:
     key = f"below_{quantity.key}"
     ranked = sorted((e for e in held if e[key] is not None), key=lambda entry: entry[key])
     if len(ranked) < 2:
         return []
-    named = [f"{method_name(e['method'])} {e[key]:.3f}" for e in ranked]
+    named = [f"{method_name(e['method'], looks)} {e[key]:.3f}" for e in ranked]
     return [
         f"Median shortfall in {quantity.name} below BoN at equal KL, least first: "
         f"{', '.join(named)}."
     ]
 
 
-def _matched_sentence(rows: Rows, n: float) -> list[str]:
+def _matched_sentence(rows: Rows, n: float, looks: Looks) -> list[str]:
     near = matched(rows, n)
     tuned = {m: r for m, r in near.items() if m not in ("bon", "reference")}
     if not tuned or "bon" not in near:
@@ -128,7 +147,7 @@ def _matched_sentence(rows: Rows, n: float) -> list[str]:
     steered = f"beta = {first['beta']:.3g}" if first["n"] is None else f"n = {first['n']:g}"
     return [
         f"Matched to n = {n:g}: BoN (n = {near['bon'][0]['n']:g}) has {result(near['bon'])}; the "
-        f"fine-tuned method with the highest win rate, {method_name(best)} ({steered}), "
+        f"fine-tuned method with the highest win rate, {method_name(best, looks)} ({steered}), "
         f"{result(tuned[best])} from the reference."
     ]
 
@@ -156,7 +175,7 @@ def _mean(rows: Rows, key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
 
 
-def _size_sentence(sweep: Rows) -> list[str]:
+def _size_sentence(sweep: Rows, looks: Looks) -> list[str]:
     rows = chosen(sample_size_rows(sweep), method="vbon")
     sizes = sorted({row["m"] for row in rows})
     if len(sizes) < 2:
@@ -165,12 +184,13 @@ def _size_sentence(sweep: Rows) -> list[str]:
     assert few is not None and many is not None  # each size comes from a row
     spread = f", standard deviation {many.sd:.3f} over {many.seeds} seeds" if many.seeds > 1 else ""
     return [
-        f"From m = {sizes[0]} to m = {sizes[-1]} reference samples a prompt, vBoN's win rate goes "
-        f"from {few.mean:.3f} to {many.mean:.3f}{spread}."
+        f"From m = {sizes[0]} to m = {sizes[-1]} reference samples per prompt, "
+        f"{method_name('vbon', looks)}'s win rate goes from {few.mean:.3f} to {many.mean:.3f}"
+        f"{spread}."
     ]
 
 
-def _temperature_sentences(sweep: Rows) -> list[str]:
+def _temperature_sentences(sweep: Rows, looks: Looks) -> list[str]:
     rows = [
         row
         for row in temperature_rows(sweep)
@@ -181,24 +201,32 @@ def _temperature_sentences(sweep: Rows) -> list[str]:
                          ("ood", "out of distribution")):  # fmt: skip
         own = chosen(rows, split=split)
         means = {m: _mean(chosen(own, method=m), EVALUATOR_WIN_RATE.key)
-                 for m in method_looks([row["method"] for row in own])}  # fmt: skip
+                 for m in method_looks([row["method"] for row in own], looks)}  # fmt: skip
         if len(means) > 1:
             ranked = sorted(means, key=lambda method: -means[method])
-            named = [f"{method_name(m)} {means[m]:.3f}" for m in ranked]
+            named = [f"{method_name(m, looks)} {means[m]:.3f}" for m in ranked]
             found.append(f"Win rate by the separate evaluator, mean over temperatures and seeds, "
                          f"{where}: {', '.join(named)}.")  # fmt: skip
     return found
 
 
-def run_sentence(rows: Rows) -> list[str]:
-    """What the run's own policy reached beside best-of-n, from the rows of ``evaluation.json``, at
-    the first temperature that has both."""
+def run_sentence(rows: Rows, looks: Looks) -> list[str]:
+    """Says what the run's own policy reached beside best-of-n.
+
+    Args:
+        rows: The rows of ``evaluation.json``.
+        looks: The looks of the fine-tuned methods, by label.
+
+    Returns:
+        One sentence about the first temperature that has both, or nothing.
+    """
     for bon in chosen(rows, policy="bon"):
         own = [row for row in chosen(rows, temperature=bon["temperature"])
                if row["policy"] not in ("reference", "bon")]  # fmt: skip
         if own:
-            named = (f"{method_name(row['policy'])} (n = {row['n']:g}) {row['win_rate']:.3f} at "
-                     f"{row['kl_ref']:.2f} nats" for row in (*own, bon))  # fmt: skip
+            named = (f"{method_name(row['policy'], looks)} (n = {row['n']:g}) "
+                     f"{row['win_rate']:.3f} at {row['kl_ref']:.2f} nats"
+                     for row in (*own, bon))  # fmt: skip
             return [
                 f"The run's own policy at temperature {bon['temperature']:g}, win rate over the "
                 f"reference and KL from it: {'; '.join(named)}."

@@ -14,15 +14,21 @@ RADII = (9, 14, 22, 32, 44, 58, 74)
 ANGLES = (-45, 0, 45, 90, 135, 180, 225, 270, -22, 22, 158, 202)
 LEADER = 14  # further off, a line joins the two
 
-Text = tuple[list[np.ndarray], str, str, float]  # points, label, colour, size
+Text = tuple[list[np.ndarray], str, str, float]  # points, label, color, size
 
 
 def place(figure: "Figure", ax: "Axes", texts: list[Text], obstacles: np.ndarray) -> None:
-    """Writes each label at the nearest free place around one of its points, with a thin leader line
-    where that is not right beside it.
+    """Writes each label at the nearest free place around one of its points.
 
-    Free means inside the axes, off the obstacles [k, 2] (data coordinates), off the points of all
-    labels and off the labels written before. Where no place is free, the one that hides least.
+    Free means inside the axes, off the obstacles, off the points of all labels and off the labels
+    written before. Where no place is free, the one that hides least is taken. A thin leader line
+    joins a label that is not right beside its point.
+
+    Args:
+        figure: The figure of the axes; its layout is settled here and does not change later.
+        ax: Where to write.
+        texts: Points in data coordinates, label, color and font size of each.
+        obstacles: Points [k, 2] in data coordinates that no label may cover.
     """
     from matplotlib.transforms import Bbox
 
@@ -39,7 +45,7 @@ def place(figure: "Figure", ax: "Axes", texts: list[Text], obstacles: np.ndarray
                        and box.y1 < frame.y1)  # fmt: skip
         return inside + 50 * sum(box.overlaps(other) for other in taken) + 1000 * outside
 
-    for points, label, colour, size in texts:
+    for points, label, color, size in texts:
         probe = ax.text(0, 0, label, fontsize=size)
         extent = np.array(probe.get_window_extent().size)
         probe.remove()
@@ -56,7 +62,7 @@ def place(figure: "Figure", ax: "Axes", texts: list[Text], obstacles: np.ndarray
         taken.append(box)
         ax.annotate(
             label, tuple(ax.transData.inverted().transform(at)), xytext=(centre - at) / pixels,
-            textcoords="offset points", fontsize=size, color=colour, ha="center", va="center",
-            zorder=5, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7}
+            textcoords="offset points", fontsize=size, color=color, ha="center", va="center",
+            zorder=5, arrowprops={"arrowstyle": "-", "color": color, "lw": 0.7}
             if radius > LEADER else None,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the stages left in the workdir, read back: metrics, evaluation rows and samples."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +10,95 @@ import numpy as np
 from vbon_jax.bon import theory
 from vbon_jax.data import jsonl
 from vbon_jax.errors import InputError
+from vbon_jax.report.style import Looks
+
+
+class Results(NamedTuple):
+    """What a workdir holds; None, or an empty list, is what was not run.
+
+    Attributes:
+        workdir: The folder of the run.
+        looks: The looks of the fine-tuned methods, by label.
+        config: The content of ``config.json``.
+        evaluation: The content of ``evaluation.json``.
+        sweep: The rows of ``sweep.jsonl``.
+        convergence: The content of ``convergence.json``.
+        tabular: The rows of ``tabular.json``.
+    """
+
+    workdir: Path
+    looks: Looks
+    config: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    sweep: list[dict[str, Any]]
+    convergence: dict[str, Any] | None
+    tabular: list[dict[str, Any]] | None
+
+    @property
+    def n(self) -> float | None:
+        """The n of best-of-n that the run aims at; None where it is not known."""
+        if self.config is not None and "n" in self.config["method"]:
+            return float(self.config["method"]["n"])
+        return run_n(self.evaluation["rows"]) if self.evaluation is not None else None
+
+
+def read(workdir: Path, looks: Looks) -> Results:
+    """Reads the result files that are in a workdir.
+
+    Args:
+        workdir: The folder of the run.
+        looks: The looks of the fine-tuned methods, by label.
+
+    Returns:
+        The content of the files.
+
+    Raises:
+        InputError: The workdir is missing, or a file in it is at fault.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise InputError(f"--workdir={workdir}: no such folder; `vbon run` makes it")
+
+    def there(name: str, reader: Callable[[Path], Any]) -> Any:
+        return reader(workdir) if (workdir / name).exists() else None
+
+    return Results(
+        workdir=workdir,
+        looks=looks,
+        config=there("config.json", read_config),
+        evaluation=there("evaluation.json", read_evaluation),
+        sweep=there("sweep.jsonl", read_sweep) or [],
+        convergence=there("convergence.json", read_convergence),
+        tabular=there("tabular.json", read_tabular),
+    )
 
 
 def display_name(policy: str) -> str:
-    """The name a reader sees: "BoN" for "bon", any other as it stands."""
+    """Returns the name of a policy where no looks are at hand.
+
+    Args:
+        policy: The policy's label in the result files.
+
+    Returns:
+        "BoN" for "bon", any other label as it stands.
+    """
     return "BoN" if policy == "bon" else policy
+
+
+def policies_in_order(samples: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the policies of some samples: the reference first, best-of-n last.
+
+    Args:
+        samples: Scored responses, as `read_samples` returns them.
+
+    Returns:
+        Each policy once, those between in the order of the samples.
+    """
+    names = dict.fromkeys(sample["policy"] for sample in samples)
+    return sorted(names, key=lambda name: {"reference": 0, "bon": 2}.get(name, 1))
+
+
+# --- A run --------------------------------------------------------------------------------------
 
 
 def _made_by(path: Path, stage: str) -> Path:
@@ -24,9 +108,16 @@ def _made_by(path: Path, stage: str) -> Path:
 
 
 def read_metrics(workdir: Path) -> dict[str, np.ndarray]:
-    """Columns of ``metrics.jsonl``: float64 arrays [steps], NaN where a step has no number.
+    """Reads ``metrics.jsonl``.
 
-    Raises InputError: the file is missing or has no line, or a line is not JSON.
+    Args:
+        workdir: The folder of the run.
+
+    Returns:
+        The columns by name: float64 arrays [steps], NaN where a step has no number.
+
+    Raises:
+        InputError: The file is missing or has no line, or a line is not JSON.
     """
     path = _made_by(Path(workdir) / "metrics.jsonl", "train")
     steps = [record for _, record in jsonl.read(path)]
@@ -41,7 +132,7 @@ def _number(value: Any) -> float:
 
 
 def _read_object(path: Path, stage: str, key: str) -> dict[str, Any]:
-    """The JSON object of a file, in which the value of ``key`` is not empty."""
+    """Reads the JSON object of a file, in which the value of ``key`` must not be empty."""
     path = _made_by(path, stage)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -53,25 +144,46 @@ def _read_object(path: Path, stage: str, key: str) -> dict[str, Any]:
 
 
 def read_evaluation(workdir: Path) -> dict[str, Any]:
-    """``evaluation.json`` as it stands.
+    """Reads ``evaluation.json``.
 
-    Raises InputError: the file is missing, is not JSON, or has no "rows".
+    Args:
+        workdir: The folder of the run.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        InputError: The file is missing, is not JSON, or has no "rows".
     """
     return _read_object(Path(workdir) / "evaluation.json", "evaluate", "rows")
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
-    """``config.json``: the settings of the run.
+    """Reads ``config.json``, the settings of the run.
 
-    Raises InputError: the file is missing, is not JSON, or has no "method".
+    Args:
+        workdir: The folder of the run.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        InputError: The file is missing, is not JSON, or has no "method".
     """
     return _read_object(Path(workdir) / "config.json", "run", "method")
 
 
 def read_convergence(workdir: Path) -> dict[str, Any]:
-    """``convergence.json``: Table 1 and the curves of Figure 3.
+    """Reads ``convergence.json``: Table 1 and the curves of Figure 3 of the paper.
 
-    Raises InputError: the file is missing or not JSON, or a key of it or of its rows is missing.
+    Args:
+        workdir: The folder of the run.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        InputError: The file is missing or not JSON, or a key of it or of its rows is missing.
     """
     path = Path(workdir) / "convergence.json"
     convergence = _read_object(path, "convergence", "rows")
@@ -84,9 +196,16 @@ def read_convergence(workdir: Path) -> dict[str, Any]:
 
 
 def read_tabular(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of ``tabular.json``: exact figures of each method where all can be enumerated.
+    """Reads ``tabular.json``: exact results of each method where all responses can be enumerated.
 
-    Raises InputError: the file is missing or not JSON, or a row lacks a key.
+    Args:
+        workdir: The folder of the run.
+
+    Returns:
+        The rows of the file.
+
+    Raises:
+        InputError: The file is missing or not JSON, or a row lacks a key.
     """
     path = Path(workdir) / "tabular.json"
     rows = _read_object(path, "sweep", "rows")["rows"]
@@ -99,14 +218,19 @@ def read_tabular(workdir: Path) -> list[dict[str, Any]]:
 def read_samples(
     workdir: Path, name: str = "evaluation_samples.jsonl", stage: str = "evaluate"
 ) -> list[dict[str, Any]]:
-    """The lines of ``evaluation_samples.jsonl``, or of a file of the same form.
+    """Reads ``evaluation_samples.jsonl``, or a file of the same layout.
 
     Args:
-      name: the file's name in the workdir.
-      stage: what makes it, for the messages.
+        workdir: The folder of the run.
+        name: The file's name in the workdir.
+        stage: The stage that writes the file, for the messages.
 
-    Raises InputError: the file is missing or has no line, a line lacks a key, or a reward is not a
-    finite number.
+    Returns:
+        The scored responses, a dict for each line.
+
+    Raises:
+        InputError: The file is missing or has no line, a line lacks a key, or a reward is not a
+            finite number.
     """
     path = _made_by(Path(workdir) / name, stage)
     samples = []
@@ -123,7 +247,17 @@ def read_samples(
 
 
 def run_n(rows: Sequence[dict[str, Any]]) -> float:
-    """The n of best-of-n that a run aimed at: that of its "bon" row, else of its policy's."""
+    """Returns the n of best-of-n that a run aimed at.
+
+    Args:
+        rows: The rows of ``evaluation.json``.
+
+    Returns:
+        The n of the first row of best-of-n, or else of the first that is not the reference's.
+
+    Raises:
+        InputError: All rows are the reference's.
+    """
     for wanted in (lambda name: name == "bon", lambda name: name != "reference"):
         for row in rows:
             if wanted(row["policy"]):
@@ -151,10 +285,17 @@ _INTERVALS = ("reward", "win_rate", "kl_ref", "kl_bon", "evaluator_reward", "eva
 
 
 def read_sweep(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of ``sweep.jsonl``, one a (member of the sweep, temperature, split).
+    """Reads ``sweep.jsonl``.
 
-    Raises InputError: the file is missing or has no row, or a row lacks a key, or has something
-    else than a finite number (or null, where that means "not measured") for a figure.
+    Args:
+        workdir: The folder of the run.
+
+    Returns:
+        The rows, one for each member of the sweep, temperature and split.
+
+    Raises:
+        InputError: The file is missing or has no row, or a row lacks a key, or has something else
+            than a finite number (or null, where that means "not measured") as a measurement.
     """
     path = _made_by(Path(workdir) / "sweep.jsonl", "sweep")
     rows = [_sweep_row(record, where) for where, record in jsonl.read(path)]
@@ -182,19 +323,31 @@ def _sweep_row(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def chosen(rows: Sequence[dict[str, Any]], **where: Any) -> list[dict[str, Any]]:
-    """The rows whose values are these: ``chosen(rows, study="front", split="test")``."""
+    """Selects rows by their values: ``chosen(rows, study="front", split="test")``.
+
+    Args:
+        rows: Rows that have every key of ``where``.
+        **where: The value of each key.
+
+    Returns:
+        The rows that have all of these values, in order.
+    """
     return [row for row in rows if all(row[key] == value for key, value in where.items())]
 
 
 def matched(rows: Sequence[dict[str, Any]], n: float) -> dict[str, list[dict[str, Any]]]:
-    """For each method, the rows (one a seed) of the setting that stands for best-of-n.
+    """Returns the setting of each method that is nearest to best-of-n.
 
     That is the setting of the nearest n on the scale of log n. A method steered by beta has no n,
     and what a beta does depends on the scale of the reward: for it, the setting whose KL to the
     reference, mean over its seeds, is nearest to best-of-n's bound log n - (n-1)/n.
 
     Args:
-      rows: of one study, split and temperature.
+        rows: Rows of one study, split and temperature.
+        n: The n of best-of-n.
+
+    Returns:
+        The rows of the setting, one for each seed, by method.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
@@ -213,7 +366,13 @@ def matched(rows: Sequence[dict[str, Any]], n: float) -> dict[str, list[dict[str
 
 
 class Spread(NamedTuple):
-    """Mean over seeds, and their standard deviation (divided by seeds - 1; NaN of a single one)."""
+    """Mean and standard deviation over seeds.
+
+    Attributes:
+        mean: The mean.
+        sd: The standard deviation, divided by seeds - 1; NaN for a single seed.
+        seeds: The number of values.
+    """
 
     mean: float
     sd: float
@@ -221,7 +380,15 @@ class Spread(NamedTuple):
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], key: str) -> Spread | None:
-    """Mean and standard deviation of a column over rows; None where no row has a number."""
+    """Returns the mean and standard deviation of a column over rows.
+
+    Args:
+        rows: Rows that have the key, one for each seed.
+        key: The column; null values are left out.
+
+    Returns:
+        The mean and standard deviation; None where no row has a number.
+    """
     values = np.array([row[key] for row in rows if row[key] is not None], dtype=float)
     if not len(values):
         return None

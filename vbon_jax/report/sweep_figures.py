@@ -1,4 +1,4 @@
-"""What samples and temperature do: Figures 3, 4 and 5 of the paper, and columns of the metrics."""
+"""Quality against reference samples and temperature: Figures 3, 4 and 5 of the paper."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 
 from vbon_jax.errors import InputError
 from vbon_jax.report.front_figures import Quantity
-from vbon_jax.report.results import chosen, over_seeds, read_convergence, read_metrics, read_sweep
-from vbon_jax.report.style import BON_COLOUR, LOOKS, dress, method_looks, new_figure, save
+from vbon_jax.report.results import chosen, over_seeds, read_convergence, read_sweep
+from vbon_jax.report.style import BON_COLOR, Looks, dress, method_looks, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ EVALUATOR_WIN_RATE = Quantity(
     "evaluator_win_rate", "win rate by the evaluator", "win rate over the reference (a tie is half)"
 )
 EVALUATOR_REWARD = Quantity(
-    "evaluator_reward", "reward by the evaluator", "evaluator's reward, mean a response"
+    "evaluator_reward", "reward by the evaluator", "evaluator's reward, mean per response"
 )
 EVALUATOR_QUANTITIES = (EVALUATOR_WIN_RATE, EVALUATOR_REWARD)
 SPLITS = {"test": ("-", "in distribution"), "ood": ("--", "out of distribution")}
@@ -28,13 +28,17 @@ SPLITS = {"test": ("-", "in distribution"), "ood": ("--", "out of distribution")
 
 
 def draw_log_f(examples: Sequence[dict[str, Any]]) -> "Figure":
-    """One panel a prompt: the estimate of log F against the reward, a line for each m.
+    """Draws the estimate of log F against the reward, a panel per prompt and a line per m.
 
     Args:
-      examples: ``{"prompt", "kind", "curves": [{"m", "rewards", "log_f"}, ...]}``, as in
-        ``convergence.json``; log_f in nats, null where it is -inf.
+        examples: ``{"prompt", "kind", "curves": [{"m", "rewards", "log_f"}, ...]}``, as in
+            ``convergence.json``; log_f in nats, null where it is -inf.
 
-    Raises InputError: there is no example.
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: There is no example.
     """
     from matplotlib import colormaps
 
@@ -43,7 +47,7 @@ def draw_log_f(examples: Sequence[dict[str, Any]]) -> "Figure":
     sizes = sorted({curve["m"] for example in examples for curve in example["curves"]})
     # Few samples light, many dark; the palest end of the map is left out.
     shades = colormaps["viridis_r"](np.linspace(0.12, 1.0, len(sizes)))
-    colours = dict(zip(sizes, shades))
+    colors = dict(zip(sizes, shades))
     figure = new_figure(4.2 * len(examples) + 0.4, 4.4)
     axes = figure.subplots(1, len(examples), sharey=True, squeeze=False)[0]
     for ax, example in zip(axes, examples):
@@ -52,7 +56,7 @@ def draw_log_f(examples: Sequence[dict[str, Any]]) -> "Figure":
             log_f = np.array(curve["log_f"], dtype=float)  # null becomes NaN, a gap in the line
             order = np.argsort(rewards)
             size = curve["m"]
-            ax.plot(rewards[order], log_f[order], color=colours[size], lw=1.6, label=f"m = {size}")
+            ax.plot(rewards[order], log_f[order], color=colors[size], lw=1.6, label=f"m = {size}")
         dress(ax, "", "reward", "log F, nats" if ax is axes[0] else "")
         # A prompt is text: its "$" must not start a formula.
         title = f"{example['kind']}-reward prompt\n“{_shortened(example['prompt'], 44)}”"
@@ -73,7 +77,14 @@ def _shortened(text: str, length: int) -> str:
 def log_f_curves(workdir: Path) -> Path:
     """Writes ``figures/log_f_curves.png`` from ``convergence.json``.
 
-    Raises InputError: the file is missing or at fault, or has no example.
+    Args:
+        workdir: The folder of the run.
+
+    Returns:
+        The path of the figure.
+
+    Raises:
+        InputError: The file is missing or at fault, or has no example.
     """
     return save(draw_log_f(read_convergence(workdir)["examples"]), workdir, "log_f_curves")
 
@@ -82,46 +93,60 @@ def log_f_curves(workdir: Path) -> Path:
 
 
 def sample_size_rows(sweep: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of Figure 4: study "m", split "test"."""
+    """Selects the rows of Figure 4: study "m", split "test".
+
+    Args:
+        sweep: The rows of ``sweep.jsonl``.
+
+    Returns:
+        The rows of the figure.
+    """
     return chosen(sweep, study="m", split="test")
 
 
 def draw_sample_size(
-    rows: Sequence[dict[str, Any]], bon: float | None, quantity: Quantity
+    rows: Sequence[dict[str, Any]], bon: float | None, quantity: Quantity, looks: Looks
 ) -> "Figure":
-    """The quantity against m, the reference samples a prompt: mean and standard deviation over
-    seeds, each seed as a small point; the minutes that drawing and scoring them took stand under
-    each m.
+    """Draws a quantity against m, the number of reference samples per prompt.
+
+    Lines are means and bars standard deviations over seeds; each seed is a small point. Below each
+    m stands how long it took to draw and score the samples.
 
     Args:
-      rows: policies trained with several m and seeds at one n.
-      bon: what best-of-n itself reaches at that n, a dashed line; None leaves it out.
+        rows: Policies trained with several m and seeds at one n.
+        bon: What best-of-n itself reaches at that n, a dashed line; None leaves it out.
+        quantity: What is drawn.
+        looks: The looks of the fine-tuned methods, by label.
 
-    Raises InputError: there is no row.
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: There is no row.
     """
     if not rows:
         raise InputError('sweep.jsonl has no row of study "m"; run `vbon sweep` with that study')
-    methods = method_looks({row["method"] for row in rows})
+    methods = method_looks({row["method"] for row in rows}, looks)
     figure = new_figure(5.8, 4.4)
     ax = figure.subplots()
     if bon is not None:
         label = f"BoN, n = {_only(rows, 'n')}"
-        ax.axhline(bon, color=BON_COLOUR, ls="--", lw=1.3, label=label)
+        ax.axhline(bon, color=BON_COLOR, ls="--", lw=1.3, label=label)
     sizes = sorted({row["m"] for row in rows})
     for method, look in methods.items():
         own = [row for row in rows if row["method"] == method]
         x = np.array([row["m"] for row in own])
         y = np.array([row[quantity.key] for row in own])
-        ax.plot(x, y, look.marker, color=look.colour, ms=4, alpha=0.35, mew=0)
+        ax.plot(x, y, look.marker, color=look.color, ms=4, alpha=0.35, mew=0)
         spreads = {m: over_seeds(chosen(own, m=m), quantity.key) for m in sizes}
         found = [(m, s.mean, s.sd) for m, s in spreads.items() if s is not None]
         mean_x, mean_y, sd = np.array(found, dtype=float).T
         ax.errorbar(mean_x, mean_y, yerr=np.nan_to_num(sd), fmt=f"{look.marker}-", lw=1.7, ms=6,
-                    color=look.colour, capsize=3, elinewidth=1.2, label=look.name)  # fmt: skip
+                    color=look.color, capsize=3, elinewidth=1.2, label=look.name)  # fmt: skip
     ax.set_xscale("log")
     ax.minorticks_off()
     ax.set_xticks(sizes, [f"{m:g}\n{_minutes(chosen(rows, m=m))}" for m in sizes])
-    xlabel = "m, reference samples a prompt (below: time to draw and score them)"
+    xlabel = "m, reference samples per prompt (below: time to draw and score them)"
     dress(ax, f"{quantity.name.capitalize()} against m", xlabel, quantity.label)
     ax.legend(fontsize=9, frameon=False, loc="best")
     return figure
@@ -141,10 +166,19 @@ def _minutes(rows: Sequence[dict[str, Any]]) -> str:
     return f"{minutes:.2f} min" if minutes < 10 else f"{minutes:.0f} min"
 
 
-def sample_size(workdir: Path, quantity: Quantity) -> Path:
+def sample_size(workdir: Path, quantity: Quantity, looks: Looks) -> Path:
     """Writes ``figures/m_<quantity>.png`` from the study "m" of ``sweep.jsonl``.
 
-    Raises InputError: the file is missing or at fault, or has no row of that study.
+    Args:
+        workdir: The folder of the run.
+        quantity: What is drawn.
+        looks: The looks of the fine-tuned methods, by label.
+
+    Returns:
+        The path of the figure.
+
+    Raises:
+        InputError: The file is missing or at fault, or has no row of that study.
     """
     sweep = read_sweep(workdir)
     rows = sample_size_rows(sweep)
@@ -154,15 +188,23 @@ def sample_size(workdir: Path, quantity: Quantity) -> Path:
         if row["n"] in {r["n"] for r in rows}
     ]
     bon = over_seeds(same_n, quantity.key)
-    return save(draw_sample_size(rows, bon and bon.mean, quantity), workdir, f"m_{quantity.key}")
+    figure = draw_sample_size(rows, bon and bon.mean, quantity, looks)
+    return save(figure, workdir, f"m_{quantity.key}")
 
 
 # --- Figure 5: quality against the temperature --------------------------------------------------
 
 
 def temperature_rows(sweep: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of Figure 5: study "temperature", both splits, and the rows of study "front" of the
-    same settings at temperatures that were measured there only."""
+    """Selects the rows of Figure 5.
+
+    Args:
+        sweep: The rows of ``sweep.jsonl``.
+
+    Returns:
+        The rows of the study "temperature" on both splits, and those of the study "front" with the
+        same settings at temperatures that were measured there only.
+    """
 
     def setting(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[key] for key in ("method", "n", "beta", "m"))
@@ -179,14 +221,21 @@ def temperature_rows(sweep: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def draw_temperature(rows: Sequence[dict[str, Any]], quantity: Quantity) -> "Figure":
-    """The quantity against the sampling temperature, mean and standard deviation over seeds:
-    solid on prompts of the training distribution, dashed on the others.
+def draw_temperature(rows: Sequence[dict[str, Any]], quantity: Quantity, looks: Looks) -> "Figure":
+    """Draws a quantity against the sampling temperature, mean and standard deviation over seeds.
+
+    Lines are solid on prompts of the training distribution and dashed on the others.
 
     Args:
-      rows: see `temperature_rows`; rows without the quantity (null) are left out.
+        rows: See `temperature_rows`; rows without the quantity (null) are left out.
+        quantity: What is drawn.
+        looks: The looks of the fine-tuned methods, by label.
 
-    Raises InputError: no row has the quantity.
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: No row has the quantity.
     """
     rows = [row for row in rows if row[quantity.key] is not None]
     if not rows:
@@ -196,7 +245,7 @@ def draw_temperature(rows: Sequence[dict[str, Any]], quantity: Quantity) -> "Fig
         )
     figure = new_figure(5.8, 4.9)
     ax = figure.subplots()
-    methods = method_looks({row["method"] for row in rows})
+    methods = method_looks({row["method"] for row in rows}, looks)
     temperatures = sorted({row["temperature"] for row in rows})
     step = min(np.diff(temperatures), default=1.0)
     for at, (method, look) in enumerate(methods.items()):
@@ -210,9 +259,9 @@ def draw_temperature(rows: Sequence[dict[str, Any]], quantity: Quantity) -> "Fig
                 continue
             x, y, sd = np.array(found, dtype=float).T
             ax.errorbar(x + shift, y, yerr=np.nan_to_num(sd), fmt=look.marker + style, ms=5.5,
-                        lw=1.5, elinewidth=1.0, capsize=2, color=look.colour,
-                        mfc=look.colour if split == "test" else "white")  # fmt: skip
-        ax.plot([], [], f"{look.marker}-", color=look.colour, ms=5.5, label=look.name)
+                        lw=1.5, elinewidth=1.0, capsize=2, color=look.color,
+                        mfc=look.color if split == "test" else "white")  # fmt: skip
+        ax.plot([], [], f"{look.marker}-", color=look.color, ms=5.5, label=look.name)
     for split, (style, name) in SPLITS.items():
         if chosen(rows, split=split):
             ax.plot([], [], style, color="#333333", lw=1.5, label=name)
@@ -223,45 +272,19 @@ def draw_temperature(rows: Sequence[dict[str, Any]], quantity: Quantity) -> "Fig
     return figure
 
 
-def temperature(workdir: Path, quantity: Quantity) -> Path:
+def temperature(workdir: Path, quantity: Quantity, looks: Looks) -> Path:
     """Writes ``figures/temperature_<quantity>.png`` from ``sweep.jsonl``.
 
-    Raises InputError: the file is missing or at fault, or no row of the study has the quantity.
-    """
-    figure = draw_temperature(temperature_rows(read_sweep(workdir)), quantity)
-    return save(figure, workdir, f"temperature_{quantity.key}")
-
-
-# --- Metrics of methods without PPO -------------------------------------------------------------
-
-
-def draw_columns(metrics: dict[str, np.ndarray]) -> "Figure":
-    """A panel a column of ``metrics.jsonl`` against the step: for methods trained without PPO,
-    whose columns differ from one method to the next.
-
     Args:
-      metrics: columns [steps]; one named "step".
+        workdir: The folder of the run.
+        quantity: What is drawn.
+        looks: The looks of the fine-tuned methods, by label.
 
-    Raises InputError: there is no "step", or nothing but it.
+    Returns:
+        The path of the figure.
+
+    Raises:
+        InputError: The file is missing or at fault, or no row of the study has the quantity.
     """
-    names = [name for name, values in metrics.items() if name != "step" and
-             np.isfinite(values).any()]  # fmt: skip
-    if "step" not in metrics or not names:
-        raise InputError("metrics.jsonl needs 'step' and another number a line; run `vbon train`")
-    lines = -(-len(names) // 3)
-    figure = new_figure(13.5, 3.2 * lines)
-    axes = figure.subplots(lines, 3, squeeze=False).flatten()
-    for ax, name in zip(axes, names):
-        ax.plot(metrics["step"], metrics[name], color=LOOKS["vbon"].colour, lw=1.3)
-        dress(ax, name, "training step", "")
-    for ax in axes[len(names) :]:
-        ax.remove()
-    return figure
-
-
-def metric_columns(workdir: Path) -> Path:
-    """Writes ``figures/training_curves.png`` from whatever columns ``metrics.jsonl`` has.
-
-    Raises InputError: the file is missing or has no column to draw.
-    """
-    return save(draw_columns(read_metrics(workdir)), workdir, "training_curves")
+    figure = draw_temperature(temperature_rows(read_sweep(workdir)), quantity, looks)
+    return save(figure, workdir, f"temperature_{quantity.key}")

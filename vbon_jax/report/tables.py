@@ -1,31 +1,29 @@
-"""Evaluation as tables: for the screen (rich) and as Markdown."""
+"""The tables of a run: its evaluation, exact results, log F study and sample responses."""
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
 from vbon_jax.data import jsonl
 from vbon_jax.errors import InputError
-from vbon_jax.report.results import display_name, read_samples
+from vbon_jax.report.results import display_name, policies_in_order, read_samples
+from vbon_jax.report.table import Column, Table, markdown
 
-COLUMNS = (
-    "policy",
-    "n",
-    "T",
-    "reward",
-    "win rate",
-    "KL(·‖ref), nats",
-    "KL(·‖BoN), nats",
-    "responses/s",
-    "tokens/s",
-)
+Row = dict[str, Any]
+
 MISSING = "n/a"
+RESULTS_COLUMNS = (
+    Column("policy", "left"),
+    Column("n"),
+    Column("T"),
+    Column("reward"),
+    Column("win rate"),
+    Column("KL(·‖ref), nats", narrow="KL(·‖ref),\nnats"),
+    Column("KL(·‖BoN), nats", narrow="KL(·‖\nBoN),\nnats"),
+    Column("responses/s", narrow="resp.\n/s"),
+    Column("tokens/s", narrow="tokens\n/s"),
+)
 EXACT_LABELS = {
     "kl_bon": "KL(policy‖BoN), nats",
     "reference_kl_bon": "KL(reference‖BoN), nats",
@@ -36,129 +34,203 @@ EXACT_LABELS = {
 }
 
 
-def results_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """One list of texts a row, in the order of `COLUMNS`.
+def number(value: float | None, form: str = ".3f") -> str:
+    """Formats a number.
+
+    Args:
+        value: The number; None where it was not measured.
+        form: A format specification of `format`.
+
+    Returns:
+        The number, or "n/a" for None.
+    """
+    return MISSING if value is None else format(value, form)
+
+
+def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    """Formats a number and half the width of its 95% interval.
+
+    Args:
+        value: The number; None where it was not measured.
+        interval: The lower and upper end of its interval; None where there is none.
+
+    Returns:
+        Such as "1.740 ± 0.046", the number alone without an interval, "n/a" without a number.
+    """
+    if value is None or interval is None:
+        return number(value)
+    return f"{value:.3f} ± {(interval[1] - interval[0]) / 2:.3f}"
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """Returns the rows of ``evaluation.json`` as a table, grouped by temperature.
 
     After "±" stands half the width of the 95% interval over prompts; "n/a" is a number that was not
     measured (null in the file).
 
     Args:
-      rows: the rows of ``evaluation.json``.
+        rows: The rows of a split, in the order of the file.
 
-    Raises InputError: a row lacks a key.
+    Returns:
+        The table, one row for each of ``rows``.
+
+    Raises:
+        InputError: A row lacks a key.
     """
     cells = []
-    for number, row in enumerate(rows):
-        value = partial(jsonl.field, row, where=f"row {number} of evaluation.json")
+    for at, row in enumerate(rows):
+        value = partial(jsonl.field, row, where=f"row {at} of evaluation.json")
         cells.append(
-            [
+            (
                 display_name(value("policy")),
-                _plain(value("n"), "g"),
-                _plain(value("temperature"), "g"),
-                _plus_minus(value("reward"), value("reward_ci95")),
-                _plus_minus(value("win_rate"), value("win_rate_ci95")),
-                _plus_minus(value("kl_ref"), value("kl_ref_ci95")),
-                _plain(value("kl_bon"), ".3f"),
-                _plain(value("responses_per_second"), ",.1f"),
-                _plain(value("tokens_per_second"), ",.0f"),
-            ]
+                number(value("n"), "g"),
+                number(value("temperature"), "g"),
+                with_interval(value("reward"), value("reward_ci95")),
+                with_interval(value("win_rate"), value("win_rate_ci95")),
+                with_interval(value("kl_ref"), value("kl_ref_ci95")),
+                number(value("kl_bon")),
+                number(value("responses_per_second"), ",.1f"),
+                number(value("tokens_per_second"), ",.0f"),
+            )
         )
-    return cells
+    return Table(
+        columns=RESULTS_COLUMNS,
+        rows=tuple(cells),
+        title="Held-out prompts (±: half the 95% interval)",
+        caption="Held-out prompts; after ± half the 95% interval over prompts; KL in nats per "
+        "response; T: sampling temperature.",
+        row_heads=3,
+        rules=tuple(
+            at
+            for at in range(1, len(rows))
+            if rows[at]["temperature"] != rows[at - 1]["temperature"]
+        ),
+    )
 
 
-def _plain(value: float | None, form: str) -> str:
-    return MISSING if value is None else format(value, form)
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Returns `results_table` as Markdown.
 
+    Args:
+        rows: The rows of a split, in the order of ``evaluation.json``.
 
-def _plus_minus(value: float | None, interval: Sequence[float] | None) -> str:
-    if interval is None:
-        return _plain(value, ".3f")
-    return f"{_plain(value, '.3f')} ± {(interval[1] - interval[0]) / 2:.3f}"
+    Returns:
+        A Markdown table that ends with a newline.
 
-
-def results_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows of ``evaluation.json`` for the screen; a line between temperatures.
-
-    Raises InputError: a row lacks a key.
+    Raises:
+        InputError: A row lacks a key.
     """
-    title = "Held-out prompts (±: half the 95% interval)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.padding = (0, 1, 0, 0)
-    for column in COLUMNS:
-        # On 80 columns "1.000 ± 0.100" goes on two lines; no digit is ever cut.
-        table.add_column(
-            column.replace(", ", "\n").replace("responses/s", "resp.\n/s").replace("s/s", "s\n/s"),
-            justify="left" if column == "policy" else "right",
-            overflow="fold",
-            no_wrap=column in ("n", "T"),
-        )
-    cells = results_cells(rows)
-    for at, row in enumerate(cells):
-        last = at + 1 == len(cells) or rows[at + 1]["temperature"] != rows[at]["temperature"]
-        table.add_row(*(escape(cell) for cell in row), end_section=last)
-    return table
+    return markdown(results_table(rows))
 
 
-def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The same cells as `results_table`, as a Markdown table that ends with a newline.
+def bon_kls(rows: Sequence[Row]) -> str:
+    """Returns KL(BoN || ref) estimated in three ways, for each row of best-of-n.
 
-    Raises InputError: a row lacks a key.
+    The three are the bound log n - (n-1)/n, the estimate of Beirami et al., and E_bon[log ratio]
+    with half its 95% interval over prompts.
+
+    Args:
+        rows: The rows of a split of ``evaluation.json``.
+
+    Returns:
+        A line for each row of best-of-n; empty where there is none.
     """
-    cells = [[escape_markdown(cell) for cell in row] for row in results_cells(rows)]
-    return _markdown(list(COLUMNS), cells, left=1)
-
-
-def bon_kls(rows: Sequence[dict[str, Any]]) -> str:
-    """KL(BoN || ref) of each row of best-of-n three ways, a line each; "" where there is none.
-
-    The bound log n - (n-1)/n, the estimate of Beirami et al., and E_bon[log ratio] with half its
-    95% interval over prompts.
-    """
-    lines = []
+    texts = []
     for row in rows:
         if row["policy"] == "bon":
-            direct = _plus_minus(row["kl_direct"], row["kl_direct_ci95"])
-            lines.append(
+            direct = with_interval(row["kl_direct"], row["kl_direct_ci95"])
+            texts.append(
                 f"KL(BoN‖ref), n = {row['n']:g}, T = {row['temperature']:g}, nats: bound "
                 f"{row['kl_bound']:.3f}, Beirami et al. {row['kl_beirami']:.3f}, "
                 f"direct (mean log ratio) {direct}\n"
             )
-    return "\n".join(lines)
+    return "\n".join(texts)
 
 
 def exact_table(exact: dict[str, float]) -> Table:
-    """What enumeration of every response gives ("exact" of ``evaluation.json``), for the screen."""
-    table = Table(title="Exact, by enumeration", title_justify="left")
-    table.add_column("quantity")
-    table.add_column("value", justify="right")
+    """Returns what enumerating every response gives for the run's own policy.
+
+    Args:
+        exact: The value of "exact" in ``evaluation.json``.
+
+    Returns:
+        A table of quantities and values; quantities without a known label come last, by their key.
+    """
     known = [key for key in EXACT_LABELS if key in exact]
-    for key in [*known, *(key for key in exact if key not in EXACT_LABELS)]:
-        table.add_row(escape(EXACT_LABELS.get(key, key)), _plain(exact[key], ".4f"))
-    return table
+    keys = [*known, *(key for key in exact if key not in EXACT_LABELS)]
+    return Table(
+        columns=(Column("quantity", "left"), Column("value")),
+        rows=tuple((EXACT_LABELS.get(key, key), number(exact[key], ".4f")) for key in keys),
+        title="Exact, by enumeration",
+        caption="This run's own policy, exact by enumeration of every response.",
+    )
+
+
+def convergence_table(result: dict[str, Any]) -> Table:
+    """Returns Table 1 of the paper: how many reference samples are enough to estimate log F.
+
+    The columns "rejected, statistic" and "rejected, p-value" are means over the prompts for which
+    the test rejects, "n/a" where there is none. The recommended m stands out.
+
+    Args:
+        result: The content of ``convergence.json``.
+
+    Returns:
+        The table, one row for each m.
+    """
+    rows = result["rows"]
+    return Table(
+        columns=(
+            Column("m"),
+            Column("rejected"),
+            Column("statistic,\nrejected"),
+            Column("p-value,\nrejected"),
+            Column("statistic,\nall prompts"),
+        ),
+        rows=tuple(
+            (
+                str(row["m"]),
+                f"{row['rejected']:.2%}",
+                number(row["statistic"]),
+                number(row["p_value"]),
+                number(row["mean_statistic"]),
+            )
+            for row in rows
+        ),
+        title=f"m samples per prompt against all {result['m_full']}, "
+        f"{result['prompts']:,} prompts, T = {result['temperature']:g}",
+        caption=f"Table 1: two-sample Kolmogorov-Smirnov test of m against {result['m_full']} "
+        f"samples at level {result['level']:g} and temperature {result['temperature']:g}, over "
+        f"{result['prompts']:,} prompts; n/a: no prompt was rejected.",
+        strong=tuple(at for at, row in enumerate(rows) if row["m"] == result["recommended"]),
+    )
 
 
 def samples_table(workdir: Path, count: int) -> str:
-    """One response of each policy to the first ``count`` prompts by id, with rewards, as Markdown.
+    """Returns one response of each policy to the first prompts, side by side, as Markdown.
 
-    The policies stand side by side: reference, trained ones, BoN. Of several temperatures, the
-    first of the file; of several responses to a prompt, the first. Nothing is cut: line ends become
+    The policies are in the order reference, trained, BoN. Of several temperatures the first in the
+    file is shown, of several responses to a prompt the first. Nothing is cut: line ends become
     ``<br>`` and characters that Markdown would act on are escaped.
 
     Args:
-      workdir: holds ``evaluation_samples.jsonl``.
-      count: prompts shown, at least 1; all of them where there are fewer.
+        workdir: The folder that holds ``evaluation_samples.jsonl``.
+        count: The number of prompts, by id, at least 1; all of them where there are fewer.
 
-    Raises InputError: the file is missing or at fault, a policy has no response to one of the
-      prompts, or count is below 1.
+    Returns:
+        A line with the temperature and the table, which ends with a newline.
+
+    Raises:
+        InputError: The file is missing or at fault, a policy has no response to one of the prompts,
+            or ``count`` is below 1.
     """
     if count < 1:
         raise InputError(f"count={count} prompts to show: give at least 1")
     samples = read_samples(workdir)
     temperature = samples[0]["temperature"]
     samples = [sample for sample in samples if sample["temperature"] == temperature]
-    policies = list(dict.fromkeys(sample["policy"] for sample in samples))
-    policies.sort(key=lambda name: {"reference": 0, "bon": 2}.get(name, 1))
-    first: dict[Any, dict[str, Any]] = {}
+    policies = policies_in_order(samples)
+    first: dict[Any, Row] = {}
     for sample in samples:
         first.setdefault((sample["prompt_id"], sample["policy"]), sample)
     rows = []
@@ -171,23 +243,8 @@ def samples_table(workdir: Path, count: int) -> str:
                 f"{temperature:g}; run `vbon evaluate` again"
             )
         answers = [first[prompt_id, name] for name in policies]
-        row = [escape_markdown(answers[0]["prompt"])]
-        for answer in answers:
-            row += [escape_markdown(answer["response"]), f"{answer['reward']:.2f}"]
-        rows.append(row)
-    head = ["prompt"]
-    for name in policies:
-        head += [escape_markdown(display_name(name)), "reward"]
-    return f"Temperature {temperature:g}.\n\n" + _markdown(head, rows, left=len(head))
-
-
-def escape_markdown(text: str) -> str:
-    """Text that a cell of a Markdown table shows as it is, line ends included."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
-    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
-    return re.sub(r"\r\n|\r|\n", "<br>", text)
-
-
-def _markdown(head: list[str], rows: list[list[str]], left: int) -> str:
-    rule = ["---" if at < left else "---:" for at in range(len(head))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
+        cells = [(answer["response"], f"{answer['reward']:.2f}") for answer in answers]
+        rows.append((answers[0]["prompt"], *(cell for pair in cells for cell in pair)))
+    heads = [head for name in policies for head in (display_name(name), "reward")]
+    columns = tuple(Column(head, "left") for head in ("prompt", *heads))
+    return f"Temperature {temperature:g}.\n\n{markdown(Table(columns, tuple(rows)))}"

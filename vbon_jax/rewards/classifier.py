@@ -1,6 +1,7 @@
 """A sequence classifier as the reward, scored on the device."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,16 +17,44 @@ KINDS = ("prob", "log_odds", "logit", "scalar")
 Config = decoder.DecoderConfig | encoder.EncoderConfig
 
 
+@dataclass(frozen=True)
+class Classifier:
+    """A sequence classifier, and which score of its logits is the reward.
+
+    Attributes:
+      params: its parameters, on the mesh: {"decoder", "score"} or {"encoder", "score"}.
+      config: its configuration.
+      labels: the name of each logit.
+      label: the label whose score is the reward; not read where kind is "scalar".
+      kind: one of KINDS, see `score_of`.
+    """
+
+    params: Any
+    config: Config
+    labels: Sequence[str]
+    label: str
+    kind: str
+
+    def label_index(self, key: str) -> int:
+        """Returns the index of the label, as the function `label_index` does."""
+        return label_index(self.labels, self.label, self.kind, key)
+
+
 def score_of(logits_BxC: jax.Array, kind: str, label: int) -> jax.Array:
-    """What a classifier's logits say of one label, float32 [B].
+    """Computes the score of one label from a classifier's logits.
 
     Args:
-      kind: "prob" (p of the label, as the paper has it; it saturates at 0 and 1 in float32, which
-        makes ties), "log_odds" (log p - log(1 - p)), "logit" (the label's own) or "scalar" (the
-        only column of a reward model without labels).
-      label: index of the label; not looked at by "scalar".
+      logits_BxC: logits of any float dtype; the score is computed in float32.
+      kind: "prob" (the probability p of the label, as in the paper; it saturates at 0 and 1 in
+        float32, which makes ties), "log_odds" (log p - log(1 - p)), "logit" (the label's logit) or
+        "scalar" (the only output of a reward model without labels).
+      label: index of the label; not read where kind is "scalar".
 
-    Raises ValueError on another kind.
+    Returns:
+      float32 [B].
+
+    Raises:
+      ValueError: another kind.
     """
     logits_BxC = logits_BxC.astype(jnp.float32)
     if kind == "scalar":
@@ -41,7 +70,17 @@ def score_of(logits_BxC: jax.Array, kind: str, label: int) -> jax.Array:
 
 
 def logits(params: Any, config: Config, tokens_BxS: jax.Array, mask_BxS: jax.Array) -> jax.Array:
-    """The classifier's logits of each row, float32 [B, C]: the one place that knows its kinds."""
+    """Computes the classifier's logits, of a decoder or an encoder.
+
+    Args:
+      params: {"decoder", "score"} or {"encoder", "score"}, as the config says.
+      config: the classifier's configuration.
+      tokens_BxS: int32 token ids.
+      mask_BxS: bool mask of the real tokens.
+
+    Returns:
+      float32 [B, C].
+    """
     if isinstance(config, encoder.EncoderConfig):
         return encoder.score(params, config, tokens_BxS, mask_BxS)
     hidden = decoder.hidden(params["decoder"], config, tokens_BxS, mask_BxS)
@@ -58,25 +97,38 @@ def score(
     kind: str,
     label: int,
 ) -> jax.Array:
-    """The classifier's score of each row, float32 [B].
+    """Computes the classifier's score of each row.
 
     Args:
-      params: {"decoder", "score"} or {"encoder", "score"}, as the config says. A decoder scores a
-        row at its last real token, an encoder at its first.
-      tokens_BxS, mask_BxS: ids and bool mask; padding may stand on either side or in between.
-      kind, label: see ``score_of``.
+      params: {"decoder", "score"} or {"encoder", "score"}, as the config says. A decoder is pooled
+        at the last real token of a row, an encoder at the first.
+      tokens_BxS: int32 token ids.
+      mask_BxS: bool mask of the real tokens; padding may be on either side or in between.
+      config: the classifier's configuration.
+      kind: one of KINDS, see `score_of`.
+      label: index of the label, see `score_of`.
+
+    Returns:
+      float32 [B].
     """
     return score_of(logits(params, config, tokens_BxS, mask_BxS), kind, label)
 
 
 def label_index(labels: Sequence[str], label: str, kind: str, key: str) -> int:
-    """The place of ``label`` among a classifier's labels; 0 for "scalar", which needs none.
+    """Finds the index of a label among a classifier's labels.
 
     Args:
+      labels: the classifier's labels.
+      label: one of them; not read where kind is "scalar".
+      kind: one of KINDS.
       key: the config group that messages name.
 
-    Raises InputError on an unknown kind, a label the classifier does not have, or a kind that does
-    not go with the number of labels.
+    Returns:
+      The index; 0 where kind is "scalar".
+
+    Raises:
+      InputError: the kind is unknown or does not fit the number of labels, or the classifier does
+        not have the label.
     """
     if kind not in KINDS:
         raise InputError(f"{key}.score={kind!r}: choose one of {', '.join(KINDS)}")
@@ -99,28 +151,28 @@ def label_index(labels: Sequence[str], label: str, kind: str, key: str) -> int:
 
 
 class ClassifierReward:
-    """Scores prompt and response read as one text, EOS left out, by the policy's own token ids.
+    """Scores prompt and response as one sequence of the policy's own token ids, without EOS.
 
-    Leaving EOS out makes the reward a function of the text alone: a response cut at the length
-    limit is scored as the text it is.
+    Without EOS the reward is a function of the text alone: a response truncated at the length limit
+    has the score of its text.
+
+    Attributes:
+      positions: the context length of the classifier, in tokens.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        config: Config,
-        labels: Sequence[str],
-        label: str,
-        kind: str,
-        eos_id: int | None,
-        key: str = "reward",
-    ):
-        """``key``: the config group that messages name.
+    def __init__(self, model: Classifier, eos_id: int | None, key: str = "reward"):
+        """Makes the reward of a classifier that has the policy's vocabulary.
 
-        Raises InputError as ``label_index`` does."""
-        self.positions: int = config.positions  # the longest text it reads, tokens
-        self._params, self._config = params, config
-        self._label, self._kind = label_index(labels, label, kind, key), kind
+        Args:
+          model: the classifier.
+          eos_id: the policy's EOS; None where responses have a fixed length.
+          key: the config group that messages name.
+
+        Raises:
+          InputError: as `label_index`.
+        """
+        self.positions: int = model.config.positions
+        self._model, self._label = model, model.label_index(key)
         self._eos_id = eos_id
 
     def __call__(
@@ -131,15 +183,15 @@ class ClassifierReward:
         response_BxT: jax.Array,
         response_mask_BxT: jax.Array,
     ) -> jax.Array:
-        """Float32 rewards [B] of a padded batch; ``prompts`` (with their texts) are not needed."""
+        """Returns float32 rewards [B]; see `base.Reward`. The prompts' texts are not read."""
         del prompts
         if self._eos_id is not None:
             response_mask_BxT = response_mask_BxT & (response_BxT != self._eos_id)
         return score(
-            self._params,
+            self._model.params,
             jnp.concatenate([prompt_BxP, response_BxT], axis=1),
             jnp.concatenate([prompt_mask_BxP, response_mask_BxT], axis=1),
-            config=self._config,
-            kind=self._kind,
+            config=self._model.config,
+            kind=self._model.kind,
             label=self._label,
         )

@@ -1,7 +1,7 @@
-"""Several rewards as one: a weighted sum, and what a response without an end costs."""
+"""Several rewards as one: a weighted sum, and a penalty on responses without EOS."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,16 +10,20 @@ import numpy as np
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
+from vbon_jax.rewards.base import Reward
 
 MISSING_EOS = ("none", "replace", "subtract")
-FOLD = 64  # calls whose counts may wait on the device
-
-# (prompts, prompt ids and mask, response ids and mask) -> rewards [B], or of the real rows alone
-Reward = Callable[[Sequence[Prompt], Any, Any, jax.Array, jax.Array], Any]
+FOLD = 64  # calls whose statistics may stay on the device
 
 
 class Part(NamedTuple):
-    """One of the rewards that make a sum: its name in messages and metrics, its factor."""
+    """A term of a weighted sum of rewards.
+
+    Attributes:
+      name: its name in messages and metrics.
+      weight: its factor.
+      reward: the reward.
+    """
 
     name: str
     weight: float
@@ -27,7 +31,7 @@ class Part(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What a call leaves to be counted, perhaps still on the device: so many rows are real."""
+    """The statistics of one call, perhaps still on the device; the first `real` rows count."""
 
     real: int
     parts: tuple[Any, ...]
@@ -35,10 +39,13 @@ class _Call(NamedTuple):
 
 
 class WeightedReward:
-    """The sum of weight x reward in float32, and the penalty on responses that do not end.
+    """The sum of weight x reward in float32, with a penalty on responses without EOS.
 
-    A part that has ``take_counts`` (as ``TextReward`` has) is asked for what it cut. One part of
-    weight 1 without a penalty gives its own rewards, untouched.
+    One part of weight 1 without a penalty returns its own rewards unchanged.
+
+    Attributes:
+      positions: the least `positions` of the parts, in the policy's tokens; None where none of them
+        limits the length.
     """
 
     def __init__(
@@ -49,16 +56,21 @@ class WeightedReward:
         eos_id: int | None,
         key: str = "reward",
     ):
-        """
+        """Makes the sum.
+
         Args:
-          parts: the first is the reward of the group ``key`` itself, the rest its ``others``.
-          missing_eos: what becomes of the sum where a response ends without EOS: "none" leaves it,
-            "replace" puts ``value`` in its place, "subtract" takes ``value`` from it.
-          eos_id: ends a response; None where responses have a fixed length and none can lack it.
+          parts: the terms, (name, weight, reward) each: the first is the reward of the config group
+            `key` itself, the rest its `others`.
+          missing_eos: the reward of a response without EOS: "none", the sum; "replace", `value`;
+            "subtract", the sum minus `value`.
+          value: see missing_eos.
+          eos_id: the policy's EOS; None where responses have a fixed length, which turns the
+            penalty off.
           key: the config group that messages name.
 
-        Raises InputError on no part, two of one name, a weight or value that is not finite, another
-        ``missing_eos``, or a negative value to subtract.
+        Raises:
+          InputError: there is no part, two have one name, a weight or the value is not finite,
+            missing_eos is none of the above, or the value to subtract is negative.
         """
         self._parts = [Part(*part) for part in parts]
         names = [part.name for part in self._parts]
@@ -84,7 +96,6 @@ class WeightedReward:
         self._missing_eos = "none" if eos_id is None else missing_eos
         self._value, self._eos_id = np.float32(value), eos_id
         own_limits = [getattr(part.reward, "positions", None) for part in self._parts]
-        # The longest prompt and response, in the policy's tokens, that all parts can read.
         self.positions: int | None = min((p for p in own_limits if p is not None), default=None)
         self._calls: list[_Call] = []
         self._sums = np.zeros(2 + len(self._parts))  # responses, missing EOS, each part
@@ -97,7 +108,11 @@ class WeightedReward:
         response_BxT: jax.Array,
         response_mask_BxT: jax.Array,
     ) -> Any:
-        """Float32 rewards, on the device where all parts are, else of the real rows on the host."""
+        """Returns float32 rewards; see `base.Reward`.
+
+        They are on the device and [B] where those of all parts are, else on the host and
+        [len(prompts)].
+        """
         found: list[Any] = [
             part.reward(prompts, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT)
             for part in self._parts
@@ -134,7 +149,7 @@ class WeightedReward:
         return where(missing, self._value if replaced else total - self._value, total)
 
     def _fold(self) -> None:
-        """Adds up what the calls left; they are done by now, but for the newest."""
+        """Adds the statistics of the calls up; all but the newest have been computed by now."""
         for real, parts, missing in jax.device_get(self._calls):
             self._sums[0] += real
             if missing is not None:
@@ -143,12 +158,14 @@ class WeightedReward:
         self._calls = []
 
     def take_counts(self) -> dict[str, float]:
-        """What was seen since last asked, by the name of the metric; left out where not counted.
+        """Takes the statistics since they were last taken.
 
-        "responses": how many; "missing_eos": the share without EOS, where that has a penalty;
-        "reward/<name>": the mean of each part before its weight, where there are several;
-        "reward_truncated": the share a text reward had to cut ("reward_truncated/<name>" where
-        there are several such).
+        Returns:
+          Values by metric name, each only where it is collected: "responses", the number of
+          responses scored; "missing_eos", the share without EOS, where that is penalized;
+          "reward/<name>", the mean of each part before its weight, where there are several;
+          "reward_truncated", the share of texts that a reward model's context length truncated
+          ("reward_truncated/<name>" where several parts truncate).
         """
         self._fold()
         counts: dict[str, float] = {}

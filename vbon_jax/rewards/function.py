@@ -1,4 +1,4 @@
-"""A user's Python callable as the reward: batches of prompts and responses in, floats out."""
+"""A user's Python callable as the reward: texts of prompts and responses in, floats out."""
 
 import importlib
 import traceback
@@ -9,15 +9,23 @@ import numpy as np
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
+from vbon_jax.rewards.base import Decode, texts_of
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-Decode = Callable[[list[list[int]]], list[str]]
 
 
 def load(name: str, key: str = "reward") -> RewardFunction:
-    """The callable named "module:function"; ``key`` is the config group that messages name.
+    """Imports a reward function by name.
 
-    Raises InputError when the name has another form, or the module or function is not there.
+    Args:
+      name: "module:function".
+      key: the config group that messages name.
+
+    Returns:
+      The callable.
+
+    Raises:
+      InputError: the name has another form, or the module or the function is not there.
     """
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
@@ -43,10 +51,21 @@ def call(
     responses: list[str],
     key: str = "reward",
 ) -> np.ndarray:
-    """function(prompts, responses) as float32 [B].
+    """Calls a reward function and checks what it returns.
 
-    Raises InputError, with the example named, when the function raises, returns another number of
-    values than it was given, something that is not a number, or NaN.
+    Args:
+      name: the function's name, for messages.
+      function: the function.
+      prompts: texts, at least one.
+      responses: as many texts.
+      key: the config group that messages name.
+
+    Returns:
+      function(prompts, responses) as float32 [B].
+
+    Raises:
+      InputError: the function raised, or returned another number of values than there are
+        responses, a value that is no number, or NaN; names the example.
     """
     try:
         values = list(function(prompts, responses))
@@ -78,29 +97,33 @@ def call(
     return rewards
 
 
-def texts_of(
-    response_BxT: jax.Array,
-    response_mask_BxT: jax.Array,
-    count: int,
-    eos_id: int | None,
-    decode: Decode,
-) -> list[str]:
-    """The texts of the first ``count`` responses of a padded batch, EOS left out."""
-    tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
-    tokens, mask = tokens[:count], mask[:count]
-    if eos_id is not None:
-        mask = mask & (tokens != eos_id)
-    return decode([row[keep].tolist() for row, keep in zip(tokens, mask)])
-
-
 class FunctionReward:
-    """A callable reward behind the same call as ``ClassifierReward``: ids are decoded to text."""
+    """A reward function behind the call of `base.Reward`: responses are decoded to text."""
 
-    def __init__(self, name: str, decode: Decode, eos_id: int | None, key: str = "reward"):
-        """``decode`` turns lists of ids into texts; ``name`` is "module:function"; ``key`` is the
-        config group that messages name."""
-        self._name, self._function, self._key = name, load(name, key), key
-        self._decode, self._eos_id = decode, eos_id
+    def __init__(
+        self,
+        function: str | RewardFunction,
+        decode: Decode,
+        eos_id: int | None,
+        key: str = "reward",
+    ):
+        """Makes the reward of a function.
+
+        Args:
+          function: (prompts, responses) -> rewards, or its name, "module:function".
+          decode: lists of the policy's token ids -> texts.
+          eos_id: the policy's EOS; None where responses have a fixed length.
+          key: the config group that messages name.
+
+        Raises:
+          InputError: as `load`.
+        """
+        if isinstance(function, str):
+            self._name, self._function = function, load(function, key)
+        else:
+            self._name = getattr(function, "__qualname__", type(function).__name__)
+            self._function = function
+        self._decode, self._eos_id, self._key = decode, eos_id, key
 
     def __call__(
         self,
@@ -110,9 +133,10 @@ class FunctionReward:
         response_BxT: jax.Array,
         response_mask_BxT: jax.Array,
     ) -> np.ndarray:
-        """Float32 rewards, one a prompt; the response's text leaves EOS out.
+        """Returns float32 rewards [len(prompts)]; see `base.Reward`.
 
-        ``prompts`` may be fewer than the rows: those that only fill the batch are left alone.
+        Raises:
+          InputError: as `call`.
         """
         del prompt_BxP, prompt_mask_BxP
         responses = texts_of(

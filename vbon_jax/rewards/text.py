@@ -1,8 +1,8 @@
-"""A reward model that reads text by a tokenizer and a template of its own, scored on the device."""
+"""A reward model with a tokenizer and a template of its own, scored on the device."""
 
 import string
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -14,16 +14,43 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.rewards import classifier
-from vbon_jax.rewards.function import Decode, texts_of
+from vbon_jax.rewards.base import Decode, texts_of
+from vbon_jax.rewards.classifier import Classifier
 
 CHAT = "chat"  # the template that stands for the tokenizer's own
 FIELDS = ("prompt", "response")
 
 
-def check_template(template: str, key: str = "reward") -> str:
-    """The template as it is: "chat", or a format string of {prompt} and {response}.
+@dataclass(frozen=True)
+class TextFormat:
+    """How a prompt and a response become the token ids that a reward model scores.
 
-    Raises InputError where it has other fields, or none for the response.
+    Attributes:
+      tokenizer: the reward model's own; it adds the special tokens it was trained with.
+      template: a format string of {prompt} and {response}, or "chat" for the tokenizer's chat
+        template over the prompt's messages and the response as the assistant's answer; a prompt
+        without messages is one message of the user.
+      max_tokens: longer texts are truncated on the left, leading special tokens excepted, and
+        counted; 0 for the model's context length.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    template: str = "{prompt}{response}"
+    max_tokens: int = 0
+
+
+def check_template(template: str, key: str = "reward") -> str:
+    """Checks a template.
+
+    Args:
+      template: "chat", or a format string of {prompt} and {response}.
+      key: the config group that messages name.
+
+    Returns:
+      The template.
+
+    Raises:
+      InputError: it is no format string, or has other fields, or none for the response.
     """
     if template == CHAT:
         return template
@@ -46,13 +73,30 @@ def check_template(template: str, key: str = "reward") -> str:
 
 
 def bucket(length: int, longest: int) -> int:
-    """``length`` rounded up to 16, 32, 64, 128 or a multiple of 128, but to ``longest`` at most."""
+    """Rounds a length up, so that few shapes are compiled.
+
+    Args:
+      length: a number of tokens.
+      longest: the greatest result.
+
+    Returns:
+      16, 32, 64, 128 or a multiple of 128, but no more than `longest`.
+    """
     rounded = max(16, 1 << (length - 1).bit_length()) if length <= 128 else -(-length // 128) * 128
     return min(rounded, longest)
 
 
 def keep_end(ids: Sequence[int], longest: int, specials: frozenset[int]) -> list[int]:
-    """At most ``longest`` ids: the special ones that lead the text, and its end."""
+    """Truncates token ids on the left, after leading special tokens.
+
+    Args:
+      ids: token ids.
+      longest: the greatest number of ids to keep.
+      specials: ids of the special tokens.
+
+    Returns:
+      The leading special tokens and the end of the text, at most `longest` ids.
+    """
     ids = list(ids)
     if len(ids) <= longest:
         return ids
@@ -62,53 +106,48 @@ def keep_end(ids: Sequence[int], longest: int, specials: frozenset[int]) -> list
 
 
 class TextReward:
-    """Scores a text made of prompt and response, in the reward model's own tokens.
+    """Scores the text of prompt and response, re-tokenized with the reward model's tokenizer.
 
-    The response is decoded (EOS left out), put into the template, tokenized and padded on the
-    right. A row's padded length depends on its own text alone and rows are scored ``batch_size`` at
-    a time, so the same text has the same score in whatever company, and shapes are few.
+    The response is decoded (without EOS), formatted with the template, tokenized and padded on the
+    right. The padded length of a row depends on its own text alone and `batch_size` rows are scored
+    at a time, so a text has the same score in every batch, and few shapes are compiled.
     """
 
     def __init__(
         self,
-        params: Any,
-        config: classifier.Config,
-        labels: Sequence[str],
-        label: str,
-        kind: str,
-        tokenizer: PreTrainedTokenizerFast,
+        model: Classifier,
+        text_format: TextFormat,
         decode: Decode,
         eos_id: int | None,
         mesh: Mesh,
-        template: str = "{prompt}{response}",
-        max_tokens: int = 0,
         batch_size: int = 32,
         key: str = "reward",
     ):
-        """
+        """Makes the reward of a classifier with a tokenizer of its own.
+
         Args:
-          params, config, labels, label, kind: the classifier, on ``mesh``, and the score it gives;
-            see ``classifier.score_of``.
-          tokenizer: the reward model's own; it adds the special tokens it was trained with.
-          decode: lists of the policy's ids -> texts; eos_id: the policy's, None without one.
-          template: see ``check_template``; "chat" is the tokenizer's chat template over the
-            prompt's messages with the response as the assistant's; a prompt without messages is one
-            message of the user.
-          max_tokens: longer texts lose what comes first, but for leading special tokens, and are
-            counted; 0 for as many as the model has positions.
+          model: the classifier, its parameters on `mesh`.
+          text_format: tokenizer, template and length limit.
+          decode: lists of the policy's token ids -> texts.
+          eos_id: the policy's EOS; None where responses have a fixed length.
+          mesh: the devices.
           batch_size: rows scored at once.
           key: the config group that messages name.
 
-        Raises InputError as ``classifier.label_index`` and ``check_template`` do, on more tokens
-        than positions, and on "chat" without a chat template.
+        Raises:
+          InputError: as `classifier.label_index` and `check_template`; max_tokens exceeds the
+            model's context length; the template is "chat" and the tokenizer has no chat template;
+            or batch_size is not positive.
         """
-        self._label = classifier.label_index(labels, label, kind, key)
-        self._template = check_template(template, key)
-        if template == CHAT and not tokenizer.chat_template:
+        tokenizer, config = text_format.tokenizer, model.config
+        self._label = model.label_index(key)
+        self._template = check_template(text_format.template, key)
+        if self._template == CHAT and not tokenizer.chat_template:
             raise InputError(
                 f"{key}.template='chat': the tokenizer of {key}.path has no chat template; write "
                 "one of {prompt} and {response}"
             )
+        max_tokens = text_format.max_tokens
         if not 0 <= max_tokens <= config.positions or max_tokens == 1:
             raise InputError(
                 f"{key}.max_tokens={max_tokens}: the {key} model has {config.positions} positions; "
@@ -116,8 +155,8 @@ class TextReward:
             )
         if batch_size < 1:
             raise InputError(f"{key}.batch_size={batch_size}: give at least 1")
-        self._params, self._config, self._kind = params, config, kind
-        self._tokenizer, self._decode, self._eos_id = tokenizer, decode, eos_id
+        self._model, self._tokenizer = model, tokenizer
+        self._decode, self._eos_id = decode, eos_id
         self._mesh, self._key = mesh, key
         self._longest = max_tokens or config.positions
         self._batch_size = batch_size
@@ -132,10 +171,10 @@ class TextReward:
         response_BxT: jax.Array,
         response_mask_BxT: jax.Array,
     ) -> np.ndarray:
-        """Float32 rewards, one a prompt.
+        """Returns float32 rewards [len(prompts)]; see `base.Reward`.
 
-        ``prompts`` may be fewer than the rows: those that only fill the batch are left alone.
-        Raises InputError where the tokenizer gives an id that the model has no embedding for.
+        Raises:
+          InputError: the tokenizer returned an id that the model has no embedding for.
         """
         del prompt_BxP, prompt_mask_BxP
         responses = texts_of(
@@ -144,9 +183,15 @@ class TextReward:
         return self.score_ids(self.tokenized(prompts, responses))
 
     def tokenized(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
-        """The ids of each prompt with its response, cut to the longest allowed; cuts are counted.
+        """Tokenizes each prompt with its response, truncates, and counts the truncated.
 
-        A text without any token is read as the token that begins texts.
+        Args:
+          prompts: the prompts.
+          responses: the text of a response to each.
+
+        Returns:
+          The token ids of each. A text without tokens becomes the tokenizer's BOS (or, where it has
+          none, EOS, padding or id 0).
         """
         if self._template == CHAT:
             whole = self._chat(prompts, responses)
@@ -154,7 +199,7 @@ class TextReward:
             texts = [
                 self._template.format(prompt=p.text, response=r) for p, r in zip(prompts, responses)
             ]
-            # verbose=False: lengths are looked after here.
+            # verbose=False: no warning of long texts, which are truncated below.
             whole = self._tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
         self._texts += len(whole)
         self._truncated += sum(len(ids) > self._longest for ids in whole)
@@ -172,17 +217,28 @@ class TextReward:
         return int(next(known, 0))
 
     def score_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Float32 scores [R] of rows of ids, each of them its tokens and no padding."""
+        """Scores token ids.
+
+        Args:
+          rows: R rows of token ids, without padding.
+
+        Returns:
+          float32 [R].
+
+        Raises:
+          InputError: an id is not in the model's vocabulary.
+        """
         scores = np.zeros(len(rows), np.float32)
+        vocabulary = self._model.config.vocab_size
         groups: dict[int, list[int]] = {}
         for i, ids in enumerate(rows):
-            if max(ids) >= self._config.vocab_size:
+            if max(ids) >= vocabulary:
                 raise InputError(
                     f"{self._key}.path: the tokenizer gives id {max(ids)}, the model has only "
-                    f"{self._config.vocab_size} embeddings: give the tokenizer it was trained with"
+                    f"{vocabulary} embeddings: give the tokenizer it was trained with"
                 )
             groups.setdefault(bucket(len(ids), self._longest), []).append(i)
-        found = [  # all of it is under way before the first is waited for
+        found = [  # all are dispatched before the first is waited for
             (part, self._score([rows[i] for i in part], length))
             for length, group in sorted(groups.items())
             for part in (
@@ -195,24 +251,26 @@ class TextReward:
         return scores
 
     def _score(self, rows: Sequence[Sequence[int]], length: int) -> jax.Array:
-        """Scores [batch_size] of at most so many rows."""
-        # Zeros may fill it, the tokenizer's padding or not: the mask says what is real.
+        """Scores at most batch_size rows; the result is [batch_size]."""
+        # Padded with zeros, whatever the tokenizer's padding is: the mask says what is real.
         tokens = np.zeros((self._batch_size, length), np.int32)
         mask = np.zeros(tokens.shape, bool)
         for i, ids in enumerate(rows):
             tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
         return classifier.score(
-            self._params,
+            self._model.params,
             *sharding.place((tokens, mask), self._mesh, "batch"),
-            config=self._config,
-            kind=self._kind,
+            config=self._model.config,
+            kind=self._model.kind,
             label=self._label,
         )
 
     def take_counts(self) -> dict[str, float]:
-        """Since last asked: "responses" scored, "reward_truncated" the share of them that was cut.
+        """Takes the statistics since they were last taken.
 
-        Empty where there were none.
+        Returns:
+          "responses", the number of texts scored, and "reward_truncated", the share of them that
+          was truncated; empty where there were none.
         """
         texts, truncated = self._texts, self._truncated
         self._texts = self._truncated = 0

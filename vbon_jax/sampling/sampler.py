@@ -1,16 +1,25 @@
-"""The host side of sampling: padding, buckets, batches, and responses told apart by identity."""
+"""The one way to draw responses and score them: a model with its mesh and sampling settings."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import sharding
+from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
+from vbon_jax.models import lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.models.lm import LanguageModel
+from vbon_jax.rewards.base import Reward
 from vbon_jax.sampling import decode
 
 BUCKET = 8  # longer prompts are padded up to a multiple of this: one compile a bucket
@@ -20,11 +29,13 @@ BUCKET = 8  # longer prompts are padded up to a multiple of this: one compile a 
 class Sampling:
     """How responses are drawn.
 
-    temperature: divides the logits, > 0.
-    max_new_tokens: length limit in tokens, EOS included.
-    eos_id: ends a response; None for responses of exactly ``max_new_tokens`` tokens.
-    pad_id: fills empty slots; may be the EOS, since masks and not ids say what is real.
-    top_k, top_p: filters for generation; 0 and 1.0 leave the distribution whole.
+    Attributes:
+      temperature: divides the logits, > 0.
+      max_new_tokens: length limit in tokens, EOS included.
+      eos_id: ends a response; None for responses of exactly ``max_new_tokens`` tokens.
+      pad_id: fills empty slots; may be the EOS, since masks and not ids say what is real.
+      top_k: keeps the k likeliest tokens, for generation only; 0 keeps all.
+      top_p: keeps the smallest set of tokens of this mass, for generation only; 1.0 keeps all.
     """
 
     temperature: float
@@ -52,15 +63,82 @@ class Request:
 
 
 class Batch(NamedTuple):
-    """What ``generate`` yields: the requests of a batch, the padded rows, and how many are real."""
+    """Responses of one batch, on the device.
+
+    Attributes:
+      requests: the B real rows, which come first.
+      prompts: padded prompts, of at least B rows: a last batch is filled up to the common size.
+      rollout: the responses, of as many rows.
+      temperature: that they were drawn at. Whatever scores a batch reads it from here.
+    """
 
     requests: Sequence[Request]
     prompts: Prompts
     rollout: decode.Rollout
+    temperature: float
 
     @property
     def size(self) -> int:
+        """The number of real rows."""
         return len(self.requests)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["prompt_BxP", "prompt_mask_BxP", "rollout", "reward_B", "row_B"],
+    meta_fields=["temperature"],
+)
+@dataclasses.dataclass(frozen=True)
+class ScoredRollout:
+    """A batch of responses with their rewards, as a jitted update reads it: a pytree.
+
+    Attributes:
+      prompt_BxP: int32 ids, padded on the left.
+      prompt_mask_BxP: bool, True on prompt tokens.
+      rollout: the responses, T slots a row.
+      reward_B: float32 rewards.
+      row_B: int32, the row of each prompt in the training prompts and their reference rewards.
+      temperature: of the rollout, static: every log-prob of these responses is taken at it.
+    """
+
+    prompt_BxP: Any
+    prompt_mask_BxP: Any
+    rollout: decode.Rollout
+    reward_B: Any
+    row_B: Any
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """A scored response on the host.
+
+    Attributes:
+      request: which response it is.
+      tokens: sampled ids, EOS included.
+      text: their decoding without EOS.
+      log_prob: nats, summed over the tokens, at the sampling temperature.
+      finished: whether EOS came before the length limit.
+      reward: the reward of the text.
+      extra: what else was measured on it, by name.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    text: str
+    log_prob: float
+    finished: bool
+    reward: float
+    extra: dict[str, float]
+
+
+# Measures more on a batch of responses: arrays [B] by name.
+Measure = Callable[[Batch], dict[str, Any]]
+
+
+def named_key(seed: int, name: str) -> jax.Array:
+    """The random key of a piece of work: a function of the seed and the work's name alone."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
 def bucket_length(length: int) -> int:
@@ -69,9 +147,10 @@ def bucket_length(length: int) -> int:
 
 
 def pad_left(prompts: Sequence[Sequence[int]], length: int, pad_id: int) -> Prompts:
-    """Prompts padded on the left to ``length`` tokens.
+    """Pads prompts on the left to ``length`` tokens.
 
-    Raises InputError on an empty prompt: a decoder needs one token to predict the next from.
+    Raises:
+      InputError: an empty prompt; a decoder needs one token to predict the next from.
     """
     tokens = np.full((len(prompts), length), pad_id, np.int32)
     mask = np.zeros((len(prompts), length), bool)
@@ -85,79 +164,261 @@ def pad_left(prompts: Sequence[Sequence[int]], length: int, pad_id: int) -> Prom
     return Prompts(tokens, mask)
 
 
-def draw(
+def requests_for(prompts: Sequence[Prompt], count: int) -> list[Request]:
+    """``count`` responses to each prompt, in the order of the prompts."""
+    return [Request(p.id, i, p.tokens) for p in prompts for i in range(count)]
+
+
+def index(prompts: Sequence[Prompt]) -> tuple[dict[int, Prompt], dict[int, int]]:
+    """Each prompt, and its row, by its id."""
+    return {p.id: p for p in prompts}, {p.id: i for i, p in enumerate(prompts)}
+
+
+def respond(
     params: Any,
+    prompts: Prompts,
+    keys_B: jax.Array,
     config: DecoderConfig,
     sampling: Sampling,
-    mesh: Mesh,
-    key: jax.Array,
-    step: int,
-    requests: Sequence[Request],
-    length: int | None = None,
-) -> tuple[Prompts, decode.Rollout]:
-    """One batch of responses, left on the device.
+    together: str | None = None,
+) -> decode.Rollout:
+    """Draws one response a row; the only caller of the jitted rollout.
 
     Args:
-      params: decoder parameters on ``mesh``.
-      key: the stage's key; with (step, prompt id, sample) it fixes a response.
-      step: training step, or 0 where there is none.
-      requests: the rows; their number and ``length`` decide the compiled shape.
-      length: padded prompt length in tokens; None takes the bucket of the longest.
+      params: decoder parameters.
+      prompts: padded prompts [B, P] on the device.
+      keys_B: one key a row, see ``decode.identity_keys``.
+      config: the decoder's configuration.
+      sampling: how to draw.
+      together: see ``decode.rollout``.
 
     Returns:
-      (prompts on the mesh, Rollout on the mesh).
+      Rollout with ``sampling.max_new_tokens`` slots a row.
     """
-    if length is None:
+    return decode.rollout(
+        params, *prompts, keys_B, np.float32(sampling.temperature), config=config,
+        max_new_tokens=sampling.max_new_tokens, eos_id=sampling.eos_id, pad_id=sampling.pad_id,
+        top_k=sampling.top_k, top_p=sampling.top_p, together=together,
+    )  # fmt: skip
+
+
+def check_rewards(
+    rewards: np.ndarray, prompts: Sequence[Prompt], text_of: Callable[[int], str]
+) -> np.ndarray:
+    """Returns ``rewards`` as they are.
+
+    Raises:
+      InputError: a reward is NaN; names the first such prompt and response.
+    """
+    bad = np.flatnonzero(np.isnan(rewards))
+    if bad.size:
+        i = int(bad[0])
+        raise InputError(
+            f"the reward of {bad.size} of {rewards.size} responses is NaN, the first of them "
+            f"prompt={prompts[i].text!r} response={text_of(i)!r}: a reward must be a number"
+        )
+    return rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A language model that responds to prompts: model, mesh and sampling settings.
+
+    A response is a function of (key, step, prompt id, sample index) and the parameters alone: batch
+    size and order do not change it.
+
+    Attributes:
+      model: configuration, parameters on ``mesh`` and tokenizer.
+      mesh: the device mesh.
+      settings: temperature, length limit and filters.
+    """
+
+    model: LanguageModel
+    mesh: Mesh
+    settings: Sampling
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer."""
+        return self.model.tokenizer
+
+    def at(self, **settings: Any) -> Self:
+        """The same model under other sampling settings: ``at(temperature=0.7)``."""
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))
+
+    def with_params(self, params: Any) -> Self:
+        """The same sampler with other decoder parameters."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, params=params))
+
+    # --- Drawing ------------------------------------------------------------------------------
+
+    def draw(
+        self, key: jax.Array, step: int, requests: Sequence[Request], length: int | None = None
+    ) -> Batch:
+        """Draws one batch of responses and leaves it on the device.
+
+        Args:
+          key: with (step, prompt id, sample) it fixes a response.
+          step: training step, or 0 where there is none.
+          requests: the rows; their number and ``length`` decide the compiled shape.
+          length: padded prompt length in tokens; None takes the bucket of the longest.
+        """
+        if length is None:
+            length = bucket_length(max(len(r.tokens) for r in requests))
+        prompts = pad_left([r.tokens for r in requests], length, self.settings.pad_id)
+        ids = np.array([r.prompt_id for r in requests], np.int32)
+        samples = np.array([r.sample for r in requests], np.int32)
+        prompts, ids, samples = sharding.place((prompts, ids, samples), self.mesh, "batch")
+        keys = decode.identity_keys(key, step, ids, samples)
+        rollout = respond(self.model.params, prompts, keys, self.model.config, self.settings)
+        return Batch(requests, prompts, rollout, self.settings.temperature)
+
+    def batches(
+        self, key: jax.Array, requests: Sequence[Request], batch_size: int
+    ) -> Iterator[Batch]:
+        """Draws responses to all requests in order, ``batch_size`` rows at a time.
+
+        The last batch is filled up with copies of its first row, so every batch has one shape, and
+        prompts share one padded length. The next batch is dispatched before the last is handed out:
+        the host's work on one (scoring, writing) overlaps the device's on the other.
+
+        Yields:
+          Batch with arrays still on the device; only its first ``batch.size`` rows are real.
+        """
+        if not requests:
+            return
         length = bucket_length(max(len(r.tokens) for r in requests))
-    prompts = pad_left([r.tokens for r in requests], length, sampling.pad_id)
-    ids = np.array([r.prompt_id for r in requests], np.int32)
-    samples = np.array([r.sample for r in requests], np.int32)
-    prompts, ids, samples = sharding.place((prompts, ids, samples), mesh, "batch")
-    keys = decode.identity_keys(key, step, ids, samples)
-    rollout = decode.rollout(
-        params,
-        prompts.tokens_BxP,
-        prompts.mask_BxP,
-        keys,
-        np.float32(sampling.temperature),
-        config=config,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_id=sampling.eos_id,
-        pad_id=sampling.pad_id,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-    )
-    return prompts, rollout
+        ahead: Batch | None = None
+        for start in range(0, len(requests), batch_size):
+            rows = requests[start : start + batch_size]
+            filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
+            batch = self.draw(key, 0, filled, length)._replace(requests=rows)
+            if ahead is not None:
+                yield ahead
+            ahead = batch
+        assert ahead is not None
+        yield ahead
 
+    # --- Scoring ------------------------------------------------------------------------------
 
-def generate(
-    params: Any,
-    config: DecoderConfig,
-    sampling: Sampling,
-    mesh: Mesh,
-    key: jax.Array,
-    requests: Sequence[Request],
-    batch_size: int,
-) -> Iterator[Batch]:
-    """Responses to all requests in order, ``batch_size`` rows at a time.
+    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Decodes sampled ids, EOS left out."""
+        kept = [[t for t in row if t != self.settings.eos_id] for row in rows]
+        return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
 
-    The last batch is filled up with copies of its first row, so every batch has one shape, and
-    prompts share one padded length. The next batch is dispatched before the last is handed out, so
-    the host's work on one (scoring, writing) overlaps the device's on the other.
+    def rewards(
+        self, reward: Reward, prompts: Sequence[Prompt], rows: Prompts, rollout: decode.Rollout
+    ) -> np.ndarray:
+        """Float32 rewards [B] of the first B = len(prompts) rows, on the host.
 
-    Yields:
-      Batch with arrays still on the device, filled rows included; only ``batch.size`` are real.
-    """
-    if not requests:
-        return
-    length = bucket_length(max(len(r.tokens) for r in requests))
-    ahead: Batch | None = None
-    for start in range(0, len(requests), batch_size):
-        rows = requests[start : start + batch_size]
-        filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
-        batch = Batch(rows, *draw(params, config, sampling, mesh, key, 0, filled, length=length))
-        if ahead is not None:
-            yield ahead
-        ahead = batch
-    assert ahead is not None
-    yield ahead
+        Raises:
+          InputError: a reward is NaN; names prompt and response.
+        """
+        found = reward(prompts, *rows, rollout.tokens_BxT, rollout.mask_BxT)
+        values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
+
+        def text_of(row: int) -> str:
+            return self.texts([rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()])[0]
+
+        return check_rewards(values, prompts, text_of)
+
+    def responses(
+        self,
+        key: jax.Array,
+        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
+        batch_size: int,
+        reward: Reward,
+        also: Measure | None = None,
+    ) -> Iterator[list[Response]]:
+        """Draws and scores every request, in order, a batch at a time.
+
+        Args:
+          key: of the draws.
+          prompts: those that the requests name.
+          requests: the responses wanted.
+          batch_size: rows drawn at once.
+          reward: scores them.
+          also: measures more on a batch; ends up in ``Response.extra``.
+
+        Raises:
+          InputError: a reward is NaN.
+        """
+        by_id, _ = index(prompts)
+        for batch in self.batches(key, requests, batch_size):
+            of = [by_id[r.prompt_id] for r in batch.requests]
+            rewards = self.rewards(reward, of, batch.prompts, batch.rollout)
+            rollout, extra = jax.device_get((batch.rollout, also(batch) if also else {}))
+            rows = [
+                row[keep].tolist()
+                for row, keep in zip(rollout.tokens_BxT[: batch.size], rollout.mask_BxT)
+            ]
+            texts = self.texts(rows)
+            log_probs = rollout.log_probs_BxT.sum(axis=1, dtype=np.float64)
+            yield [
+                Response(
+                    request,
+                    tuple(rows[i]),
+                    texts[i],
+                    float(np.float32(log_probs[i])),
+                    bool(rollout.finished_B[i]),
+                    float(rewards[i]),
+                    {name: float(values[i]) for name, values in extra.items()},
+                )
+                for i, request in enumerate(batch.requests)
+            ]
+
+    def measure(self, reward: Reward, prompts: Sequence[Prompt], name: str) -> Measure:
+        """A `Measure` that gives the scores of another reward, as ``name``."""
+        by_id, _ = index(prompts)
+
+        def also(batch: Batch) -> dict[str, Any]:
+            of = [by_id[r.prompt_id] for r in batch.requests]
+            return {name: self.rewards(reward, of, batch.prompts, batch.rollout)}
+
+        return also
+
+    # --- For the user -------------------------------------------------------------------------
+
+    def generate(
+        self, texts: Sequence[str], count: int = 1, seed: int = 0, batch_size: int = 64
+    ) -> list[list[str]]:
+        """Generates ``count`` responses to each text.
+
+        Args:
+          texts: prompts, each at least one token.
+          count: responses a prompt.
+          seed: another seed, other responses.
+          batch_size: responses drawn at once.
+
+        Returns:
+          One list of ``count`` texts a prompt, prompts and EOS left out.
+
+        Raises:
+          InputError: a prompt without a token, or longer than the model's context.
+        """
+        prompts = prompt_files.from_texts(list(texts), self.tokenizer)
+        self.check_lengths(prompts)
+        requests = requests_for(prompts, count)
+        found: list[str] = []
+        key = named_key(seed, "generate")
+        for batch in self.batches(key, requests, min(batch_size, max(len(requests), 1))):
+            tokens, mask = jax.device_get((batch.rollout.tokens_BxT, batch.rollout.mask_BxT))
+            found += self.texts([t[m].tolist() for t, m in zip(tokens, mask)][: batch.size])
+        return [found[i : i + count] for i in range(0, len(found), count)]
+
+    def check_lengths(self, prompts: Sequence[Prompt]) -> None:
+        """Raises InputError where a prompt and its response do not fit the model's context."""
+        prompt_files.fits_context(
+            prompts, self.settings.max_new_tokens, self.model.config.positions
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model as a Hugging Face directory, with its sampling settings as defaults."""
+        lm.save(
+            self.model,
+            Path(path),
+            temperature=self.settings.temperature,
+            eos_id=self.settings.eos_id,
+            params=trainable.merged(self.model.params, self.model.config.lora_alpha),
+        )

@@ -13,7 +13,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,29 +20,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
+from rich.console import Console
 from rich.table import Table
 
-from vbon_jax import sharding
+from vbon_jax import methods, sharding
 from vbon_jax.bon.exponential import ExponentialFit
 from vbon_jax.bon.references import References
-from vbon_jax.config import OFFLINE, Reward, RewardPart, Settings
+from vbon_jax.config import Config, Reward, RewardPart
 from vbon_jax.data import prompts as prompt_files
-from vbon_jax.data import samples as reference_files
+from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
-from vbon_jax.methods import build as methods
+from vbon_jax.methods import learning
+from vbon_jax.methods.learning import Job, ValueNetwork
 from vbon_jax.models import cache, decoder, encoder, heads, hf, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.encoder import EncoderConfig
 from vbon_jax.models.hf import config_files, hub
 from vbon_jax.rewards import classifier, text
 from vbon_jax.sampling import decode
-from vbon_jax.sampling import sampler as engine
-from vbon_jax.stages import inputs
-from vbon_jax.stages.pretrain import LABELS, decoder_config
+from vbon_jax.sampling.sampler import ScoredRollout, bucket_length
+from vbon_jax.stages import loading, sources
+from vbon_jax.stages.fitting import LABELS, decoder_config
 from vbon_jax.stages.workdir import Workdir
-from vbon_jax.training import offline, ppo
+from vbon_jax.training import offline
 
 GIB = 2**30
 TEXT_ROWS = 32  # rows a text reward scores at once
@@ -52,9 +53,11 @@ TEXT_ROWS = 32  # rows a text reward scores at once
 class Need(NamedTuple):
     """Bytes of each device.
 
-    held: by name, there all the time in stage ``train``. phases: by name, what comes on top while
-    that goes on. sample: all that stage ``sample`` needs. cache: of the phase "rollout", its keys
-    and values.
+    Attributes:
+      held: bytes held throughout stage ``train``, by name.
+      phases: peak bytes of each phase beyond those, by name.
+      sample: peak bytes of stage ``sample``.
+      cache: of the phase "rollout", its keys and values.
     """
 
     held: dict[str, int]
@@ -122,7 +125,7 @@ def _new_bytes(lowered: jax.stages.Lowered) -> int:
 class _World:
     """The run in shapes: the reference, and its training prompts."""
 
-    settings: Settings
+    settings: Config
     mesh: Mesh
     workdir: Workdir
     config: DecoderConfig
@@ -157,18 +160,18 @@ def _done(workdir: Workdir, stage: str) -> bool:
     return True
 
 
-def _reference_config(s: Settings, workdir: Workdir) -> DecoderConfig:
+def _reference_config(s: Config, workdir: Workdir) -> DecoderConfig:
     if s.reference.path or _done(workdir, "sft"):
         path = hub.resolve(s.reference.path) if s.reference.path else workdir.reference
         config = hf.read_config(path)[1]
         if not isinstance(config, DecoderConfig):
             raise InputError(f"reference.path={s.reference.path!r} is no causal language model")
-        return inputs.arithmetic(s, config)
+        return loading.arithmetic(s, config)
     # Not learned yet: its vocabulary has at most so many entries.
-    return inputs.arithmetic(s, decoder_config(s.reference.model, s.tokenizer.vocab_size))
+    return loading.arithmetic(s, decoder_config(s.reference.model, s.tokenizer.vocab_size))
 
 
-def _prompts(s: Settings, workdir: Workdir) -> tuple[int, int]:
+def _prompts(s: Config, workdir: Workdir) -> tuple[int, int]:
     """How many training prompts there are, and the tokens of the longest: counted where they can
     be, else as the settings allow."""
     p = s.prompts
@@ -177,10 +180,10 @@ def _prompts(s: Settings, workdir: Workdir) -> tuple[int, int]:
     known = s.tokenizer.path or s.reference.path
     tokenizer = tokenizers.load(hub.resolve(known)) if known else None
     if s.samples.path:
-        found = reference_files.read(s.samples.path)
+        found = sample_files.read(s.samples.path)
         if tokenizer is None:
             return len(found), p.longest
-        return _counted(inputs.prompts_of(found, tokenizer, s.samples.m))
+        return _counted(sources.prompts_of(found, tokenizer, s.samples.m))
     if p.path and p.format == "text" and tokenizer is not None:
         return _counted(prompt_files.read_texts(p.path, tokenizer))
     if p.path and p.format == "chat":
@@ -192,7 +195,7 @@ def _counted(prompts: Sequence[prompt_files.Prompt]) -> tuple[int, int]:
     return len(prompts), max(len(prompt.tokens) for prompt in prompts)
 
 
-def _scores(s: Settings) -> dict[str, Reward | RewardPart]:
+def _scores(s: Config) -> dict[str, Reward | RewardPart]:
     """The reward and what is added to it, by their keys."""
     return {"reward": s.reward} | {f"reward.others.{k}": x for k, x in s.reward.others.items()}
 
@@ -222,33 +225,32 @@ def _classifier(w: _World, r: Reward | RewardPart) -> tuple[Any, Any] | None:
     return config, _abstract(tree, w.mesh, dtype=s.memory.frozen_dtype)
 
 
-def need(s: Settings, mesh: Mesh, workdir: Path) -> Need:
+def need(s: Config, mesh: Mesh, made: Workdir) -> Need:
     """Memory of the stages ``sample`` and ``train`` on each device.
 
     Args:
-      workdir: of the run, which need not exist; what is there already is looked at (the reference
+      made: the workdir of the run, which need not exist; what is there already is looked at (the reference
         learned, the prompts made), nothing is written.
 
     Raises InputError or CheckpointError where the reference or a reward cannot be found out about.
     """
-    made = Workdir(workdir, s)
     config = _reference_config(s, made)
     shapes = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))
     try:
         shapes = jax.eval_shape(
-            lambda p: trainable.divide(p, inputs.trained(s), config.layers), shapes
+            lambda p: trainable.divide(p, loading.training(s).trained, config.layers), shapes
         )
     except ValueError as error:
         raise InputError(f"train.{error}") from error
     reference = {"decoder": _abstract(shapes, mesh, "decoder", s.memory.frozen_dtype)}
     prompts, longest = _prompts(s, made)
-    columns = min(engine.bucket_length(longest), config.positions)
+    columns = min(bucket_length(longest), config.positions)
     w = _World(s, mesh, made, config, reference, prompts, columns)
     held = {"reference": bytes_of(reference)}
     phases: dict[str, int] = {}
     with jax.set_mesh(mesh):
         sample = _sampling(w, held)
-        cached = 0 if s.method.name == "bon" else _training(w, held, phases)
+        cached = 0 if s.method.name == methods.BEST_OF_N else _training(w, held, phases)
     return Need(held, phases, sample, cached)
 
 
@@ -295,14 +297,13 @@ def _rollout_bytes(w: _World, params: Any, rows: int) -> tuple[int, int]:
 def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     """Adds what stage ``train`` holds and its phases; returns the cache's bytes."""
     s = w.settings
-    method = methods.spec(s)
-    value_config, network = None, None
-    if s.train.value_network == "reward" and methods.has_values(method):
-        value_config, network = _value_network(w)
-    make = methods.maker(s, method, w.config, w.prompts)
+    method = methods.of_config(s)
+    value = _value_network(w) if s.train.value_network == "reward" and method.values else None
+    job = Job(method, method.from_config(s), loading.training(s), w.config, w.prompts, value)
+    network = None if value is None else value.params
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:
-        state = jax.eval_shape(make, w.reference["decoder"], network, key)
+        state = jax.eval_shape(job.make_state(), w.reference["decoder"], network, key)
     except ValueError as error:
         raise InputError(str(error)) from error
     state = _abstract(state, w.mesh)
@@ -312,29 +313,29 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     held["reference rewards"] = bytes_of(table)
     if w.on_host:  # where a checkpoint waits to be written, in the form it will have
         phases["checkpoint"] = bytes_of(state)
-    if method.name in OFFLINE:
-        _offline(w, method, state, held, phases)
+    if not method.online:
+        _offline(w, job, state, held, phases)
         return 0
     rows = s.train.batch_size
     for name, r in _scores(s).items():
         found = _classifier(w, r)
         if found is not None:
             phases[f"score by {name}"] = _score_bytes(w, r, *found, rows)
-    own = methods.online(s, method, w.config, w.prompts, value_config)
+    own = job.program()
     policy = trainable.join(w.reference["decoder"], state.params["decoder"])
     rollout, kv = _rollout_bytes(w, policy, rows)
     batch = _abstract(_batch(w, rows), w.mesh, "batch")
     batches = tuple(batch for _ in own.sources)
     phases["rollout"] = rollout + bytes_of(batches[1:])
     scalar = _shape(dtype=jnp.float32)
-    program = jax.jit(own.iteration, donate_argnums=0)
+    program = jax.jit(own.update, donate_argnums=0)
     lowered = program.lower(state, w.reference, batches, table, scalar, scalar)
     step = s.train.minibatch_size // s.memory.accumulate
     phases["update"] = _new_bytes(lowered) + bytes_of(batches) + w.packing(step)
     return kv
 
 
-def _value_network(w: _World) -> tuple[DecoderConfig, Any]:
+def _value_network(w: _World) -> ValueNetwork:
     """(configuration, parameters in shapes) of values that start as the reward model."""
     found = _classifier(w, w.settings.reward)
     assert found is not None  # constraints: no callable
@@ -346,7 +347,9 @@ def _value_network(w: _World) -> tuple[DecoderConfig, Any]:
         )
     head = {"kernel": _shape(config.width, 1, dtype=jnp.float32),
             "bias": _shape(1, dtype=jnp.float32)}  # fmt: skip
-    return inputs.arithmetic(w.settings, config), {"decoder": params["decoder"], "head": head}
+    return ValueNetwork(
+        loading.arithmetic(w.settings, config), {"decoder": params["decoder"], "head": head}
+    )
 
 
 def _references(w: _World) -> References:
@@ -361,7 +364,7 @@ def _references(w: _World) -> References:
     return References(rewards, order, fit, _shape())
 
 
-def _batch(w: _World, rows: int) -> ppo.RolloutBatch:
+def _batch(w: _World, rows: int) -> ScoredRollout:
     """A scored rollout, in shapes."""
     new = w.settings.sampling.max_new_tokens
 
@@ -371,39 +374,41 @@ def _batch(w: _World, rows: int) -> ppo.RolloutBatch:
     rollout = decode.Rollout(
         of(new), of(new, dtype=bool), of(new, dtype=jnp.float32), of(dtype=bool)
     )
-    return ppo.RolloutBatch(
-        of(w.prompt), of(w.prompt, dtype=bool), rollout, of(dtype=jnp.float32), of()
-    )
+    return ScoredRollout(
+        of(w.prompt), of(w.prompt, dtype=bool), rollout, of(dtype=jnp.float32), of(),
+        w.settings.sampling.temperature,
+    )  # fmt: skip
 
 
 def _offline(
-    w: _World, method: methods.Spec, state: Any, held: dict[str, int], phases: dict[str, int]
+    w: _World, job: Job, state: Any, held: dict[str, int], phases: dict[str, int]
 ) -> None:
     """Adds the steps of an offline method, and its pool of samples, which is held."""
     s = w.settings
     rows, new = w.prompts * s.samples.m, s.sampling.max_new_tokens
     pool = offline.Pool(
         _shape(rows, w.columns), _shape(rows, w.columns, dtype=bool), _shape(rows, new, dtype=bool),
-        _shape(rows, dtype=jnp.float32),
+        _shape(rows, dtype=jnp.float32), s.sampling.temperature,
     )  # fmt: skip
     pool = _abstract(pool, w.mesh)
     held["pool of samples"] = bytes_of(pool)
     if s.samples.path:  # made elsewhere: they may lack their log pi_ref
-        few = [_shape(s.sampling.batch_size, *x.shape[1:], dtype=x.dtype) for x in pool[:3]]
+        arrays = (pool.tokens_NxS, pool.mask_NxS, pool.response_mask_NxT)
+        few = [_shape(s.sampling.batch_size, *x.shape[1:], dtype=x.dtype) for x in arrays]
         scored = jax.jit(
             partial(offline.log_prob, config=w.config, temperature=s.sampling.temperature)
         )
         phases["log pi_ref"] = _new_bytes(scored.lower(w.reference, *few))
-    many = (min(methods.STEPS, methods.offline_steps(s, w.prompts)), s.offline.batch_size)
+    many = (min(learning.STEPS, job.offline_steps), s.offline.batch_size)
     chosen = offline.Choices(_shape(*many), _shape(*many), _shape(*many, dtype=jnp.float32))
-    base = None if inputs.trained(s).whole else w.reference["decoder"]
+    base = None if job.training.trained.whole else w.reference["decoder"]
     scalar = _shape(dtype=jnp.float32)
-    program = jax.jit(methods.offline_pass(s, method, w.config, w.prompts), donate_argnums=0)
+    program = jax.jit(partial(offline.steps, setup=job.offline_setup()), donate_argnums=0)
     lowered = program.lower(state, pool, chosen, scalar, scalar, base)
     phases["gradient steps"] = _new_bytes(lowered) + w.packing(2 * s.offline.batch_size)
 
 
-def device_bytes(s: Settings) -> int:
+def device_bytes(s: Config) -> int:
     """What a device has: ``memory.device_gib``, or what this machine's first device reports. CPU
     devices report nothing and share what the machine has."""
     if s.memory.device_gib:
@@ -451,7 +456,7 @@ def tables(found: Need, mesh: Mesh, limit: int) -> Sequence[Table]:
     """What ``vbon plan`` prints."""
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     held = Table(title=f"held by each device ({shape})")
-    phases = Table(title="on top of that, by phase")
+    phases = Table(title="peak beyond that, by phase")
     stages = Table(title=f"all together, of {limit / 2**20:,.0f} MiB a device")
 
     def add(table: Table, name: str, size: int) -> None:
@@ -473,3 +478,19 @@ def tables(found: Need, mesh: Mesh, limit: int) -> Sequence[Table]:
         phases.add_section()
         add(phases, "keys and values, in rollout", found.cache)
     return held, phases, stages
+
+
+def run(config: Config, workdir: Workdir) -> None:
+    """Prints the memory a run needs on each device; touches no workdir."""
+    m = config.mesh
+    wanted = m.data * m.fsdp * m.tensor
+    if wanted > 1:  # no axis takes the rest: a mesh that need not be here
+        pretend(wanted)
+    mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
+    sharding.check_rows(config_rows(config), mesh)
+    limit = device_bytes(config)
+    found = need(config, mesh, workdir)
+    console = Console()
+    for table in tables(found, mesh, limit):
+        console.print(table)
+    console.print(verdict(found, limit), highlight=False, soft_wrap=True)

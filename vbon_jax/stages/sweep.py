@@ -5,8 +5,7 @@ processes or hosts on one workdir) claim units; each is done by exactly one, and
 checkpoint when its worker dies.
 """
 
-import hashlib
-import json
+import dataclasses
 import os
 import time
 import uuid
@@ -18,83 +17,108 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vbon_jax import methods
 from vbon_jax.bon import theory
-from vbon_jax.config import Settings
+from vbon_jax.config import Config
 from vbon_jax.data import jsonl
-from vbon_jax.data import samples as reference_files
-from vbon_jax.evaluation import heldout
-from vbon_jax.methods import build as methods
-from vbon_jax.methods.build import Spec
+from vbon_jax.data.samples import PromptSamples
+from vbon_jax.evaluation import exact, heldout
+from vbon_jax.methods import Method, Series, learning
 from vbon_jax.progress import log
-from vbon_jax.stages import claims, inputs, workdir
-from vbon_jax.stages.inputs import Decoder, Run
+from vbon_jax.stages import claims, evaluate, loading
+from vbon_jax.stages.base import Run, Stage
 from vbon_jax.training import loop, population
 from vbon_jax.training.checkpoint import Checkpointer
-from vbon_jax.training.loop import World
+from vbon_jax.training.learner import Member
+from vbon_jax.training.loop import Task
 from vbon_jax.training.metrics import MetricsWriter
-from vbon_jax.training.population import Member
+from vbon_jax.training.references import references
 
 POLL_SECONDS = 5.0  # between looks at units that other workers hold
 
 
 class Unit(NamedTuple):
-    """A population of the sweep. label: "method" in the table; study: "front", or "m" for one n at
-    several numbers of reference samples."""
+    """A population of the sweep.
+
+    Attributes:
+      name: of its folder.
+      series: the method under the options that all members share.
+      study: "front", or "m" for one n at several numbers of reference samples.
+      options: of the method.
+      members: their values and seeds.
+    """
 
     name: str
-    label: str
+    method: Method
+    series: Series
     study: str
-    method: Spec
+    options: Any
     members: tuple[Member, ...]
 
+    @property
+    def label(self) -> str:
+        """"method" in the table."""
+        return self.series.label
 
-def units(s: Settings) -> list[Unit]:
+    @property
+    def by_beta(self) -> bool:
+        """Whether the members differ in beta, not in n."""
+        return self.series.varies == "beta"
+
+
+def _options(s: Config, method: Method, series: Series) -> Any:
+    """The options of a curve: the run's own, but for what the series fixes.
+
+    A method of several forms, such as bond, is swept in the form of its series.
+    """
+    given = {
+        f.name: getattr(s.method, f.name)
+        for f in dataclasses.fields(method.options)
+        if hasattr(s.method, f.name)
+    }
+    if series.estimators:
+        given["estimator"] = getattr(s.sweep, f"{series.label}_estimator")
+    return method.options(**given | series.fixed)
+
+
+def units(s: Config) -> list[Unit]:
     """The units of a sweep, the longest first."""
-    w, m = s.sweep, s.samples.m
-    exact = Spec("vbon", "exact", s.method.estimator)
-    bound = Spec("vbon", "lower_bound", w.lower_bound_estimator)
-    of_n = [
-        ("vbon", exact, w.vbon),
-        ("lower_bound", bound, w.lower_bound),
-        ("bond", Spec("bond", "backward", s.method.estimator), w.bond),
-        ("bonbon", Spec("bonbon", "exact", s.method.estimator), w.bonbon),
-        ("bon_sft", Spec("bon_sft", "exact", s.method.estimator), w.bon_sft),
-    ]
-    of_beta = [
-        (name, Spec(name, "exact", s.method.estimator), values)
-        for name, values in (("ppo", w.ppo), ("dpo", w.dpo))
-    ]
-    seeds = [s.seed + i for i in range(w.seeds)]
+    m = s.samples.m
+    seeds = [s.seed + i for i in range(s.sweep.seeds)]
     found = []
-    for label, method, ns in of_n:
-        members = tuple(Member(float(n), s.method.beta, seed, m) for n in ns for seed in seeds)
-        found.append(Unit(label, label, "front", method, members))
-    for label, method, betas in of_beta:
-        # The n that beta stands for, as far as one does: only for KL(policy || bon) in the log.
-        members = tuple(
-            Member(1 / beta + 1, float(beta), seed, m) for beta in betas for seed in seeds
+    for label, (method, series) in methods.SERIES.items():
+        values = getattr(s.sweep, label)
+        if series.varies == "beta":
+            # The n that beta stands for, as far as one does: only for KL(policy || bon) in the log.
+            pairs = [(1 / beta + 1, float(beta)) for beta in values]
+        else:
+            pairs = [(float(n), s.method.beta) for n in values]
+        members = tuple(Member(n, beta, seed, m) for n, beta in pairs for seed in seeds)
+        found.append(
+            Unit(label, method, series, "front", _options(s, method, series), members)
         )
-        found.append(Unit(label, label, "front", method, members))
-    others = [value for value in w.m if value != m or s.method.n not in w.vbon]
+    method, series = methods.SERIES["vbon"]
+    others = [value for value in s.sweep.m if value != m or s.method.n not in s.sweep.vbon]
     members = tuple(Member(s.method.n, s.method.beta, seed, v) for v in others for seed in seeds)
-    found.append(Unit("m", "vbon", "m", exact, members))
+    found.append(Unit("m", method, series, "m", _options(s, method, series), members))
     return sorted((u for u in found if u.members), key=lambda u: -len(u.members))
 
 
 def folder(run: Run, unit: Unit) -> Path:
     """Where a unit's files lie: named for all that its results follow from."""
-    s = run.settings
-    follows = {
-        "settings": {
-            key: value
-            for key, value in workdir.relevant("sweep", s).items()
-            if not key.startswith(("method.", "sweep."))
-        },
+    s = run.config
+    follows = run.workdir.settled({
+        key: value
+        for key, value in run.workdir.relevant("sweep").items()
+        if not key.startswith(("method.", "sweep."))
+    })
+    spec = [unit.method.name, unit.series.variant, unit.options.estimator]
+    digest = run.workdir.digest({
+        "settings": follows,
         "method": [s.method.estimator, s.method.ties, s.method.n],
-        "unit": [*unit.method, *[list(m) for m in map(_values, unit.members)]],
+        "unit": [*spec, *[list(m) for m in map(_values, unit.members)]],
         "temperatures": [*s.sweep.temperatures, s.sweep.temperature_m],
-    }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
+    })
     return run.workdir.root / "sweep" / f"{unit.name}-{digest}"
 
 
@@ -107,42 +131,36 @@ class Splits:
 
     def __init__(self, run: Run):
         self.run = run
-        self.models = heldout.models(run)
+        self.models = loading.models(run)
         self._open: dict[tuple[str, float], heldout.HeldOut] = {}
 
     def get(self, split: str, temperature: float) -> heldout.HeldOut:
         at = split, temperature
         if at not in self._open:
-            s = self.run.settings
+            s = self.run.config
             front = at == ("test", s.sampling.temperature)
             m = s.evaluate.m if front else s.sweep.temperature_m
-            self._open[at] = heldout.open_split(
-                self.run, self.models, split, temperature, s.method.n, m
-            )
+            self._open[at] = evaluate.open_split(self.run, self.models, split, temperature, m)
         return self._open[at]
 
     def all(self) -> Iterator[heldout.HeldOut]:
         """Every split and temperature the sweep measures at."""
-        s = self.run.settings
+        s = self.run.config
         own = s.sampling.temperature
-        for split in ("test", "ood") if _has_ood(s) else ("test",):
+        for split in evaluate.splits(s):
             for temperature in dict.fromkeys((own, *s.sweep.temperatures)):
                 if split == "test" or s.sweep.temperatures:
                     yield self.get(split, temperature)
 
 
-def _has_ood(s: Settings) -> bool:
-    return bool(s.prompts.ood or s.prompts.ood_path)
-
-
 def sweep(run: Run) -> None:
     """``sweep.jsonl``: every unit trained and measured, by as many workers as come."""
     splits = Splits(run)
-    todo = units(run.settings)
+    todo = units(run.config)
     if not todo:
         log("sweep: the grids are empty (sweep.vbon, sweep.ppo, ...): only best-of-n is measured")
     yardsticks(run, splits)
-    worlds: dict[str, World] = {}
+    tasks = _Tasks(run)
     told = ""
     with run.workdir.shared():
         while todo:
@@ -151,13 +169,13 @@ def sweep(run: Run) -> None:
                 place = folder(run, unit)
                 if claims.done(place):
                     continue
-                claim = claims.try_claim(place, run.settings.sweep.stale_seconds)
+                claim = claims.try_claim(place, run.config.sweep.stale_seconds)
                 if claim is None:
                     waiting.append(unit)
                     continue
                 with claim:
                     try:
-                        _work(run, unit, place, worlds, splits, claim)
+                        _work(run, unit, place, tasks, splits, claim)
                         finished = claim.finish()
                     except _TakenOver:
                         finished = False
@@ -177,12 +195,12 @@ def sweep(run: Run) -> None:
 
 def yardsticks(run: Run, splits: Splits) -> None:
     """``sweep/yardsticks.jsonl``: reference and best-of-n at every split and temperature."""
-    s = run.settings
+    s = run.config
     whole = s.method.n.is_integer() and s.method.n <= s.sweep.temperature_m
     n = int(s.method.n) if whole else None
     rows = []
     for held in splits.all():
-        study = "front" if held.sampling.temperature == s.sampling.temperature else "temperature"
+        study = "front" if held.temperature == s.sampling.temperature else "temperature"
         common = {
             "split": held.split,
             "seed": s.seed,
@@ -195,7 +213,7 @@ def yardsticks(run: Run, splits: Splits) -> None:
         found = [("reference", study, held.reference())]
         for size in s.sweep.bon if held.split == "test" and study == "front" else ():
             found.append(("bon", study, held.bon(size)))
-        if held.sampling.temperature in s.sweep.temperatures:
+        if held.temperature in s.sweep.temperatures:
             found.append(("reference", "temperature", held.reference()))
             if n is not None:
                 found.append(("bon", "temperature", held.bon(n)))
@@ -229,20 +247,59 @@ def _while_held(one: loop.Step, claim: claims.Claim) -> loop.Step:
     return held
 
 
+class _Tasks:
+    """What units learn from, read once an estimator."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._found: dict[str, tuple[Task, list[PromptSamples]]] = {}
+
+    def of(self, unit: Unit) -> tuple[Task, list[PromptSamples]]:
+        """The task of a unit, with references of each member's own m where they differ."""
+        estimator = unit.options.estimator
+        if estimator not in self._found:
+            self._found[estimator] = loading.task(self._run, estimator)
+        task, samples = self._found[estimator]
+        if unit.study != "m":
+            return task, samples
+        ties, full = self._run.config.method.ties, task.references
+
+        def table(m: int) -> Any:
+            found = references(samples, m, estimator, ties, task.sampler)
+            wide = full.rewards_PxM.shape[1] - m
+            return found._replace(
+                rewards_PxM=jnp.pad(
+                    found.rewards_PxM, ((0, 0), (0, wide)), constant_values=jnp.inf
+                ),
+                order_PxM=None
+                if found.order_PxM is None
+                else jnp.pad(found.order_PxM, ((0, 0), (0, wide))),
+            )
+
+        tables = [table(m.m) for m in population.padded(unit.members, self._run.mesh)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *tables)
+        return dataclasses.replace(task, references=stacked), samples
+
+
 def _work(
-    run: Run, unit: Unit, place: Path, worlds: dict[str, World], splits: Splits, claim: claims.Claim
+    run: Run, unit: Unit, place: Path, tasks: _Tasks, splits: Splits, claim: claims.Claim
 ) -> None:
     """Trains a unit, from its checkpoint if there is one, and measures its members.
 
-    Raises _TakenOver where the claim is lost before the end of training."""
-    s = run.settings
-    if unit.method.estimator not in worlds:
-        worlds[unit.method.estimator] = methods.world(run, unit.method)
-    world = _for_members(run, worlds[unit.method.estimator], unit)
+    Raises:
+      _TakenOver: the claim is lost before the end of training.
+    """
+    s = run.config
+    task, samples = tasks.of(unit)
+    config = task.sampler.model.config
+    value = loading.value_network(run, config) if unit.method.values else None
+    job = learning.Job(
+        unit.method, unit.options, loading.training(s), config, len(task.prompts), value
+    )
     members = population.padded(unit.members, run.mesh)
-    state, step = methods.many(run, world, unit.method, members, s.sweep.at_once)
+    state, step = learning.many(job, task, members, samples, s.sweep.at_once)
     step = _while_held(step, claim)
-    total = methods.iterations(s, unit.method, len(world.prompts))
+    total = job.iterations
     checkpointer = Checkpointer(place / "checkpoints", keep=1)
     try:
         start = checkpointer.latest_step or 0
@@ -253,70 +310,39 @@ def _work(
         writer = MetricsWriter(place, start)
         try:
             title = f"{unit.name} x{len(unit.members)}"
-            every = min(s.train.checkpoint_every, total)
-            state = loop.run(
-                state, start, step, loop.LoopPlan(title, total, every), checkpointer, writer,
-                {"unit": unit.name},
-            )  # fmt: skip
+            schedule = loop.Schedule(title, total, min(s.train.checkpoint_every, total))
+            record = loop.Record(checkpointer, writer, {"unit": unit.name})
+            state = loop.run(state, start, step, schedule, record)
         finally:
             writer.close()
     finally:
         checkpointer.close()
-    _measure(run, unit, place, world, state, splits)
+    _measure(run, unit, place, task, state, splits)
 
 
-def _for_members(run: Run, world: World, unit: Unit) -> World:
-    """The world with references of each member's own m, where they differ."""
-    if unit.study != "m":
-        return world
-    members = population.padded(unit.members, run.mesh)
-    full = world.references
-    tokenizer = inputs.load_tokenizer(run)
-    samples = reference_files.samples_of(
-        run.workdir.train_samples, world.prompts, run.settings.samples.m
-    )
+def _measure(run: Run, unit: Unit, place: Path, task: Task, state: Any, splits: Splits) -> None:
+    """Measures each member at the training temperature, the matched ones elsewhere too.
 
-    def of(m: int) -> Any:
-        table = inputs.references(run, tokenizer, samples, m, unit.method.estimator)
-        wide = full.rewards_PxM.shape[1] - m
-        return table._replace(
-            rewards_PxM=jnp.pad(table.rewards_PxM, ((0, 0), (0, wide)), constant_values=jnp.inf),
-            order_PxM=None
-            if table.order_PxM is None
-            else jnp.pad(table.order_PxM, ((0, 0), (0, wide))),
-        )
-
-    tables = [of(m.m) for m in members]
-    return world._replace(references=jax.tree.map(lambda *x: jnp.stack(x), *tables))
-
-
-def _measure(run: Run, unit: Unit, place: Path, world: World, state: Any, splits: Splits) -> None:
-    """``rows.jsonl`` of a unit: each member at the training temperature, the matched ones at the
-    sweep's temperatures and splits; ``samples.jsonl``: responses of a matched one."""
-    s = run.settings
-    steps = [record for _, record in jsonl.read(place / "metrics.jsonl")]
-    names = ("seconds_rollout", "seconds_reward", "seconds_update")
-    seconds = sum(step.get(name, 0.0) for step in steps for name in names) / len(unit.members)
-    refused = np.sum([step["refused"] for step in steps], axis=0)
-    if refused.any():
-        log(
-            f"sweep: {unit.name}: {int(np.sum(refused > 0))} of {len(unit.members)} policies had "
-            "steps refused because the loss or gradient was not finite (refused_steps in the table)"
-        )
-    reference = Decoder(world.config, world.reference)
+    ``rows.jsonl`` has a row of each; ``samples.jsonl`` responses of a matched one, ``exact.jsonl``
+    the exact figures where the world can be enumerated.
+    """
+    s = run.config
+    seconds, refused = _training_figures(unit, place)
+    reference = task.sampler
     test = splits.get("test", s.sampling.temperature)
     rate = test.speed(splits.models.reference, 1, True)[0]
-    by_beta = unit.label in ("ppo", "dpo")
+
+    def policy(i: int) -> Any:
+        return loading.policy_of(reference, population.member(state.params["decoder"], i))
 
     def row(i: int, held: heldout.HeldOut, study: str) -> tuple[dict[str, Any], Any]:
         member = unit.members[i]
-        policy = inputs.policy_of(reference, population.member(state.params["decoder"], i))
-        at = f"{unit.name} {i + 1}/{len(unit.members)} {held.split} T={held.sampling.temperature:g}"
-        found, drawn = held.policy(unit.label, member.n, policy, at, member.seed)
+        at = f"{unit.name} {i + 1}/{len(unit.members)} {held.split} T={held.temperature:g}"
+        found, drawn = held.policy(unit.label, member.n, policy(i), at, member.seed)
         common = {
             "unit": unit.name, "split": held.split, "seed": member.seed, "m": member.m,
-            "n": None if by_beta else member.n, "beta": member.beta if by_beta else None,
-            "seconds": seconds, "sample_seconds": len(world.prompts) * member.m / rate,
+            "n": None if unit.by_beta else member.n, "beta": member.beta if unit.by_beta else None,
+            "seconds": seconds, "sample_seconds": len(task.prompts) * member.m / rate,
             "refused_steps": int(refused[i]),
         }  # fmt: skip
         return _row(found, unit.label, study, common), drawn
@@ -329,39 +355,61 @@ def _measure(run: Run, unit: Unit, place: Path, world: World, state: Any, splits
     for i in matched:
         for held in splits.all():
             if held is test:
-                if held.sampling.temperature in s.sweep.temperatures:
+                if held.temperature in s.sweep.temperatures:
                     rows.append(rows[i] | {"study": "temperature"})
-            elif held.sampling.temperature in s.sweep.temperatures:
+            elif held.temperature in s.sweep.temperatures:
                 rows.append(row(i, held, "temperature")[0])
     lines: list[dict[str, Any]] = []
     for i in matched[:1]:
         texts = {unit.label: [[(r.text, r.reward) for r in g] for g in drawn_of[i]]}
         lines = heldout.sample_lines(test, texts)
     _write_lines(place / "samples.jsonl", lines)
-    exact = []
-    if tabular(s):
+    exact_rows = []
+    if evaluate.enumerable(s):
+        world = evaluate.enumerated(run, splits.models.reference)
         for i, member in enumerate(unit.members):
-            policy = inputs.policy_of(reference, population.member(state.params["decoder"], i))
-            beta = member.beta if by_beta else None
-            n = round(member.n, 6)  # of a beta: 1 / beta + 1
-            exact.append(
-                heldout.fixed_point(run, splits.models, policy, unit.label, n, beta)
-                | {"seed": member.seed, "m": member.m}
+            optimum = _optimum(s, unit, member)
+            found = exact.fixed_point(
+                policy(i).model, splits.models.reference.model, world, optimum
             )
-    _write_lines(place / "exact.jsonl", exact)
+            exact_rows.append(found | {"seed": member.seed, "m": member.m})
+    _write_lines(place / "exact.jsonl", exact_rows)
     _write_lines(place / "rows.jsonl", rows)
 
 
-def tabular(s: Settings) -> bool:
-    """Whether the world can be enumerated."""
-    return s.data.corpus == "tabular" and not s.data.path and bool(s.reward.function)
+def _training_figures(unit: Unit, place: Path) -> tuple[float, Any]:
+    """Seconds of training a member, and each member's refused steps."""
+    steps = [record for _, record in jsonl.read(place / "metrics.jsonl")]
+    names = ("seconds_rollout", "seconds_reward", "seconds_update")
+    seconds = sum(step.get(name, 0.0) for step in steps for name in names) / len(unit.members)
+    refused = np.sum([step["refused"] for step in steps], axis=0)
+    if refused.any():
+        log(
+            f"sweep: {unit.name}: {int(np.sum(refused > 0))} of {len(unit.members)} policies had "
+            "steps refused because the loss or gradient was not finite (refused_steps in the table)"
+        )
+    return seconds, refused
 
 
-def _matched(s: Settings, unit: Unit, rows: Sequence[dict[str, Any]]) -> list[int]:
+def _optimum(s: Config, unit: Unit, member: Member) -> exact.Optimum:
+    """What a member is held against in an enumerable world."""
+    n = round(member.n, 6)  # of a beta: 1 / beta + 1
+    beta = member.beta if unit.by_beta else None
+    series = unit.series
+    return exact.Optimum(
+        series.label, series.formula,
+        lambda log_ref, rewards: series.optimum(
+            log_ref, rewards, n, 0.0 if beta is None else beta, s.offline
+        ),
+        n, beta,
+    )  # fmt: skip
+
+
+def _matched(s: Config, unit: Unit, rows: Sequence[dict[str, Any]]) -> list[int]:
     """The members that stand for ``method.n``, all seeds: those of that n, or of the beta whose KL
     to the reference comes nearest to best-of-n's."""
     n = s.method.n
-    if unit.label not in ("ppo", "dpo"):
+    if not unit.by_beta:
         return [i for i, m in enumerate(unit.members) if m.n == n]
     target = float(theory.kl_upper_bound(n))
     betas = sorted({m.beta for m in unit.members})
@@ -376,7 +424,7 @@ def _matched(s: Settings, unit: Unit, rows: Sequence[dict[str, Any]]) -> list[in
 
 def write_table(run: Run) -> None:
     """``sweep.jsonl`` and ``sweep_samples.jsonl`` from the units that are done."""
-    root, s = run.workdir.root, run.settings
+    root, s = run.workdir.root, run.config
     rows = [r for _, r in jsonl.read(root / "sweep" / "yardsticks.jsonl")]
     lines: list[dict[str, Any]] = []
     exact: list[dict[str, Any]] = []
@@ -413,3 +461,14 @@ def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+STAGE = Stage(
+    name="sweep",
+    help="every method over its grid; several workers may share one workdir",
+    run=sweep,
+    depends=("evaluate", "evaluator", "sweep"),
+    after=("train",),
+    leaves=("sweep", "sweep.jsonl"),
+    redo="always",
+)

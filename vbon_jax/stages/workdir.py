@@ -5,80 +5,45 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from vbon_jax import config as st
+from vbon_jax import config
+from vbon_jax.config import Config
 from vbon_jax.errors import InputError
 from vbon_jax.progress import log
 
-# The settings a stage's results follow from: keys, or groups of keys. Later stages add to those of
-# the ones they read.
-_SFT = ("seed", "data", "tokenizer", "reference", "sampling.stop_at_eos", "memory.frozen_dtype")
-_REWARD = (*_SFT, "reward.path", "reward.function", "reward.model", "reward.fit")
-_SAMPLE = (*_REWARD, "reward", "prompts", "sampling", "samples", "memory.compute_dtype")
-_TRAIN = (
-    *_SAMPLE, "method", "bond", "train", "offline", "lora", "memory.param_dtype",
-    "memory.optimizer_dtype",
-)  # fmt: skip
-_DEPENDS = {
-    "sft": _SFT,
-    "reward": _REWARD,
-    "evaluator": (
-        *_SFT,
-        "evaluator.train",
-        "evaluator.path",
-        "evaluator.function",
-        "evaluator.model",
-        "evaluator.fit",
-    ),
-    "sample": _SAMPLE,
-    "train": _TRAIN,
-    "export": (*_TRAIN, "export"),
-    "evaluate": (*_TRAIN, "evaluate", "evaluator"),
-    "convergence": (*_SAMPLE, "convergence"),
-    "sweep": (*_TRAIN, "evaluate", "evaluator", "sweep"),
-    "report": (*_TRAIN, "evaluate", "evaluator", "sweep", "convergence"),
-}
 # Settings that change how fast a result comes, not what it is.
-_FREE = (
+FREE = (
     "data.tfds_dir", "sampling.batch_size", "train.checkpoint_every", "train.keep", "sweep.at_once",
     "sweep.stale_seconds",
 )  # fmt: skip
-# What holds a stage's results, to be removed to do it again.
-_RESULTS = {
-    "sft": ("tokenizer", "reference", "checkpoints/sft"),
-    "reward": ("reward", "checkpoints/reward"),
-    "evaluator": ("evaluator", "checkpoints/evaluator"),
-    "sample": ("samples/train.jsonl", "prompts"),
-    "train": ("checkpoints/train", "metrics.jsonl"),
-    "export": ("policy",),
-    "evaluate": ("evaluation.json",),
-    "convergence": ("convergence.json",),
-    "sweep": ("sweep", "sweep.jsonl"),
-    "report": ("report.html",),
-}
 
 
-def relevant(stage: str, settings: st.Settings) -> dict[str, Any]:
-    """The flat settings that ``stage``'s results follow from."""
+_OTHER = object()
 
-    def counts(name: str) -> bool:
-        return any(name == key or name.startswith(f"{key}.") for key in _DEPENDS[stage])
 
-    flat = st.flatten(st.as_dict(settings))
-    return {k: v for k, v in flat.items() if counts(k) and k not in _FREE}
+class Follows(Protocol):
+    """What the workdir asks of a stage; see ``stages.base.Stage``."""
+
+    leaves: tuple[str, ...]
+
+    def follows(self, stages: Any) -> tuple[str, ...]:
+        """The config keys that its results follow from."""
 
 
 class Workdir:
     """Paths below one folder, and a note a stage of the settings it was done with."""
 
-    def __init__(self, root: str | os.PathLike[str], settings: st.Settings):
-        """Nothing is made or read yet."""
+    def __init__(
+        self, root: str | os.PathLike[str], settings: Config, stages: Mapping[str, Any]
+    ):
+        """Nothing is made or read yet; ``stages``: all there are, by name."""
         self.root = Path(root).expanduser().absolute()
-        self._settings = settings
+        self._flat = config.flatten(config.as_dict(settings))
+        self._stages: Mapping[str, Follows] = stages
         self.tokenizer = self.root / "tokenizer"
         self.reference = self.root / "reference"
         self.reward = self.root / "reward"
@@ -100,14 +65,38 @@ class Workdir:
         Their name carries a digest of what they follow from, so that samples of another reference,
         reward, evaluator or prompt set are never taken for these.
         """
-        follows = relevant("sample", self._settings) | st.flatten(
-            {"evaluator": st.as_dict(self._settings.evaluator)}
-        )
-        digest = hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
+        follows = self.relevant("sample") | {
+            k: v for k, v in self._flat.items() if k.startswith("evaluator.")
+        }
+        digest = self.digest(self.settled(follows))
         return self.root / "samples" / f"{split}_{role}_t{temperature:g}_m{m}_{digest}.jsonl"
 
     def checkpoints(self, stage: str) -> Path:
+        """Where a stage's checkpoints lie."""
         return self.root / "checkpoints" / stage
+
+    def relevant(self, stage: str) -> dict[str, Any]:
+        """The flat settings that a stage's results follow from."""
+        keys = self._stages[stage].follows(self._stages)
+
+        def counts(name: str) -> bool:
+            return any(name == key or name.startswith(f"{key}.") for key in keys)
+
+        return {k: v for k, v in self._flat.items() if counts(k) and k not in FREE}
+
+    @staticmethod
+    def settled(follows: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings without the keys added since the first workdirs, where they have their default.
+
+        So the files of an older workdir, which are named by a digest of its settings, are found.
+        """
+        added = config.added()
+        return {k: v for k, v in follows.items() if added.get(k, _OTHER) != v}
+
+    @staticmethod
+    def digest(follows: Mapping[str, Any]) -> str:
+        """A short name for results that follow from these values."""
+        return hashlib.sha256(json.dumps(follows, sort_keys=True).encode()).hexdigest()[:8]
 
     @contextmanager
     def locked(self, wait: bool = False) -> Iterator[None]:
@@ -156,14 +145,16 @@ class Workdir:
         return json.loads(path.read_text()) if path.exists() else None
 
     def _refuse_changes(self, stage: str, note: dict[str, Any]) -> None:
-        wanted = relevant(stage, self._settings)
-        changed = [k for k, v in wanted.items() if note["settings"].get(k) != v]
+        wanted = self.relevant(stage)
+        # A note written before a key existed: that stage was done under what is now its default.
+        done = config.defaults_flat() | note["settings"]
+        changed = [k for k, v in wanted.items() if done.get(k) != v]
         if changed:
             first = changed[0]
-            results = [str(self.root / name) for name in _RESULTS[stage]]
+            results = [str(self.root / name) for name in self._stages[stage].leaves]
             raise InputError(
                 f"stage {stage} in {self.root} was done with "
-                f"{first}={note['settings'].get(first)!r}, now it is {wanted[first]!r}"
+                f"{first}={done.get(first)!r}, now it is {wanted[first]!r}"
                 + (f" (and {len(changed) - 1} more keys changed)" if changed[1:] else "")
                 + ": use another --workdir, or do the stage again after removing "
                 + " ".join([*results, str(self._note(stage))])
@@ -187,7 +178,7 @@ class Workdir:
 
         A wrong setting that is put right must not be held against the run.
         """
-        for name in _RESULTS[stage]:
+        for name in self._stages[stage].leaves:
             path = self.root / name
             if path.is_file() or any(p.is_file() for p in path.rglob("*")):
                 return
@@ -202,7 +193,7 @@ class Workdir:
         self._write_note(stage, complete=True)
 
     def _write_note(self, stage: str, complete: bool) -> None:
-        note = {"settings": relevant(stage, self._settings), "complete": complete}
+        note = {"settings": self.relevant(stage), "complete": complete}
         self.write_json(self._note(stage), note)
 
     def require(self, stage: str, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Alignment from stored samples (bon_sft, dpo, bonbon): the pool, the choices from it, the steps.
+"""Alignment from stored samples: the pool, its training examples, the gradient steps.
 
 A pool holds m reference samples of each of P prompts, N = P m rows, row p m + i being sample i of
 prompt p. The methods differ in which rows they choose and in the loss; none draws a new sample.
@@ -6,7 +6,6 @@ Shape suffixes: S tokens of a whole row, T response slots; in `steps`, S gradien
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,38 +16,48 @@ import numpy as np
 import optax
 
 from vbon_jax import sharding
-from vbon_jax.bon import pool as bon_pool
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
-from vbon_jax.models import log_probs as score
-from vbon_jax.models import trainable
+from vbon_jax.models import log_probs, trainable
 from vbon_jax.models.decoder import DecoderConfig
-from vbon_jax.rl import kl, preference
-from vbon_jax.sampling import sampler as engine
+from vbon_jax.rl import kl
+from vbon_jax.sampling.sampler import pad_left
 from vbon_jax.training.state import TrainState
 
-METHODS = ("bon_sft", "dpo", "bonbon")
-LABELS = ("hard", "soft")
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens_NxS", "mask_NxS", "response_mask_NxT", "log_ref_N"],
+    meta_fields=["temperature"],
+)
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """N reference samples, a pytree with rows first.
 
-class Pool(NamedTuple):
-    """N reference samples.
-
-    tokens_NxS: int32, the prompt padded on the left to P columns, then T response slots.
-    mask_NxS: bool, True on real tokens of both. response_mask_NxT: bool, those of the response.
-    log_ref_N: float32 nats, log pi_ref of the whole response at the temperature.
+    Attributes:
+      tokens_NxS: int32, the prompt padded on the left to P columns, then T response slots.
+      mask_NxS: bool, True on real tokens of both.
+      response_mask_NxT: bool, True on those of the response.
+      log_ref_N: float32 nats, log pi_ref of the whole response at the temperature.
+      temperature: that the samples were drawn at, static.
     """
 
     tokens_NxS: Any
     mask_NxS: Any
     response_mask_NxT: Any
     log_ref_N: Any
+    temperature: float
 
 
 class Choices(NamedTuple):
-    """Training examples. best_E, worst_E: int32 rows of the pool (the same row for bon_sft, which
-    uses best alone). preferred_E: float32, the probability that best is the better one."""
+    """Training examples, E of them.
+
+    Attributes:
+      best_E: int32 rows of the pool.
+      worst_E: int32 rows of the pool; those of ``best_E`` for a method that uses the best alone.
+      preferred_E: float32, the probability that best is the better one.
+    """
 
     best_E: Any
     worst_E: Any
@@ -56,21 +65,20 @@ class Choices(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class OfflinePlan:
-    """method: one of `METHODS`. temperature: of the samples, and so of every log-prob.
-    chunk: tokens whose logits are held at once."""
+class OfflineSetup:
+    """What the gradient steps are compiled for. All of it is static: it hashes by value.
 
-    method: str
-    temperature: float
-    chunk: int = score.CHUNK
+    Attributes:
+      config: the decoder of policy and reference.
+      optimizer: of what is trained.
+      loss: of pairs; see ``methods.base.Offline``. None for maximum likelihood on the best.
+      chunk: tokens whose logits are held at once.
+    """
 
-    def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} = {value!r} must be one of {', '.join(allowed)}")
+    config: DecoderConfig
+    optimizer: optax.GradientTransformation
+    loss: Callable[..., jax.Array] | None = None
+    chunk: int = log_probs.CHUNK
 
 
 def _response_ids(
@@ -144,7 +152,7 @@ def build_pool(
                     f"{name}: response {i} ({of_prompt.responses[i]!r}) has no token to train on; "
                     "remove it and its reward from the samples"
                 )
-    left = engine.pad_left([p.tokens for p in prompts], prompt_length, pad_id)
+    left = pad_left([p.tokens for p in prompts], prompt_length, pad_id)
     tokens_NxT = np.full((len(rows), max_new_tokens), pad_id, np.int32)
     response_mask_NxT = np.zeros(tokens_NxT.shape, bool)
     for row, ids in enumerate(rows):
@@ -165,7 +173,7 @@ def log_prob(
     *,
     config: DecoderConfig,
     temperature: float,
-    chunk: int = score.CHUNK,
+    chunk: int = log_probs.CHUNK,
 ) -> jax.Array:
     """log-probability of each response given its prompt, summed over its tokens: float32 nats [B].
 
@@ -174,7 +182,7 @@ def log_prob(
       temperature: divides the logits. chunk: tokens whose logits are held at once.
     """
     response_len = response_mask_BxT.shape[1]
-    log_probs_BxT = score.log_probs(
+    log_probs_BxT = log_probs.log_probs(
         params["decoder"], config, tokens_BxS, mask_BxS, response_len, temperature, chunk
     )
     return kl.sequence_sum(log_probs_BxT, response_mask_BxT)
@@ -209,87 +217,29 @@ def log_ref(
     return np.concatenate(found)
 
 
-def _check_counts(method: str, m: int, n: int, pairs: int, responses: int, labels: str) -> None:
-    _check_choice("method", method, METHODS)
-    _check_choice("labels", labels, LABELS)
-    if pairs < 1:
-        raise InputError(f"pairs = {pairs} a prompt; at least 1 is needed")
-    if method == "dpo":
-        most = responses * (responses - 1) // 2
-        if not 2 <= responses <= m:
-            raise InputError(
-                f"responses = {responses} must be between 2 and the m = {m} samples of a prompt"
-            )
-        if pairs > most:
-            raise InputError(
-                f"pairs = {pairs} a prompt, but {responses} responses make only {most}; lower "
-                "pairs or raise responses"
-            )
-        return
-    lowest = 2 if method == "bonbon" else 1  # a best, and a worst beside it
+def check_n(method: str, n: float, m: int, lowest: int) -> None:
+    """Raises InputError unless n is a whole number from ``lowest`` to m, the samples stored."""
     if not (lowest <= n <= m and n % 1 == 0):
         raise InputError(
-            f"n = {n} must be a whole number from {lowest} to the m = {m} samples of a prompt for "
+            f"n = {n:g} must be a whole number from {lowest} to the m = {m} samples of a prompt for "
             f"{method}; sample more or change n"
         )
 
 
-def _dpo_choices(
-    rng: np.random.Generator, rewards_PxM: np.ndarray, pairs: int, responses: int, labels: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(best, worst, preferred), [P, pairs] each: pairs of the first responses, none twice."""
-    combinations_Cx2 = np.array(list(itertools.combinations(range(responses), 2)))
-    order_PxC = np.argsort(rng.random((len(rewards_PxM), len(combinations_Cx2))), axis=1)
-    first, second = np.moveaxis(combinations_Cx2[order_PxC[:, :pairs]], -1, 0)
-    lead = np.take_along_axis(rewards_PxM, first, 1) - np.take_along_axis(rewards_PxM, second, 1)
-    best, worst = np.where(lead >= 0, (first, second), (second, first))
-    soft = 1 / (1 + np.exp(-np.abs(lead)))  # 1/2 at a tie
-    return best, worst, soft if labels == "soft" else np.where(lead == 0, 0.5, 1.0)
+def check_pairs(pairs: int, most: int | None = None, responses: int = 0) -> None:
+    """Raises InputError on fewer than one pair a prompt, or more than ``most`` there are."""
+    if pairs < 1:
+        raise InputError(f"pairs = {pairs} a prompt; at least 1 is needed")
+    if most is not None and pairs > most:
+        raise InputError(
+            f"pairs = {pairs} a prompt, but {responses} responses make only {most}; lower "
+            "pairs or raise responses"
+        )
 
 
-def choices(
-    method: str,
-    rewards_PxM: np.ndarray,
-    *,
-    n: int,
-    pairs: int,
-    responses: int,
-    labels: str,
-    seed: int,
-    order_PxM: np.ndarray | None = None,
-) -> Choices:
-    """The E = P pairs training examples of a method, prompt by prompt.
-
-    bon_sft: the best of n of the m samples. bonbon: best and worst of the same n. Both are drawn
-    ``pairs`` times a prompt, the n without replacement, tied rewards at random. dpo: of the pairs
-    that the first ``responses`` samples of a prompt make, ``pairs`` different ones at random; best
-    is the one of higher reward.
-
-    Args:
-      rewards_PxM: rewards of the pool's samples, in its order.
-      n: the N of best-of-N, a whole number of at most m; unused by dpo.
-      pairs: examples a prompt.
-      responses: samples a prompt that dpo pairs up; unused by the others.
-      labels: of dpo: "hard" takes the higher reward as preferred with probability 1 (1/2 where two
-        rewards are equal), "soft" with the Bradley-Terry probability sigmoid(r(best) - r(worst)).
-      seed: decides the draws.
-      order_PxM: of bon_sft: places in the total order that breaks ties; None breaks them at random.
-
-    Raises:
-      InputError: an unknown method or label, or numbers that m samples cannot serve; names them.
-    """
-    rewards_PxM = np.asarray(rewards_PxM, np.float64)
-    num_prompts, m = rewards_PxM.shape
-    _check_counts(method, m, n, pairs, responses, labels)
-    rng = np.random.default_rng(seed)
-    preferred = np.ones((num_prompts, pairs))
-    if method == "dpo":
-        best, worst, preferred = _dpo_choices(rng, rewards_PxM, pairs, responses, labels)
-    elif method == "bonbon":
-        best, worst = bon_pool.sample_best_and_worst(rng, rewards_PxM, n, pairs)
-    else:
-        best = worst = bon_pool.sample_winners(rng, rewards_PxM, n, pairs, order_PxM)
-    first_row_Px1 = m * np.arange(num_prompts)[:, None]
+def examples(m: int, best: np.ndarray, worst: np.ndarray, preferred: np.ndarray) -> Choices:
+    """Choices from sample numbers [P, pairs] of each prompt, prompt by prompt."""
+    first_row_Px1 = m * np.arange(len(best))[:, None]
     return Choices(
         (first_row_Px1 + best).astype(np.int32).ravel(),
         (first_row_Px1 + worst).astype(np.int32).ravel(),
@@ -323,46 +273,45 @@ def loss(
     alpha: jax.Array | float,
     base: Any = None,
     *,
-    config: DecoderConfig,
-    plan: OfflinePlan,
+    setup: OfflineSetup,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss of a minibatch of choices.
+    """Mean loss of a minibatch of examples.
 
     Args:
       params: {"decoder": ...}, what ``models.trainable`` trains of ``base``.
+      pool: the samples.
       rows: B examples.
-      beta: dpo's beta, or bonbon's beta_n (`preference.bonbon_beta`); unused by bon_sft.
-      alpha: bonbon's weight of its likelihood term; unused by the others.
+      beta: coefficient of the method's loss.
+      alpha: a second one.
       base: the reference's decoder, which holds what is not trained; None where all is.
+      setup: what is static.
 
     Returns:
       (float32 scalar, metrics): ``loss``, ``nll`` (mean -log policy(best), nats a response), and of
       pairs ``accuracy`` (share with log-ratio(best) > log-ratio(worst)) and ``margin`` (mean of
       their difference, nats).
     """
-    pairwise = plan.method != "bon_sft"
+    pairwise = setup.loss is not None
     rows_B = jnp.concatenate([rows.best_E, rows.worst_E]) if pairwise else rows.best_E
     # Gathered rows would be whole on every device: each would do all of the minibatch.
     batch = sharding.constrain(jax.tree.map(lambda x: jnp.asarray(x)[rows_B], pool), "batch")
     policy = params["decoder"] if base is None else trainable.join(base, params["decoder"])
     log_policy = log_prob(
         {"decoder": policy},
-        *batch[:3],
-        config=config,
-        temperature=plan.temperature,
-        chunk=plan.chunk,
+        batch.tokens_NxS,
+        batch.mask_NxS,
+        batch.response_mask_NxT,
+        config=setup.config,
+        temperature=pool.temperature,
+        chunk=setup.chunk,
     )
     size = rows.best_E.shape[0]
     nll = -jnp.mean(log_policy[:size])
-    if not pairwise:
+    if setup.loss is None:
         return nll, {"loss": nll, "nll": nll}
     log_ratio = log_policy - batch.log_ref_N
     best, worst = log_ratio[:size], log_ratio[size:]
-    if plan.method == "dpo":
-        loss_B = preference.dpo_loss(best, worst, beta, rows.preferred_E)
-    else:
-        loss_B = preference.bonbon_loss(log_policy[:size], best, worst, beta, alpha)
-    total = jnp.mean(loss_B)
+    total = jnp.mean(setup.loss(log_policy[:size], best, worst, rows.preferred_E, beta, alpha))
     return total, {
         "loss": total,
         "nll": nll,
@@ -379,19 +328,21 @@ def steps(
     alpha: jax.Array | float,
     base: Any = None,
     *,
-    config: DecoderConfig,
-    plan: OfflinePlan,
-    optimizer: optax.GradientTransformation,
+    setup: OfflineSetup,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """S gradient steps, one a row of choices_SxB, in one scan.
 
     Pure and not jitted, for `jax.vmap` over (state, choices_SxB, beta, alpha) with one pool for all
-    members as well. Callers jit it with config, plan and optimizer static and the state donated.
+    members as well. Callers jit it with the setup static and the state donated.
 
     Args:
       state: params are {"decoder": ...}.
+      pool: the samples.
       choices_SxB: `Choices` with leading axes [S, B].
-      beta, alpha, base: as in `loss`; data, not structure.
+      beta: as in `loss`; data, not structure.
+      alpha: likewise.
+      base: as in `loss`.
+      setup: what is static.
 
     Returns:
       (state S steps on, metrics of `loss`, means over the steps, and ``grad_norm``, the largest).
@@ -400,9 +351,9 @@ def steps(
     def gradient_step(carry, rows):
         params, opt_state = carry
         grads, info = jax.grad(loss, has_aux=True)(
-            params, pool, rows, beta, alpha, base, config=config, plan=plan
+            params, pool, rows, beta, alpha, base, setup=setup
         )
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = setup.optimizer.update(grads, opt_state, params)
         info["grad_norm"] = optax.tree.norm(grads)
         return (optax.apply_updates(params, updates), opt_state), info
 

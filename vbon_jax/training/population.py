@@ -5,8 +5,6 @@ vmapped side by side and the others follow in the same program; several devices 
 out among themselves and never talk to each other.
 """
 
-import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,27 +16,32 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vbon_jax import sharding
-from vbon_jax.bon.references import References
 from vbon_jax.models import trainable
-from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.rewards.base import counts_of
 from vbon_jax.sampling import decode
-from vbon_jax.sampling import sampler as engine
-from vbon_jax.sampling.responses import check_rewards, counts_of
-from vbon_jax.sampling.sampler import Request, Sampling
-from vbon_jax.training import loop, ppo, state
-from vbon_jax.training.loop import Step, World
+from vbon_jax.sampling.decode import Rollout
+from vbon_jax.sampling.sampler import (
+    Prompts,
+    Request,
+    Sampler,
+    ScoredRollout,
+    index,
+    named_key,
+    pad_left,
+    respond,
+)
+from vbon_jax.training import state
+from vbon_jax.training.learner import (
+    Clock,
+    Member,
+    Program,
+    Update,
+    prompt_length,
+    requests_of,
+)
+from vbon_jax.training.loop import Task, batch_requests
 
 AXIS = "population"
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One policy of a population: n of best-of-n, beta, the seed of its training, and m."""
-
-    n: float
-    beta: float
-    seed: int
-    m: int
 
 
 def padded(members: Sequence[Member], mesh: Mesh) -> list[Member]:
@@ -106,45 +109,6 @@ def _divisor(count: int, most: int) -> int:
     return next(d for d in range(min(count, most), 0, -1) if count % d == 0)
 
 
-def _drawer(config: DecoderConfig, sampling: Sampling, mesh: Mesh, at_once: int) -> Callable:
-    def draw(shared, params, key, tokens_BxP, mask_BxP, ids_B, samples_B):
-        step, base = shared
-        return decode.rollout(
-            trainable.join(base, params), tokens_BxP, mask_BxP,
-            decode.identity_keys(key, step, ids_B, samples_B),
-            sampling.temperature, config=config, max_new_tokens=sampling.max_new_tokens,
-            eos_id=sampling.eos_id, pad_id=sampling.pad_id,
-            together=None if at_once == 1 else AXIS,
-        )  # fmt: skip
-
-    return over_members(draw, mesh, at_once)
-
-
-def _rows(world: World, batches: Sequence[Sequence[Request]], length: int) -> tuple:
-    """Padded prompts [K, B, P] with masks, ids and sample numbers [K, B], on the mesh."""
-    padded_rows = [
-        engine.pad_left([r.tokens for r in batch], length, world.sampling.pad_id)
-        for batch in batches
-    ]
-    arrays = (
-        np.stack([rows.tokens_BxP for rows in padded_rows]),
-        np.stack([rows.mask_BxP for rows in padded_rows]),
-        np.array([[r.prompt_id for r in batch] for batch in batches], np.int32),
-        np.array([[r.sample for r in batch] for batch in batches], np.int32),
-    )
-    return sharding.place(arrays, world.mesh, AXIS)
-
-
-def _scores(world: World, batches: Sequence[Sequence[Request]], rows: tuple, rollout: Any) -> Any:
-    """Rewards [K, B], all members' responses scored as one batch."""
-    by_id, _ = loop.index(world.prompts)
-    prompts = [by_id[r.prompt_id] for batch in batches for r in batch]
-    flat = [x.reshape(-1, x.shape[-1]) for x in (*rows[:2], rollout.tokens_BxT, rollout.mask_BxT)]
-    rewards = np.asarray(world.reward(prompts, *flat), np.float32)
-    check_rewards(rewards, prompts, lambda i: world.response_text(flat[2][i][flat[3][i]].tolist()))
-    return rewards.reshape(len(batches), -1)
-
-
 def keep_finite(old: state.TrainState, new: state.TrainState, metrics: dict) -> tuple:
     """``new``, or where its loss or gradient is not finite ``old`` again, one step on.
 
@@ -158,90 +122,133 @@ def keep_finite(old: state.TrainState, new: state.TrainState, metrics: dict) -> 
     }
 
 
-def online(
-    world: World,
-    iteration: Callable[..., tuple[state.TrainState, dict[str, jax.Array]]],
-    sources: Sequence[str],
-    members: Sequence[Member],
-    keys_K: jax.Array,
-    batch_size: int,
-    at_once: int,
-    learning_rate: Callable[[int], float],
-) -> Step:
-    """The step of an online method for a whole population; compare ``loop.online``.
+def _guarded(update: Update, own_references: bool) -> Callable[..., Any]:
+    """A method's update for one member: refused where its loss or gradient is not finite."""
 
-    Args:
-      world: its references serve every member, [P, M], or stand for each, [K, P, M].
-      iteration: (state, reference params, batches, references, n, beta) -> (state, metrics) of one
-        member.
-      sources, learning_rate: as for ``loop.online``.
-      members: K of them; a multiple of the devices (``padded``). keys_K: of their rollouts.
-      at_once: see ``over_members``.
-
-    Member k does what a run of its own with its seed would do: same prompts, keys and updates.
-    """
-    own_references = world.references.rewards_PxM.ndim == 3
-
-    def update(shared, state, batches, references, n, beta):
+    def one(shared, state, scored, references, n, beta):
         reference, common = shared
-        new, metrics = iteration(
-            state, reference, batches, references if own_references else common, n, beta
+        new, metrics = update(
+            state, reference, scored, references if own_references else common, n, beta
         )
         return keep_finite(state, new, metrics)
 
-    draw = _drawer(world.config, world.sampling, world.mesh, at_once)
-    update_all = over_members(update, world.mesh, at_once, donate=True)
+    return one
 
-    def on_members(tree: Any) -> Any:
-        return sharding.place(tree, world.mesh, AXIS)
 
-    keys_K = on_members(keys_K)
-    n_K = on_members(np.array([m.n for m in members], np.float32))
-    beta_K = on_members(np.array([m.beta for m in members], np.float32))
-    none = on_members(np.zeros((len(members), 1), np.float32))
-    common: References | None = None
-    if not own_references:
-        common = sharding.place(world.references, world.mesh)
-    own = on_members(world.references) if own_references else none
-    length = engine.bucket_length(max(len(p.tokens) for p in world.prompts))
-    _, row_of = loop.index(world.prompts)
+class PopulationLearner:
+    """Trains K policies at once: `roll_out`, `score` and `update` as of ``learner.Learner``.
 
-    def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
-        began = time.monotonic()
-        base = [loop.batch_requests(world.prompts, batch_size, step, m.seed) for m in members]
-        whole = trainable.trains_head(state.params[sources[0]])
-        shared = {} if whole else world.reference["decoder"]
-        scored, seconds, tokens = [], {"rollout": 0.0, "reward": 0.0}, 0
-        for i, source in enumerate(sources):
-            batches = [
-                [Request(r.prompt_id, r.sample * len(sources) + i, r.tokens) for r in batch]
-                for batch in base
-            ]
-            start = time.monotonic()
-            rows = _rows(world, batches, length)
-            rollout = draw((np.int32(step), shared), state.params[source], keys_K, *rows)
-            tokens += int(jnp.sum(rollout.mask_BxT))  # waits for the rollout
-            drawn = time.monotonic()
-            rewards = _scores(world, batches, rows, rollout)
-            numbers = np.array([[row_of[r.prompt_id] for r in b] for b in batches], np.int32)
-            placed = on_members((rewards, numbers))
-            scored.append(ppo.RolloutBatch(rows[0], rows[1], rollout, *placed))
-            seconds["rollout"] += drawn - start
-            seconds["reward"] += time.monotonic() - drawn
-        ready = time.monotonic()
-        state, metrics = update_all(
-            (world.reference, common), state, tuple(scored), own, n_K, beta_K
+    Member k does what a run of its own with its seed would do: same prompts, keys and updates.
+    """
+
+    def __init__(self, task: Task, program: Program, members: Sequence[Member], at_once: int):
+        """Compiles nothing yet.
+
+        Args:
+          task: its references serve every member, [P, M], or stand for each, [K, P, M].
+          program: of one member.
+          members: K of them, a multiple of the devices (``padded``).
+          at_once: see ``over_members``.
+        """
+        self.task, self.program, self.members = task, program, members
+        mesh, own = task.sampler.mesh, task.references.rewards_PxM.ndim == 3
+        self._keys_K = self._place(jnp.stack([named_key(m.seed, "rollout") for m in members]))
+        self._n_K = self._place(np.array([m.n for m in members], np.float32))
+        self._beta_K = self._place(np.array([m.beta for m in members], np.float32))
+        none = np.zeros((len(members), 1), np.float32)
+        self._own = self._place(task.references if own else none)
+        self._common = None if own else sharding.place(task.references, mesh)
+        self._length = prompt_length(task)
+        self._draw = over_members(partial(_draw, task.sampler, at_once), mesh, at_once)
+        self._update = over_members(_guarded(program.update, own), mesh, at_once, donate=True)
+        self._clock = Clock()
+
+    def _place(self, tree: Any) -> Any:
+        return sharding.place(tree, self.task.sampler.mesh, AXIS)
+
+    def roll_out(self, state: Any, step: int) -> list[tuple[list[list[Request]], Prompts, Rollout]]:
+        """Of each source: the requests of each member, their prompts and responses, [K, B, ...]."""
+        self._clock.start()
+        task, program = self.task, self.program
+        base = [
+            batch_requests(task.prompts, program.batch_size, step, m.seed) for m in self.members
+        ]
+        whole = trainable.trains_head(state.params[program.sources[0]])
+        frozen = {} if whole else task.sampler.model.params
+        drawn = []
+        for i, source in enumerate(program.sources):
+            requests = [requests_of(rows, i, program) for rows in base]
+            prompts, *identity = self._rows(requests)
+            rollout = self._draw(
+                (np.int32(step), frozen), state.params[source], self._keys_K, *prompts, *identity
+            )
+            drawn.append((requests, prompts, rollout))
+        tokens = sum(int(jnp.sum(rollout.mask_BxT)) for *_, rollout in drawn)  # waits for them
+        self._clock.lap("rollout", tokens)
+        return drawn
+
+    def _rows(self, requests: Sequence[Sequence[Request]]) -> tuple[Prompts, Any, Any]:
+        """Padded prompts [K, B, P], prompt ids and sample numbers [K, B], on the mesh."""
+        pad_id = self.task.sampler.settings.pad_id
+        rows = [pad_left([r.tokens for r in batch], self._length, pad_id) for batch in requests]
+        arrays = (
+            Prompts(*(np.stack(x) for x in zip(*rows, strict=True))),
+            np.array([[r.prompt_id for r in batch] for batch in requests], np.int32),
+            np.array([[r.sample for r in batch] for batch in requests], np.int32),
+        )
+        return self._place(arrays)
+
+    def score(self, drawn: Sequence[Any]) -> tuple[ScoredRollout, ...]:
+        """The rewards of the responses, all members' scored as one batch.
+
+        Raises:
+          InputError: a reward is NaN.
+        """
+        task = self.task
+        by_id, row_of = index(task.prompts)
+        scored = []
+        for requests, prompts, rollout in drawn:
+            of = [by_id[r.prompt_id] for batch in requests for r in batch]
+            flat_prompts, flat = jax.tree.map(
+                lambda x: x.reshape(-1, *x.shape[2:]), (prompts, rollout)
+            )
+            rewards = task.sampler.rewards(task.reward, of, flat_prompts, flat)
+            rows = np.array([[row_of[r.prompt_id] for r in b] for b in requests], np.int32)
+            placed = self._place((rewards.reshape(rows.shape), rows))
+            scored.append(
+                ScoredRollout(*prompts, rollout, *placed, task.sampler.settings.temperature)
+            )
+        self._clock.lap("reward")
+        return tuple(scored)
+
+    def update(
+        self, state: Any, scored: tuple[ScoredRollout, ...], step: int
+    ) -> tuple[Any, dict[str, Any]]:
+        """The method's update of every member; ``state`` is donated.
+
+        Returns:
+          (state one step on, metrics: lists of K numbers, or one number of all members together).
+        """
+        state, metrics = self._update(
+            (self.task.reference, self._common), state, scored, self._own, self._n_K, self._beta_K
         )
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-        updated = time.monotonic()
-        values |= {
-            "learning_rate": learning_rate(step),
-            "seconds_rollout": seconds["rollout"],
-            "seconds_reward": seconds["reward"],
-            "seconds_update": updated - ready,
-            "tokens_per_second": tokens / (updated - began),
-            **counts_of(world.reward),  # of all members together
-        }
-        return state, values, loop.note(values)
+        self._clock.lap("update")
+        values |= {"learning_rate": self.program.learning_rate(step), **self._clock.metrics()}
+        return state, values | counts_of(self.task.reward)
 
-    return one
+
+def _draw(
+    sampler: Sampler, at_once: int, shared: Any, params: Any, key: jax.Array, *rows: Any
+) -> Rollout:
+    """Responses of one member: ``rows`` are prompts, mask, prompt ids and sample numbers."""
+    step, base = shared
+    tokens_BxP, mask_BxP, ids_B, samples_B = rows
+    return respond(
+        trainable.join(base, params),
+        Prompts(tokens_BxP, mask_BxP),
+        decode.identity_keys(key, step, ids_B, samples_B),
+        sampler.model.config,
+        sampler.settings,
+        None if at_once == 1 else AXIS,
+    )

@@ -19,20 +19,25 @@ from vbon_jax.progress import Stopped, StopSignal, reporting
 from vbon_jax.rewards import classifier
 from vbon_jax.training import state as train_state
 from vbon_jax.training.checkpoint import Checkpointer
+from vbon_jax.training.options import Fit
 
 BUCKET = 16  # texts are padded to a multiple of this: one compile a bucket
 SAVE_SECONDS = 120.0  # between checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
-class FitPlan:
-    """epochs; batch_size in texts; AdamW's peak learning_rate (linear warm-up over 5% of the steps,
-    cosine to 0 after) and weight_decay."""
+class Corpus:
+    """Token ids of labelled texts.
 
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
+    Attributes:
+      texts: ids of each text, at least two tokens each.
+      labels: one a text.
+      pad_id: fills empty slots.
+    """
+
+    texts: Sequence[Sequence[int]]
+    labels: Sequence[int]
+    pad_id: int
 
 
 class TextBatch(NamedTuple):
@@ -73,17 +78,14 @@ def classifier_loss(
 
 
 def epoch_batches(
-    texts: Sequence[Sequence[int]],
-    labels: Sequence[int],
-    batch_size: int,
-    pad_id: int,
-    rng: np.random.Generator | None,
+    data: Corpus, batch_size: int, rng: np.random.Generator | None
 ) -> Iterator[TextBatch]:
     """Every text once, in batches of like length; shuffled by ``rng``, or in order of length.
 
     Padded lengths are multiples of BUCKET, and the last batch is filled with empty rows, so the
     number of compiled shapes is the number of buckets.
     """
+    texts, labels = data.texts, data.labels
     lengths = np.array([-(-len(t) // BUCKET) * BUCKET for t in texts])
     batches = []
     for length in np.unique(lengths):
@@ -94,7 +96,7 @@ def epoch_batches(
     if rng is not None:
         rng.shuffle(batches)
     for length, rows in batches:
-        tokens = np.full((batch_size, length), pad_id, np.int32)
+        tokens = np.full((batch_size, length), data.pad_id, np.int32)
         mask = np.zeros((batch_size, length), bool)
         label = np.zeros(batch_size, np.int32)
         for i, row in enumerate(rows.tolist()):
@@ -114,29 +116,36 @@ def fit(
     title: str,
     params: Any,
     loss: Loss,
-    texts: Sequence[Sequence[int]],
-    labels: Sequence[int],
-    plan: FitPlan,
-    pad_id: int,
+    data: Corpus,
+    options: Fit,
     mesh: Mesh,
     seed: int,
     checkpointer: Checkpointer,
 ) -> Any:
-    """Parameters after ``plan.epochs`` passes, from the newest checkpoint if there is one.
+    """Maximum likelihood by AdamW, from the newest checkpoint if there is one.
 
     Args:
+      title: of the progress line.
       params: initial parameters on ``mesh``; donated.
       loss: (params, batch) -> (sum of nats, number of terms).
-      texts: token ids of each text, at least two tokens each. labels: one a text.
+      data: the training texts.
+      options: epochs, batch size, learning rate and weight decay.
+      mesh: the device mesh.
+      seed: of the order of texts.
       checkpointer: where the state goes every SAVE_SECONDS, at a signal, and is looked for first.
 
-    Raises Stopped after a signal, InputError when the loss stops being finite.
+    Returns:
+      Parameters after ``options.epochs`` passes.
+
+    Raises:
+      Stopped: after a signal.
+      InputError: the loss stops being finite.
     """
-    total = plan.epochs * steps_per_epoch(texts, plan.batch_size)
+    total = options.epochs * steps_per_epoch(data.texts, options.batch_size)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, plan.learning_rate, max(1, total // 20), max(2, total), 0.0
+        0.0, options.learning_rate, max(1, total // 20), max(2, total), 0.0
     )
-    optimizer = train_state.adamw(schedule, 1e-8, plan.weight_decay, 1.0)
+    optimizer = train_state.adamw(schedule, 1e-8, options.weight_decay, 1.0)
     state = sharding.place(train_state.create(params, optimizer, jax.random.key(seed)), mesh)
     restored = checkpointer.restore(state)
     if restored is not None:
@@ -158,9 +167,9 @@ def fit(
     step, saved_at = 0, time.monotonic()
     recent: list[float] = []
     with reporting(title, total, done) as report, StopSignal() as stop:
-        for epoch in range(plan.epochs):
+        for epoch in range(options.epochs):
             rng = np.random.default_rng((seed, epoch))
-            for batch in epoch_batches(texts, labels, plan.batch_size, pad_id, rng):
+            for batch in epoch_batches(data, options.batch_size, rng):
                 step += 1
                 if step <= done:
                     continue
@@ -182,38 +191,24 @@ def fit(
     return state.params
 
 
-def mean_loss(
-    params: Any,
-    loss: Loss,
-    texts: Sequence[Sequence[int]],
-    labels: Sequence[int],
-    batch_size: int,
-    pad_id: int,
-    mesh: Mesh,
-) -> float:
+def mean_loss(params: Any, loss: Loss, data: Corpus, batch_size: int, mesh: Mesh) -> float:
     """Mean nats a term over held-out texts."""
     jitted = jax.jit(loss)
     sums = np.zeros(2)
-    for batch in epoch_batches(texts, labels, batch_size, pad_id, None):
+    for batch in epoch_batches(data, batch_size, None):
         sums += np.array(jitted(params, sharding.place(batch, mesh, "batch")), np.float64)
     return float(sums[0] / sums[1])
 
 
 def accuracy(
-    params: Any,
-    config: decoder.DecoderConfig,
-    texts: Sequence[Sequence[int]],
-    labels: Sequence[int],
-    batch_size: int,
-    pad_id: int,
-    mesh: Mesh,
+    params: Any, config: decoder.DecoderConfig, data: Corpus, batch_size: int, mesh: Mesh
 ) -> float:
     """Share of texts to which a two-label classifier gives its own label the higher score."""
     score = partial(classifier.score, config=config, kind="log_odds", label=1)
     right = 0.0
-    for batch in epoch_batches(texts, labels, batch_size, pad_id, None):
+    for batch in epoch_batches(data, batch_size, None):
         on_device = sharding.place(batch, mesh, "batch")
         log_odds = np.asarray(score(params, on_device.tokens_BxT, on_device.mask_BxT))
         real = batch.mask_BxT.any(axis=1)
         right += float(np.sum((log_odds > 0)[real] == batch.label_B[real]))
-    return right / len(texts)
+    return right / len(data.texts)

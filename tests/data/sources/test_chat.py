@@ -1,5 +1,7 @@
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
@@ -96,6 +98,45 @@ def test_faults_name_file_and_line(tmp_path, line, message):
     with pytest.raises(InputError, match=r"c\.jsonl:2: ") as error:
         chat.read(path)
     assert message in str(error.value)
+
+
+def test_parquet_messages_are_a_list_of_structs(tmp_path):
+    path = tmp_path / "c.parquet"
+    user, assistant = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}
+    table = pa.table({"id": [1, 2], "messages": [[user], [user, assistant]], "turns": [9, 9]})
+    pq.write_table(table, path)
+    want = [Conversation((("user", "why?"),), f"{path}: row index {i}") for i in range(2)]
+    assert chat.read(path) == want
+    pq.write_table(table.rename_columns(["id", "said", "messages"]), path)
+    assert chat.read(path, "said") == want  # another column named messages is not read
+    pq.write_table(table.rename_columns(["id", "said", "turns"]), path)
+    with pytest.raises(InputError, match=r"index 0: neither.*found: 'id', 'said'.*prompts\.column"):
+        chat.read(path)
+    with pytest.raises(InputError, match=r"no column 'asked' .*'said'.*set prompts\.column"):
+        chat.read(path, "asked")
+    pq.write_table(pa.table({"messages": pa.array([[user], None])}), path)
+    with pytest.raises(InputError, match="row index 1: 'messages' must be a list of messages, not"):
+        chat.read(path)
+
+
+def test_a_named_column_holds_messages_or_what_the_user_says(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text('question,prompt\n"why, ""x""?",no\n')
+    assert chat.read(path, "question") == [Conversation((("user", 'why, "x"?'),), f"{path}:2")]
+    assert chat.read(path) == [Conversation((("user", "no"),), f"{path}:2")]
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"prompt": [{"role": "user", "content": "why?"}]}\n{"prompt": 3}')
+    with pytest.raises(InputError, match=r"jsonl:2: 'prompt' must be a list of messages, not 3"):
+        chat.read(path, "prompt")
+    path.write_text('{"prompt": [{"role": "user", "content": "why?"}]}\n{"text": ""}')
+    with pytest.raises(InputError, match=r"jsonl:2: key 'prompt' is missing.*set prompts\.column"):
+        chat.read(path, "prompt")
+    path.write_text('{"said": [{"role": "system", "content": "x"}]}')
+    with pytest.raises(InputError, match=r"jsonl:1: 'said' must end with one of the user"):
+        chat.read(path, "said")
+    path.write_text("")
+    with pytest.raises(InputError, match=r"jsonl: the file is empty; give it records with 'said'"):
+        chat.read(path, "said")
 
 
 def test_an_empty_file_says_what_is_needed(tmp_path):

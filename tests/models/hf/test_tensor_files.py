@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from vbon_jax.models.hf import tensor_files
-from vbon_jax.models.hf.tensor_files import CheckpointError, Planned
+from vbon_jax.models.hf.tensor_files import CheckpointError, TensorToWrite
 
 NONE = r"(?!)"  # matches no name: no buffers
 ARRAYS = {
@@ -24,11 +24,11 @@ ARRAYS = {
 
 
 def write(directory, arrays=ARRAYS, shard_bytes=10**9, dtypes=()):
-    planned = [
-        Planned(name, array.shape, dict(dtypes).get(name, "F32"), lambda array=array: array)
+    tensors = [
+        TensorToWrite(name, array.shape, dict(dtypes).get(name, "F32"), lambda array=array: array)
         for name, array in arrays.items()
     ]
-    tensor_files.write(directory, planned, shard_bytes)
+    tensor_files.write(directory, tensors, shard_bytes)
 
 
 def read(directory, prefix="m.", buffers=NONE):

@@ -1,13 +1,13 @@
-"""Chat prompts: conversations put into tokens by the tokenizer's own chat template."""
+"""Chat prompts: conversations tokenized with the tokenizer's own chat template."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from vbon_jax.data import jsonl
-from vbon_jax.data.prompts import Prompt, parse_messages
+from vbon_jax.data import jsonl, records
+from vbon_jax.data.prompts import COLUMN_SETTING, Prompt, parse_messages
 from vbon_jax.errors import InputError
 
 Messages = tuple[tuple[str, str], ...]
@@ -23,48 +23,88 @@ _RESERVED = frozenset(
 
 
 class Conversation(NamedTuple):
-    """What was said, as (role, content) pairs that end with the user, and "file:line"."""
+    """A conversation that ends with the user's message.
+
+    Attributes:
+      messages: (role, content) pairs in order.
+      where: "file:line", for messages.
+    """
 
     messages: Messages
     where: str
 
 
-def read(path: str | os.PathLike[str]) -> list[Conversation]:
-    """Reads {"messages": [{"role", "content"}, ...]} or {"prompt": str} lines.
+def read(path: str | os.PathLike[str], column: str = "") -> list[Conversation]:
+    """Reads conversations from a .jsonl, .csv, .tsv or .parquet file; see `records.read`.
 
-    The last message is the user's; if one of the assistant follows, it is the reference answer and
-    is dropped. A prompt is one message of the user. Other keys are ignored, and so is a prompt
-    beside messages.
+    Args:
+      path: the file.
+      column: the column (or JSON key) of the conversations, each a list of {"role", "content"}
+        or a string, which is one message of the user. "" for "messages", a list, or else "prompt",
+        a string. Other columns are ignored.
+
+    Returns:
+      The conversations in file order. The last message is the user's; an answer of the assistant
+      after it is dropped.
 
     Raises:
-      InputError: the file is missing or empty, or a line is malformed or does not end with the
-        user; names the file and the line.
+      InputError: the file cannot be read or holds no record, or a record lacks the column, is
+        malformed or does not end with the user; names the file and the line.
     """
-    conversations = []
-    for where, record in jsonl.read(path):
-        if "messages" in record:
-            messages = parse_messages(record["messages"], where)
-            if messages and messages[-1][0] == "assistant":
-                messages = messages[:-1]
-        elif "prompt" in record:
-            messages = (("user", jsonl.text_field(record, "prompt", where)),)
-        else:
-            found = ", ".join(map(repr, record)) or "none"
-            raise InputError(
-                f"{where}: neither 'messages' nor 'prompt' is there (found: {found}); add one"
-            )
+    return conversations(records.read(path, settings(column)), str(path), column)
+
+
+def settings(column: str) -> dict[str, str]:
+    """The column with the config key that names it, as `records.read` takes them."""
+    return {column: COLUMN_SETTING} if column else {}
+
+
+def _messages(record: Mapping[str, Any], column: str, where: str) -> Messages:
+    if column and isinstance(record[column], str):
+        return (("user", record[column]),)
+    if column or "messages" in record:
+        column = column or "messages"
+        messages = parse_messages(record[column], where, column)
+        return messages[:-1] if messages and messages[-1][0] == "assistant" else messages
+    if "prompt" in record:
+        return (("user", jsonl.text_field(record, "prompt", where)),)
+    found = ", ".join(map(repr, record)) or "none"
+    raise InputError(
+        f"{where}: neither 'messages' nor 'prompt' is there (found: {found}); add one, or set "
+        f"{COLUMN_SETTING} to the column to read"
+    )
+
+
+def conversations(
+    found: Iterable[tuple[str, Mapping[str, Any]]], source: str, column: str = ""
+) -> list[Conversation]:
+    """Makes conversations of records.
+
+    Args:
+      found: (location, record) of each, the location for messages; the column is there.
+      source: the name of the file or data set, for messages.
+      column: see `read`.
+
+    Returns:
+      The conversations in order.
+
+    Raises:
+      InputError: there is no record, or as `read`.
+    """
+    made = []
+    for where, record in found:
+        messages = _messages(record, column, where)
         if not messages or messages[-1][0] != "user":
             last = f"the last is of {messages[-1][0]!r}" if messages else "there is none"
             raise InputError(
-                f"{where}: 'messages' must end with one of the user, before the assistant's answer "
-                f"if there is one; {last}"
+                f"{where}: {column or 'messages'!r} must end with one of the user, before the "
+                f"assistant's answer if there is one; {last}"
             )
-        conversations.append(Conversation(messages, where))
-    if not conversations:
-        raise InputError(
-            f'{path}: the file is empty; give one {{"messages": [...]}} or {{"prompt": ...}} a line'
-        )
-    return conversations
+        made.append(Conversation(messages, where))
+    if not made:
+        columns = repr(column) if column else "'messages' or 'prompt'"
+        raise InputError(f"{source}: the file is empty; give it records with {columns}")
+    return made
 
 
 def _name(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -82,7 +122,7 @@ def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
 def _apply(
     tokenizer: PreTrainedTokenizerFast, messages: Messages, **arguments: Any
 ) -> tuple[int, ...]:
-    """The ids the tokenizer's template makes of messages.
+    """Tokenizes messages with the tokenizer's chat template.
 
     Raises:
       InputError: the template refuses the messages or the arguments.
@@ -107,23 +147,22 @@ def prompts(
     template_arguments: Mapping[str, Any],
     max_tokens: int,
 ) -> list[Prompt]:
-    """Puts conversations into tokens, up to where the assistant's answer begins.
+    """Tokenizes conversations up to the generation prompt, where the assistant's answer begins.
 
     Args:
-      conversations: what `read` gives.
-      tokenizer: the policy's; its chat template writes the tokens, special ones included, and no
-        other is added.
-      template_arguments: passed to the template, such as {"enable_thinking": False} for Qwen3; what
-        a template does not read, it ignores.
-      max_tokens: most tokens of a prompt; none is ever cut.
+      conversations: what `read` returned.
+      tokenizer: the policy's; its chat template writes the special tokens, and no other is added.
+      template_arguments: passed to the template, such as {"enable_thinking": False} for Qwen3; a
+        template ignores arguments that it does not use.
+      max_tokens: greatest length of a prompt in tokens; prompts are never cut.
 
     Returns:
-      Prompts with ids 0, 1, ... in order, their messages, and the decoded tokens as text, special
-      tokens included.
+      Prompts with ids 0, 1, ... in order, with their messages and, as text, the decoded tokens with
+      special tokens included.
 
     Raises:
-      InputError: the tokenizer has no chat template, an argument is not the template's to have, the
-        template refuses a conversation, or a prompt is too long; the last two name the line.
+      InputError: the tokenizer has no chat template, an argument is reserved, the template raises
+        an error, or a prompt is empty or too long; the last three name the line.
     """
     _check_template(tokenizer)
     reserved = sorted(_RESERVED & template_arguments.keys())
@@ -153,15 +192,18 @@ def prompts(
 def render(
     tokenizer: PreTrainedTokenizerFast, messages: Messages, response: str
 ) -> tuple[int, ...]:
-    """The ids of a whole conversation, for a reward model that reads it by its own template.
+    """Tokenizes a whole conversation with the reward model's own chat template.
 
     Args:
       tokenizer: the reward model's.
       messages: (role, content) pairs that end with the user.
-      response: what the assistant answers.
+      response: the assistant's answer.
+
+    Returns:
+      The token ids of the messages and the response, special tokens included.
 
     Raises:
-      InputError: the tokenizer has no chat template, or it refuses the messages.
+      InputError: the tokenizer has no chat template, or the template raises an error.
     """
     _check_template(tokenizer)
     return _apply(tokenizer, (*messages, ("assistant", response)), add_generation_prompt=False)

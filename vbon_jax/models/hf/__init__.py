@@ -1,13 +1,9 @@
 """Hugging Face directories: reading and writing models, adapters, and the hub."""
 
-from vbon_jax.models.hf.checkpoint import (
-    load_classifier,
-    load_decoder,
-    save_classifier,
-    save_decoder,
-)
 from vbon_jax.models.hf.config_files import read_config
+from vbon_jax.models.hf.reading import load_classifier, load_decoder
 from vbon_jax.models.hf.tensor_files import CheckpointError
+from vbon_jax.models.hf.writing import save_classifier, save_decoder
 
 __all__ = [
     "CheckpointError",

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from vbon_jax.errors import InputError
 from vbon_jax.models.hf.layouts import Shape
 
 WEIGHTS = "model.safetensors"
@@ -34,7 +35,7 @@ DTYPES = {
 PIECE = 4 * 2**20
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A model directory that cannot be used: the text names the file, the fault and the remedy."""
 
 
@@ -210,7 +211,7 @@ def equal(first: Found, second: Found) -> bool:
 # Writing
 
 
-class Planned(NamedTuple):
+class TensorToWrite(NamedTuple):
     """A tensor to be written: its full name, what it will be, and what gives it when asked.
 
     dtype: a key of DTYPES; ``array`` may be of another.
@@ -226,7 +227,7 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def write(directory: Path, tensors: Sequence[Planned], shard_bytes: int) -> None:
+def write(directory: Path, tensors: Sequence[TensorToWrite], shard_bytes: int) -> None:
     """Writes model.safetensors, or shards of it and their index; removes those of another split.
 
     The directory is made if absent. Each file is written under a temporary name that then takes
@@ -260,8 +261,8 @@ def write_jsons(directory: Path, values: Mapping[str, Mapping[str, Any]]) -> Non
     replace_all({directory / name: _json_writer(value) for name, value in values.items()})
 
 
-def _split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
-    files: list[list[Planned]] = [[]]
+def _split(tensors: Sequence[TensorToWrite], shard_bytes: int) -> list[list[TensorToWrite]]:
+    files: list[list[TensorToWrite]] = [[]]
     for t in tensors:
         if files[-1] and sum(other.nbytes for other in files[-1]) + t.nbytes > shard_bytes:
             files.append([])
@@ -269,7 +270,7 @@ def _split(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
     return files
 
 
-def _write_file(path: Path, tensors: list[Planned]) -> None:
+def _write_file(path: Path, tensors: list[TensorToWrite]) -> None:
     """A safetensors file: length of the header, header as JSON, the tensors one after the other.
 
     safetensors' own writer wants all of a file in memory, and copies it.

@@ -1,0 +1,175 @@
+"""What a method is: a record that everything which lists methods reads.
+
+Adding a method is a file with its options (a dataclass), its step and a ``Method`` record, a line
+in ``vbon_jax/methods/__init__.py``, and a test.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vbon_jax.bon.log_f import ESTIMATORS, TIES
+from vbon_jax.keys import key
+from vbon_jax.training.learner import Member, Update
+from vbon_jax.training.offline import Choices
+from vbon_jax.training.options import Offline as OfflineKeys
+from vbon_jax.training.options import Train
+from vbon_jax.training.ppo import Setup
+
+BEST_OF_N = "bon"  # as `method.name`: best-of-n itself, which trains nothing
+
+
+# Keys that several methods have. The config group `method` is made of them.
+def n_key(default: float = 8.0) -> Any:
+    """The n of best-of-n."""
+    return key(default, "n of best-of-n; any real number of at least 1 (a whole number for bon_sft "
+                        "and bonbon)", least=1)  # fmt: skip
+
+
+def beta_key(default: float = 1 / 7) -> Any:
+    """The coefficient of KL(policy || reference)."""
+    return key(default, "KL coefficient of ppo and dpo; 1/(n-1) matches best-of-n", above=0)
+
+
+def estimator_key(default: str = "interval") -> Any:
+    """The estimator of log F."""
+    return key(default, "estimator of log F; `interval` estimates the density ratio itself",
+               choices=ESTIMATORS)  # fmt: skip
+
+
+def ties_key(default: str = "random") -> Any:
+    """How best-of-n breaks ties."""
+    return key(default, "how best-of-n chooses among equal rewards: at random, or by a fixed order "
+                        "(pairs of dpo and bonbon: always at random)", choices=TIES)  # fmt: skip
+
+
+def taken(cls: type, *groups: Any) -> Any:
+    """Options of a method from config groups: each field from the first group that has it."""
+    return cls(
+        **{
+            f.name: next(getattr(g, f.name) for g in groups if hasattr(g, f.name))
+            for f in dataclasses.fields(cls)
+        }
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Online:
+    """A method that learns from rollouts.
+
+    Attributes:
+      build: (options, setup) -> the update, a pure function: (state, reference params, scored
+        rollouts, references, n, beta) -> (state, metrics). ``setup`` has everything static but what
+        the options say.
+      iteration: (learner, state, step) -> (state, metrics): roll out, score, update.
+      sources: the entries of the state's params that respond to each prompt, in order.
+      values: whether it learns a value function beside the policy.
+      anchor: whether its state holds a moving copy of the policy, "anchor".
+      microbatches: whether its update can go by microbatches (`memory.accumulate`).
+      passes: training options -> gradient passes over a rollout.
+    """
+
+    build: Callable[[Any, Setup], Update]
+    iteration: Callable[[Any, Any, int], tuple[Any, dict[str, Any]]]
+    sources: tuple[str, ...] = ("decoder",)
+    values: bool = True
+    anchor: bool = False
+    microbatches: bool = True
+    passes: Callable[[Train], int] = lambda train: train.ppo_epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class Offline:
+    """A method that learns from stored samples.
+
+    Attributes:
+      choose: (rewards [P, M], member, offline options, places in the total order [P, M] or None) ->
+        its training examples.
+      coefficients: (member, mean -log pi_ref of the examples' best, nats) -> (beta, alpha) of the
+        loss.
+      loss: (log pi of best [B], log-ratio of best [B], of worst [B], probability that best is
+        preferred [B], beta, alpha) -> loss [B]; None for maximum likelihood on the best.
+    """
+
+    choose: Callable[[np.ndarray, Member, OfflineKeys, np.ndarray | None], Choices]
+    coefficients: Callable[[Member, float], tuple[float, float]] = lambda member, nll: (
+        member.beta,
+        0.0,
+    )
+    loss: Callable[..., jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A curve of a sweep: a method under fixed options over a grid of values.
+
+    Attributes:
+      label: of its rows, and of its grid, the config key ``sweep.<label>``.
+      name: what a reader sees.
+      color: of figures.
+      marker: of figures, matplotlib's.
+      doc: of the grid's key.
+      varies: the option that the grid gives values of: "n" or "beta".
+      fixed: values of other options.
+      estimators: where the curve needs an estimator of its own: what ``sweep.<label>_estimator``
+        may be, its default first.
+      optimum: (log pi_ref [S], rewards [S], n, beta, offline options) -> log-probabilities, float64
+        nats [S], of what the method converges to in a world whose S responses are enumerated; None
+        where there is no closed form.
+      formula: of the optimum, for tables.
+      in_front: whether the main Pareto figure shows it.
+      variant: names the options in the digests of sweep folders.
+    """
+
+    label: str
+    name: str
+    color: str
+    marker: str
+    doc: str
+    optimum: Callable[[np.ndarray, np.ndarray, float, float, OfflineKeys], np.ndarray | None]
+    formula: str
+    varies: str = "n"
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    estimators: tuple[str, ...] = ()
+    in_front: bool = True
+    variant: str = "exact"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A training algorithm.
+
+    Attributes:
+      name: of ``method.name``.
+      options: its options, a frozen dataclass of keys with defaults.
+      from_config: config -> its options.
+      learns: from rollouts (Online) or from stored samples (Offline).
+      series: its curves in sweeps and figures.
+      group: its own config group: (name, dataclass of keys); None where it has none.
+      when: config -> whether this record is meant, where several share a name.
+      check: options -> why they cannot be trained on, "" where they can.
+      whole_n: whether it takes the best of a whole number n of the stored samples.
+    """
+
+    name: str
+    options: type
+    from_config: Callable[[Any], Any]
+    learns: Online | Offline
+    series: tuple[Series, ...] = ()
+    group: tuple[str, type] | None = None
+    when: Callable[[Any], bool] = lambda config: True
+    check: Callable[[Any], str] = lambda options: ""
+    whole_n: bool = False
+
+    @property
+    def online(self) -> bool:
+        """Whether it learns from rollouts."""
+        return isinstance(self.learns, Online)
+
+    @property
+    def values(self) -> bool:
+        """Whether it learns a value function."""
+        return isinstance(self.learns, Online) and self.learns.values

@@ -1,0 +1,67 @@
+"""BOND in its backward form (Sessa et al., 2024): PPO on log p_<=(y) with the KL coefficient 1/(n-1)."""
+
+import dataclasses
+from functools import partial
+
+from vbon_jax import keys
+from vbon_jax.bon import targets
+from vbon_jax.methods import vbon
+from vbon_jax.methods.base import (
+    Method,
+    Online,
+    Series,
+    estimator_key,
+    n_key,
+    taken,
+    ties_key,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BOND:
+    """Options of BOND's backward form.
+
+    Attributes:
+      n: of best-of-n, above 1.
+      estimator: of log F.
+      ties: how best-of-n chooses among equal rewards.
+    """
+
+    n: float = n_key()
+    estimator: str = estimator_key()
+    ties: str = ties_key()
+
+    def __post_init__(self) -> None:
+        """Raises InputError on a value that is out of range."""
+        keys.check(self, "BOND")
+
+
+def check(options: BOND) -> str:
+    """Why these options cannot be trained on; "" where they can."""
+    if options.n <= 1:
+        return "bond has the KL coefficient 1/(n-1), so n must be above 1"
+    return ""
+
+
+METHOD = Method(
+    name="bond",
+    options=BOND,
+    from_config=lambda config: taken(BOND, config.method),
+    learns=Online(
+        build=lambda options, setup: partial(
+            vbon.update,
+            setup=dataclasses.replace(setup, objective="backward", estimator=options.estimator),
+        ),
+        iteration=vbon.iteration,
+    ),
+    when=lambda config: config.bond.form == "backward",
+    check=check,
+    series=(
+        Series(
+            label="bond", name="BOND", color="#56b4e9", marker="v",
+            doc="n of bond, in its backward form", variant="backward",
+            optimum=lambda log_ref, rewards, n, *_: targets.bond_backward(log_ref, rewards, n),
+            formula="pi_ref p_<=^(n-1) / Z",
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,334 @@
+"""Puts a method to work: its optimizer, first state and the step of the loop.
+
+The same functions train one policy and a population of values and seeds, from the command line and
+from Python.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vbon_jax import sharding
+from vbon_jax.data import samples as sample_files
+from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.data.samples import PromptSamples
+from vbon_jax.errors import InputError
+from vbon_jax.methods.base import Method, Offline, Online
+from vbon_jax.models import heads, trainable
+from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.sampling.sampler import named_key
+from vbon_jax.training import loop, offline, population, state
+from vbon_jax.training.learner import Learner, Member, Program, prompt_length
+from vbon_jax.training.loop import Step, Task
+from vbon_jax.training.options import Training
+from vbon_jax.training.population import PopulationLearner
+from vbon_jax.training.ppo import Setup
+from vbon_jax.training.references import orders
+
+STEPS = 10  # gradient steps of an offline method between two looks at the host
+
+
+class ValueNetwork(NamedTuple):
+    """What a value network of its own starts from, the reward model (Huang et al., 2024).
+
+    Attributes:
+      config: its decoder.
+      params: {"decoder", "head"}.
+    """
+
+    config: DecoderConfig
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A method to be trained: everything but the data.
+
+    Attributes:
+      method: the record.
+      options: the method's.
+      training: how a policy is trained, whatever the method.
+      config: the decoder of policy and reference.
+      prompts: number of training prompts.
+      value: what a value network of its own starts from; None for a value head or no values.
+    """
+
+    method: Method
+    options: Any
+    training: Training
+    config: DecoderConfig
+    prompts: int
+    value: ValueNetwork | None = None
+
+    @property
+    def iterations(self) -> int:
+        """Passes of the loop.
+
+        What the last one of an offline method does beyond ``offline_steps`` has a learning rate of
+        0.
+        """
+        if self.method.online:
+            return self.training.train.iterations
+        return -(-self.offline_steps // STEPS)
+
+    @property
+    def offline_steps(self) -> int:
+        """Gradient steps of an offline method.
+
+        Raises:
+          InputError: a batch is larger than all pairs together.
+        """
+        o = self.training.offline
+        pairs = self.prompts * o.pairs
+        if pairs < o.batch_size:
+            raise InputError(
+                f"offline.batch_size={o.batch_size} is more than the {pairs} pairs of "
+                f"{self.prompts} prompts x offline.pairs={o.pairs}: lower it"
+            )
+        return o.epochs * (pairs // o.batch_size)
+
+    @property
+    def steps_an_iteration(self) -> int:
+        """Gradient steps of an iteration of an online method."""
+        assert isinstance(self.method.learns, Online)
+        t = self.training.train
+        return self.method.learns.passes(t) * (t.batch_size // t.minibatch_size)
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """A learning rate that falls linearly to 0 over all gradient steps."""
+        t, o = self.training.train, self.training.offline
+        if self.method.online:
+            return optax.linear_schedule(
+                t.learning_rate, 0.0, t.iterations * self.steps_an_iteration
+            )
+        return optax.linear_schedule(o.learning_rate, 0.0, self.offline_steps)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW with that schedule."""
+        t = self.training.train
+        return state.adamw(
+            self.schedule, t.adam_eps, t.weight_decay, t.max_grad_norm,
+            self.training.memory.optimizer_dtype,
+        )  # fmt: skip
+
+    def program(self) -> Program:
+        """What an online method computes each iteration."""
+        assert isinstance(self.method.learns, Online)
+        t, schedule = self.training.train, self.schedule
+        setup = Setup(
+            self.config, self.optimizer, t, self.training.memory,
+            value_config=None if self.value is None else self.value.config,
+        )  # fmt: skip
+        each = self.steps_an_iteration
+        return Program(
+            self.method.learns.build(self.options, setup),
+            self.method.learns.sources,
+            t.batch_size,
+            lambda step: float(schedule(step * each)),
+        )
+
+    def offline_setup(self) -> offline.OfflineSetup:
+        """What an offline method's gradient steps are compiled for."""
+        assert isinstance(self.method.learns, Offline)
+        return offline.OfflineSetup(
+            self.config, self.optimizer, self.method.learns.loss, self.training.memory.chunk
+        )
+
+    def make_state(self) -> Callable[[Any, Any, jax.Array], state.TrainState]:
+        """(the reference's tree, a value network's or None, key) -> the first state; pure."""
+        tx, learns, training = self.optimizer, self.method.learns, self.training
+        values = self.method.values
+        what, dtype = training.trained, training.memory.param_dtype
+
+        def make(base: Any, network: Any, key: jax.Array) -> state.TrainState:
+            params: dict[str, Any] = {"decoder": trainable.start(base, what, key, dtype)}
+            if values:
+                params["value"] = {"head": heads.init_value(self.config, key)}
+            if network is not None:
+                params["value"] = jax.tree.map(lambda x: jnp.array(x, dtype), network)
+            fresh = state.create(params, tx, key)
+            if isinstance(learns, Online) and learns.anchor:  # the optimizer does not see it
+                fresh = fresh._replace(
+                    params=params | {"anchor": jax.tree.map(jnp.copy, params["decoder"])}
+                )
+            return fresh
+
+        return make
+
+    def first_state(self, base: Any, key: jax.Array) -> state.TrainState:
+        """The policy before its first step, in arrays of its own, on the current mesh.
+
+        Args:
+          base: the reference's tree, of which what is trained is copied.
+          key: of the run's training.
+
+        Raises:
+          InputError: the model has not the layers or projections that are to be trained.
+        """
+        make = self.make_state()
+        network = None if self.value is None or not self.method.values else self.value.params
+        try:
+            like = jax.eval_shape(make, base, network, key)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        mesh = jax.sharding.get_mesh()
+        to = None if mesh.empty else sharding.shardings(like, mesh)
+        return jax.jit(make, out_shardings=to)(base, network, key)
+
+
+def single(
+    job: Job, task: Task, member: Member, samples: Sequence[PromptSamples]
+) -> tuple[state.TrainState, Step]:
+    """First state, on the mesh, and step of one policy.
+
+    Args:
+      job: the method.
+      task: what it learns from.
+      member: its values and seed.
+      samples: one a prompt, which offline methods learn from.
+    """
+    fresh = job.first_state(task.sampler.model.params, named_key(member.seed, "train"))
+    if not job.method.online:
+        return fresh, _offline_step(job, task, [member], samples, at_once=None)
+    return fresh, _online_step(job, Learner(task, job.program(), member))
+
+
+def many(
+    job: Job,
+    task: Task,
+    members: Sequence[Member],
+    samples: Sequence[PromptSamples],
+    at_once: int,
+) -> tuple[state.TrainState, Step]:
+    """First state and step of a population; see ``training.population``.
+
+    Args:
+      job: the method.
+      task: its references may stand for each member, [K, P, M].
+      members: as many as the devices can share evenly.
+      samples: as for ``single``.
+      at_once: members vmapped side by side on a device; 0 for all.
+    """
+    keys = jnp.stack([named_key(m.seed, "train") for m in members])
+    one = job.first_state(task.sampler.model.params, keys[0])
+    states = population.repeated(one, keys, task.sampler.mesh)
+    if not job.method.online:
+        return states, _offline_step(job, task, members, samples, at_once)
+    return states, _online_step(job, PopulationLearner(task, job.program(), members, at_once))
+
+
+def _online_step(job: Job, learner: Learner | PopulationLearner) -> Step:
+    assert isinstance(job.method.learns, Online)
+    iteration = job.method.learns.iteration
+
+    def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
+        state, values = iteration(learner, state, step)
+        return state, values, loop.note(values)
+
+    return one
+
+
+def _pool(job: Job, task: Task, samples: Sequence[PromptSamples]) -> tuple[offline.Pool, np.ndarray]:
+    """The stored samples on the mesh, and their log pi_ref [N] on the host."""
+    sampler, settings = task.sampler, task.sampler.settings
+    m = task.references.rewards_PxM.shape[-1]
+    rows = offline.build_pool(
+        samples, task.prompts, partial(tokenizers.encode, sampler.tokenizer), m,
+        settings.max_new_tokens, prompt_length(task), settings.pad_id, settings.eos_id,
+    )  # fmt: skip
+    # Of the sampled ids themselves: encoded texts may have others.
+    stored = [x.log_probs for x in samples if x.log_probs and x.response_tokens]
+    if len(stored) == len(samples):
+        log_ref = np.array([row[:m] for row in stored], np.float32).ravel()
+    else:
+        log_ref = offline.log_ref(
+            task.reference, *rows, job.training.score_batch, config=job.config,
+            temperature=settings.temperature,
+        )  # fmt: skip
+    pool = offline.Pool(*rows, log_ref, settings.temperature)
+    return sharding.place(pool, sampler.mesh), log_ref
+
+
+class _Examples:
+    """The training examples of each member, in the order its gradient steps take them."""
+
+    def __init__(self, job: Job, chosen: Sequence[offline.Choices], members: Sequence[Member]):
+        o = job.training.offline
+        self._chosen, self._members = chosen, members
+        self._order = partial(offline.epoch_order, job.prompts * o.pairs, o.batch_size)
+        self._a_pass = job.prompts * o.pairs // o.batch_size
+        self.width = min(STEPS, job.offline_steps)  # one program, also for the last pass
+
+    def rows(self, member: int, step: int) -> offline.Choices:
+        """Of the loop's pass ``step``: [width, batch_size]."""
+        at = np.arange(step * self.width, (step + 1) * self.width)
+        seed, a_pass = self._members[member].seed, self._a_pass
+        orders = {int(e): self._order(int(e), seed) for e in set(at // a_pass)}
+        examples = np.stack([orders[int(i // a_pass)][i % a_pass] for i in at])
+        return offline.Choices(*(x[examples] for x in self._chosen[member]))
+
+
+def _offline_step(
+    job: Job,
+    task: Task,
+    members: Sequence[Member],
+    samples: Sequence[PromptSamples],
+    at_once: int | None,
+) -> Step:
+    """STEPS gradient steps on the examples of each member; ``at_once`` None: of the only one."""
+    learns, mesh = job.method.learns, task.sampler.mesh
+    assert isinstance(learns, Offline)
+    pool, log_ref = _pool(job, task, samples)
+    m = task.references.rewards_PxM.shape[-1]
+    rewards = sample_files.rewards(samples, m)
+    order_PxM = orders(samples, m, task.sampler) if job.options.ties == "order" else None
+    chosen = [learns.choose(rewards, x, job.training.offline, order_PxM) for x in members]
+    weights = [
+        learns.coefficients(x, float(-np.mean(log_ref[c.best_E])))
+        for x, c in zip(members, chosen, strict=True)
+    ]
+    betas, alphas = (np.array(x, np.float32) for x in zip(*weights, strict=True))
+    examples = _Examples(job, chosen, members)
+    schedule = job.schedule
+    base = None if job.training.trained.whole else task.reference["decoder"]
+    one_pass = partial(offline.steps, setup=job.offline_setup())
+
+    def steps(shared, state, choices, beta, alpha):
+        pool, base = shared
+        return one_pass(state, pool, choices, beta, alpha, base)
+
+    def guarded(shared, state, choices, beta, alpha):
+        new, metrics = steps(shared, state, choices, beta, alpha)
+        return population.keep_finite(state, new, metrics)
+
+    if at_once is None:
+        update: Callable[..., Any] = jax.jit(steps, donate_argnums=1)
+        scalars = (jnp.float32(betas[0]), jnp.float32(alphas[0]))
+    else:
+        update = population.over_members(guarded, mesh, at_once, donate=True)
+        scalars = sharding.place((betas, alphas), mesh, population.AXIS)
+
+    def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
+        began = time.monotonic()
+        rows = [examples.rows(i, step) for i in range(len(members))]
+        if at_once is None:
+            choices = rows[0]
+        else:
+            stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
+            choices = sharding.place(stacked, mesh, population.AXIS)
+        state, metrics = update((pool, base), state, choices, *scalars)
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        values["learning_rate"] = float(schedule(step * examples.width))
+        values["seconds_update"] = time.monotonic() - began
+        return state, values, f"loss {np.mean(values['loss']):.4f}"
+
+    return one

@@ -1,0 +1,60 @@
+"""PPO on the KL-regularised reward (Eq. 1 of the paper): the usual RLHF baseline."""
+
+import dataclasses
+from functools import partial
+
+from vbon_jax import keys
+from vbon_jax.bon import targets
+from vbon_jax.methods import vbon
+from vbon_jax.methods.base import (
+    Method,
+    Online,
+    Series,
+    beta_key,
+    estimator_key,
+    n_key,
+    taken,
+    ties_key,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO:
+    """Options of PPO.
+
+    Attributes:
+      beta: coefficient of KL(policy || reference).
+      n: of the best-of-n that the metric KL(policy || best-of-n) is about; PPO itself has none.
+      estimator: of log F, for that metric.
+      ties: how that best-of-n chooses among equal rewards.
+    """
+
+    beta: float = beta_key()
+    n: float = n_key()
+    estimator: str = estimator_key()
+    ties: str = ties_key()
+
+    def __post_init__(self) -> None:
+        """Raises InputError on a value that is out of range."""
+        keys.check(self, "PPO")
+
+
+METHOD = Method(
+    name="ppo",
+    options=PPO,
+    from_config=lambda config: taken(PPO, config.method),
+    learns=Online(
+        build=lambda options, setup: partial(
+            vbon.update,
+            setup=dataclasses.replace(setup, objective="reward", estimator=options.estimator),
+        ),
+        iteration=vbon.iteration,
+    ),
+    series=(
+        Series(
+            label="ppo", name="PPO", color="#009e73", marker="s", doc="beta of ppo", varies="beta",
+            optimum=lambda log_ref, rewards, n, beta, _: targets.tilted(log_ref, rewards, beta),
+            formula="pi_ref exp(r / beta) / Z",
+        ),
+    ),
+)  # fmt: skip

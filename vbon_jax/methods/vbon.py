@@ -1,0 +1,173 @@
+"""Variational best-of-N (Amini et al., 2024, Algorithm 1): PPO on KL(policy || best-of-n)."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vbon_jax import keys
+from vbon_jax.bon import distribution, enumeration, references, targets
+from vbon_jax.bon import log_f as lf
+from vbon_jax.bon.references import References
+from vbon_jax.keys import key
+from vbon_jax.methods.base import (
+    Method,
+    Online,
+    Series,
+    estimator_key,
+    n_key,
+    taken,
+    ties_key,
+)
+from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.training import ppo
+from vbon_jax.training.state import TrainState
+
+OBJECTIVES = ("exact", "lower_bound", "jensen_bound")
+
+
+@dataclasses.dataclass(frozen=True)
+class VBoN:
+    """Options of vBoN.
+
+    Attributes:
+      n: of best-of-n, a real number of at least 1.
+      objective: "exact" (Eq. 5), or a bound: "lower_bound" (Eq. 8), "jensen_bound" (Theorem 3).
+      estimator: of log F.
+      ties: how best-of-n chooses among equal rewards.
+    """
+
+    n: float = n_key()
+    objective: str = key("exact", "of vbon: the exact objective or one of its lower bounds",
+                         choices=OBJECTIVES)  # fmt: skip
+    estimator: str = estimator_key()
+    ties: str = ties_key()
+
+    def __post_init__(self) -> None:
+        """Raises InputError on a value that is out of range."""
+        keys.check(self, "VBoN")
+
+
+def iteration(learner: Any, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+    """One iteration of Algorithm 1, of one policy or of a population of them."""
+    responses = learner.roll_out(state, step)  # y ~ pi(. | x), a response to each prompt
+    scored = learner.score(responses)  # r(y)
+    return learner.update(state, scored, step)  # the rest, one compiled program: `update`
+
+
+@partial(jax.jit, static_argnames=("setup",), donate_argnums=0)
+def update(
+    state: TrainState,
+    ref_params: Any,
+    scored: tuple[ScoredRollout],
+    table: References,
+    n: jax.Array,
+    beta: jax.Array,
+    *,
+    setup: ppo.Setup,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Log F of a scored rollout, its advantages, and the PPO epochs.
+
+    Args:
+      state: donated. params are {"decoder", "value"}: what ``models.trainable`` trains of the
+        reference, and {"head"} of the values, beside it "decoder" for a network of their own.
+      ref_params: {"decoder"} of the reference, which holds all that is not trained.
+      scored: one rollout of B rows, B a multiple of ``train.minibatch_size``.
+      table: each prompt's reference rewards.
+      n: float32 scalar; data, not structure, so another value needs no compile.
+      beta: likewise, for the objectives that have a KL coefficient of their own.
+      setup: what is static.
+
+    Returns:
+      (state one step on, float32 metrics).
+    """
+    (batch,) = scored
+    found = ppo.score(state.params, ref_params, batch, setup)  # log pi, log pi_ref and values
+    density = best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)  # log F
+    target = objective(setup.objective, density, batch.reward_B, n, beta)
+    experience, metrics = ppo.advantages(found, batch, target, setup)
+    metrics["kl_bon"] = found.kl_ref - jnp.mean(density.log_ratio_B)
+    state, info = ppo.epochs(state, ref_params, experience, setup)
+    return state, metrics | info
+
+
+def best_of_n_density(
+    table: References, batch: ScoredRollout, log_ref_B: jax.Array, n: jax.Array, estimator: str
+) -> references.Density:
+    """log F and log(pi_bon / pi_ref) of each response, by its rank among the reference rewards."""
+    rollout = batch.rollout
+    with jax.named_scope("log_f"):
+        by_order = table.order_PxM is not None
+        order = lf.response_order(rollout.tokens_BxT, rollout.mask_BxT) if by_order else None
+        return references.density(
+            table, batch.row_B, batch.reward_B, order, log_ref_B, n, estimator=estimator
+        )
+
+
+def objective(
+    name: str,
+    density: references.Density,
+    reward_B: jax.Array,
+    n: jax.Array,
+    beta: jax.Array,
+) -> ppo.Target:
+    """The sequence reward and coefficients of an objective of ``bon.distribution``."""
+    with jax.named_scope("objective"):
+        reward = distribution.sequence_reward(
+            name,
+            n=n,
+            log_f=density.log_f_B,
+            log_ratio=density.log_ratio_B,
+            log_up_to=density.log_up_to_B,
+            reward=reward_B,
+        )
+        return ppo.Target(
+            reward,
+            distribution.kl_coefficient(name, n, beta),
+            distribution.entropy_coefficient(name, n),
+        )
+
+
+def _check(options: VBoN) -> str:
+    if options.estimator in ("strict", "interval") and options.objective != "exact":
+        return (
+            f"method.estimator={options.estimator} gives no finite log F for "
+            f"method.objective={options.objective}: choose smoothed, harmonic or exponential"
+        )
+    return ""
+
+
+METHOD = Method(
+    name="vbon",
+    options=VBoN,
+    from_config=lambda config: taken(VBoN, config.method),
+    learns=Online(
+        build=lambda options, setup: partial(
+            update,
+            setup=dataclasses.replace(
+                setup, objective=options.objective, estimator=options.estimator
+            ),
+        ),
+        iteration=iteration,
+    ),
+    check=_check,
+    series=(
+        Series(
+            label="vbon", name="vBoN", color="#0072b2", marker="o",
+            doc="n of vbon with the exact objective; empty leaves a method out",
+            fixed={"objective": "exact"},
+            optimum=lambda log_ref, rewards, n, *_: enumeration.log_bon(log_ref, rewards, n),
+            formula="pi_bon",
+        ),
+        Series(
+            label="lower_bound", name="vBoN, bound L", color="#882255", marker="P",
+            doc="n of vbon with the lower bound as its objective",
+            fixed={"objective": "lower_bound"}, variant="lower_bound",
+            estimators=("harmonic", "smoothed", "exponential"),
+            optimum=lambda log_ref, rewards, n, *_: targets.lower_bound(log_ref, rewards, n),
+            formula="pi_ref F^(n-1) / Z",
+        ),
+    ),
+)  # fmt: skip

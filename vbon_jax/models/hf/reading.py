@@ -1,0 +1,137 @@
+"""Reading models from Hugging Face directories, by the tables of ``models.hf.families``.
+
+Tensors are read one at a time into arrays that already lie on their devices: beside the arrays
+themselves the host holds about one tensor. Every tensor of the files must be accounted for.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from vbon_jax.models.config import DTYPES, DecoderConfig, Params
+from vbon_jax.models.hf import config_files, pieces, tables, tensor_files
+from vbon_jax.models.hf.config_files import Config, read_config
+from vbon_jax.models.hf.family import Family
+from vbon_jax.models.hf.layouts import Shape
+from vbon_jax.models.hf.tables import Entry
+from vbon_jax.models.hf.tensor_files import CheckpointError
+
+Place = Callable[[str, Shape], NamedSharding | SingleDeviceSharding]
+
+
+def _slice(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return array[start:stop]
+
+
+def _fill(
+    leaves: dict[str, jax.Array],
+    shardings: Mapping[str, pieces.Where],
+    entry: Entry,
+    found: tensor_files.Found,
+    shapes: list[Shape],
+) -> None:
+    """Reads one tensor into its leaves. What it holds on the host is let go when it returns."""
+    rows = functools.partial(tensor_files.read_rows, found)
+    if entry.row.layout.rows:
+        getters: list[Callable[[int, int], np.ndarray]] = [rows]
+    else:
+        views = entry.row.layout.read(rows(0, found.shape[0]), shapes)
+        getters = [functools.partial(_slice, view) for view in views]
+    for path, getter in zip(entry.row.paths, getters, strict=True):
+        leaves[path] = pieces.fill(leaves[path], shardings[path], entry.layer, getter)
+
+
+def _load(
+    directory: Path,
+    family: Family,
+    config: Config,
+    num_labels: int | None,
+    place: Place | None,
+    dtype: str,
+) -> Params:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: give one of {list(DTYPES)}")
+    shapes = tables.leaf_shapes(config, num_labels)
+    entries = tables.entries(family, config, num_labels, shapes)
+    found = tensor_files.scan(directory, family.prefix, family.buffers)
+    wanted = {e.name: e.row.layout.shape(tables.row_shapes(e, shapes)) for e in entries}
+    tied = num_labels is None and family.head in found and family.head not in wanted
+    if tied:
+        wte = next(e.name for e in entries if e.row.paths == ("decoder/wte",))
+        wanted[family.head] = wanted[wte]
+    tensor_files.check(found, wanted, directory)
+    if tied and not tensor_files.equal(found[wte], found[family.head]):
+        raise CheckpointError(
+            f"{directory}: {family.head} differs from {wte}, but config.json ties them:"
+            " tie_word_embeddings must be false in it for an untied model"
+        )
+    shardings = {p: None if place is None else place(p, shape) for p, shape in shapes.items()}
+    leaves = {p: pieces.zeros(shape, dtype, shardings[p]) for p, shape in shapes.items()}
+    for entry in sorted(entries, key=lambda e: found[e.name][:2]):  # as they lie on the disk
+        _fill(leaves, shardings, entry, found[entry.name], tables.row_shapes(entry, shapes))
+    return unflatten_dict(leaves, sep="/")
+
+
+def load_decoder(
+    path: str | os.PathLike[str], *, place: Place | None = None, dtype: str = "float32"
+) -> tuple[DecoderConfig, Params]:
+    """Reads the directory of a causal language model.
+
+    Args:
+      path: a local directory with config.json and model.safetensors, or the shards that
+        model.safetensors.index.json names; tensor names with or without the family's prefix.
+      place: (path of a leaf, such as "decoder/wte", its shape) -> where it lives; the axis of the
+        layers must not be sharded. None: on the default device.
+      dtype: of all parameters, float32 or bfloat16; the file's may be float32, float16 or
+        bfloat16.
+
+    Returns:
+      (config with compute_dtype float32, the decoder's tree of JAX arrays).
+
+    Raises:
+      CheckpointError: if a file is absent or unreadable, a setting is not supported, a tensor is
+        missing, unexpected, duplicate, misshapen or of another dtype, or a tied head differs.
+    """
+    family, config, raw = read_config(path)
+    where = str(Path(path) / "config.json")
+    if not isinstance(config, DecoderConfig):
+        raise CheckpointError(
+            f"{where}: model_type is {raw['model_type']!r}, an encoder: a causal language model is"
+            " needed here"
+        )
+    is_classifier = family.sequence in (raw.get("architectures") or ())
+    config_files.check_architecture(raw, not is_classifier, family.causal, where)
+    return config, _load(Path(path), family, config, None, place, dtype)["decoder"]
+
+
+def load_classifier(
+    path: str | os.PathLike[str], *, place: Place | None = None, dtype: str = "float32"
+) -> tuple[Config, Params, tuple[str, ...]]:
+    """Reads the directory of a sequence classifier: a decoder with a score head, or an encoder.
+
+    Args:
+      path, place, dtype: as of load_decoder; paths start with "decoder/", "encoder/" or "score/".
+
+    Returns:
+      (config, {"decoder" or "encoder", "score"} of JAX arrays, the label names in the order of the
+      scores). Without id2label they are LABEL_0 and LABEL_1, transformers' default. A scalar
+      reward model has one label.
+
+    Raises:
+      CheckpointError: as load_decoder, if id2label does not number its labels 0, 1, ..., or if
+        `architectures` names another kind of model.
+    """
+    family, config, raw = read_config(path)
+    where = str(Path(path) / "config.json")
+    fits = family.sequence in (raw.get("architectures") or (family.sequence,))
+    config_files.check_architecture(raw, fits, family.sequence, where)
+    labels = config_files.labels(raw, where)
+    return config, _load(Path(path), family, config, len(labels), place, dtype), labels

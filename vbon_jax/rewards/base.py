@@ -1,0 +1,110 @@
+"""What a reward is: a callable that scores a batch of responses."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from vbon_jax.data.prompts import Prompt
+
+# Lists of token ids -> their texts; the policy's tokenizer decides.
+Decode = Callable[[list[list[int]]], list[str]]
+
+
+class Reward(Protocol):
+    """Scores a padded batch of responses.
+
+    Two attributes are optional: `positions` (int or None), the greatest number of the policy's
+    tokens, prompt and response together, that can be scored; and `take_counts() -> dict[str,
+    float]`, statistics since the last call by metric name (see `combined.WeightedReward`).
+    """
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_BxP: Any,
+        prompt_mask_BxP: Any,
+        response_BxT: jax.Array,
+        response_mask_BxT: jax.Array,
+        /,
+    ) -> Any:
+        """Returns a reward for each response.
+
+        A row counts where its mask is True; padding may be on either side. The EOS of a response,
+        where one was sampled, is part of it.
+
+        Args:
+          prompts: the prompt of each row; rows after the last prompt only fill the batch.
+          prompt_BxP: int32 token ids of the prompts.
+          prompt_mask_BxP: bool mask of the prompts' real tokens.
+          response_BxT: int32 token ids of the responses.
+          response_mask_BxT: bool mask of the responses' real tokens.
+
+        Returns:
+          Rewards on the device or the host: float32 [B], or [len(prompts)], those of the rows that
+          have a prompt.
+        """
+        ...
+
+
+def texts_of(
+    response_BxT: jax.Array,
+    response_mask_BxT: jax.Array,
+    count: int,
+    eos_id: int | None,
+    decode: Decode,
+) -> list[str]:
+    """Decodes the responses of a padded batch, without EOS.
+
+    Args:
+      response_BxT: int32 token ids.
+      response_mask_BxT: bool mask of the real tokens.
+      count: how many responses to decode, from the first.
+      eos_id: the id of EOS; None where responses have a fixed length.
+      decode: lists of token ids -> texts.
+
+    Returns:
+      `count` texts.
+    """
+    tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
+    tokens, mask = tokens[:count], mask[:count]
+    if eos_id is not None:
+        mask = mask & (tokens != eos_id)
+    return decode([row[keep].tolist() for row, keep in zip(tokens, mask)])
+
+
+def counts_of(reward: Reward | None, role: str = "reward") -> dict[str, float]:
+    """Takes the statistics that a reward has collected since they were last taken.
+
+    Args:
+      reward: the reward; one without `take_counts`, or None, has no statistics.
+      role: "reward", or what the metrics are named after instead: of the role "evaluator",
+        "reward_truncated" becomes "evaluator_truncated", "missing_eos" "evaluator_missing_eos" and
+        "reward/<name>" "evaluator/<name>".
+
+    Returns:
+      Values by metric name; the number of responses is left out.
+    """
+    take = getattr(reward, "take_counts", None)
+    counts: dict[str, float] = take() if take is not None else {}
+    named = {
+        name if name.startswith("reward") or role == "reward" else f"{role}_{name}": value
+        for name, value in counts.items()
+        if name != "responses"
+    }
+    return {name.replace("reward", role, 1): value for name, value in named.items()}
+
+
+def counts_line(counts: dict[str, float]) -> str:
+    """Formats the statistics of a reward for the log.
+
+    Args:
+      counts: what `counts_of` returned.
+
+    Returns:
+      "name value, ...": shares in percent, mean rewards as numbers.
+    """
+    return ", ".join(
+        f"{name} {value:.3f}" if "/" in name and "truncated" not in name else f"{name} {value:.1%}"
+        for name, value in counts.items()
+    )

@@ -1,0 +1,142 @@
+"""Samples: m scored responses a prompt, in memory or appended to a file as they come."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.samples import PromptSamples, SampleWriter
+from vbon_jax.progress import Reporter, Stopped, StopSignal, reporting
+from vbon_jax.rewards.base import Reward, counts_line, counts_of
+from vbon_jax.sampling.sampler import Response, Sampler, requests_for
+
+
+def _grouped(
+    sampler: Sampler,
+    key: jax.Array,
+    prompts: Sequence[Prompt],
+    m: int,
+    batch_size: int,
+    reward: Reward,
+    evaluator: Reward | None,
+) -> Iterator[tuple[int, list[PromptSamples]]]:
+    """Yields, a batch at a time, how many responses it drew and the prompts it completed."""
+    by_id = {p.id: p for p in prompts}
+    also = None if evaluator is None else sampler.measure(evaluator, prompts, "evaluator")
+    requests = requests_for(prompts, m)
+    pending: list[Response] = []
+    for responses in sampler.responses(key, prompts, requests, batch_size, reward, also):
+        pending += responses
+        whole = []
+        while len(pending) >= m:
+            group, pending = pending[:m], pending[m:]
+            whole.append(_prompt_samples(by_id[group[0].request.prompt_id], group))
+        yield len(responses), whole
+
+
+def draw(
+    sampler: Sampler,
+    key: jax.Array,
+    prompts: Sequence[Prompt],
+    m: int,
+    batch_size: int,
+    reward: Reward,
+    title: str = "sample",
+) -> list[PromptSamples]:
+    """Draws and scores m responses to each prompt.
+
+    Args:
+      sampler: draws them.
+      key: of the draws; a response is a function of (key, prompt id, sample index).
+      prompts: P prompts with ids of their own.
+      m: responses a prompt.
+      batch_size: responses drawn at once.
+      reward: scores them.
+      title: of the progress line.
+
+    Returns:
+      One PromptSamples a prompt, in order.
+
+    Raises:
+      InputError: a reward is NaN.
+    """
+    samples: list[PromptSamples] = []
+    with reporting(title, len(prompts) * m) as report:
+        drawn = 0
+        for count, whole in _grouped(sampler, key, prompts, m, batch_size, reward, None):
+            samples += whole
+            drawn += count
+            report.update(drawn)
+        _say_counts(report, title, reward, None)
+    return samples
+
+
+def write(
+    path: Path,
+    sampler: Sampler,
+    key: jax.Array,
+    prompts: Sequence[Prompt],
+    m: int,
+    batch_size: int,
+    rewards: tuple[Reward, Reward | None],
+    title: str,
+) -> None:
+    """Draws m responses a prompt and writes a line a prompt; continues the file that is there.
+
+    A run that was cut writes the same file as one that was not.
+
+    Args:
+      path: a samples file of ours, or none yet.
+      sampler: draws the responses.
+      key: of the draws.
+      prompts: P prompts with ids of their own.
+      m: responses a prompt.
+      batch_size: responses drawn at once.
+      rewards: the reward, and a second one that only measures or None.
+      title: of the progress line.
+
+    Raises:
+      Stopped: after a signal; the prompts written stay.
+      InputError: a reward is NaN, or the file is at fault.
+    """
+    reward, evaluator = rewards
+    with SampleWriter(path) as writer:
+        done = set(writer.done)
+        todo = [p for p in prompts if p.id not in done]
+        drawn = (len(prompts) - len(todo)) * m
+        with reporting(title, len(prompts) * m, drawn) as report, StopSignal() as stop:
+            if writer.recovery:
+                report.say(writer.recovery)
+            for count, whole in _grouped(sampler, key, todo, m, batch_size, reward, evaluator):
+                for samples in whole:
+                    writer.append(samples)
+                drawn += count
+                report.update(drawn)
+                if stop.signum is not None:
+                    raise Stopped(
+                        stop.signum, f"{len(writer.done)} of {len(prompts)} prompts are in {path}"
+                    )
+            _say_counts(report, title, reward, evaluator)
+
+
+def _say_counts(report: Reporter, title: str, reward: Reward, evaluator: Reward | None) -> None:
+    counts = counts_of(reward) | counts_of(evaluator, "evaluator")
+    if counts:
+        report.say(f"{title}: {counts_line(counts)}")
+
+
+def _prompt_samples(prompt: Prompt, responses: Sequence[Response]) -> PromptSamples:
+    return PromptSamples(
+        prompt=prompt.text,
+        responses=tuple(r.text for r in responses),
+        rewards=tuple(r.reward for r in responses),
+        prompt_id=prompt.id,
+        prompt_tokens=prompt.tokens,
+        response_tokens=tuple(r.tokens for r in responses),
+        log_probs=tuple(r.log_prob for r in responses),
+        finished=tuple(r.finished for r in responses),
+        evaluator_rewards=tuple(r.extra["evaluator"] for r in responses)
+        if "evaluator" in responses[0].extra
+        else None,
+    )

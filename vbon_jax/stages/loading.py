@@ -1,0 +1,283 @@
+"""What the stages read from the workdir: tokenizer, models, rewards, prompts and samples."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from transformers import PreTrainedTokenizerFast
+
+from vbon_jax import methods, sharding
+from vbon_jax.config import Config, Evaluator, Reward, RewardPart
+from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import samples as sample_files
+from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.samples import PromptSamples
+from vbon_jax.errors import InputError
+from vbon_jax.evaluation.heldout import Models
+from vbon_jax.methods.learning import Job, ValueNetwork
+from vbon_jax.models import hf, lm, trainable
+from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.models.hf import hub, peft
+from vbon_jax.rewards.classifier import Classifier, ClassifierReward
+from vbon_jax.rewards.combined import Part, WeightedReward
+from vbon_jax.rewards.function import FunctionReward
+from vbon_jax.rewards.text import TextFormat, TextReward
+from vbon_jax.sampling.sampler import Sampler, Sampling
+from vbon_jax.stages.base import Run
+from vbon_jax.training.learner import Member
+from vbon_jax.training.loop import Task
+from vbon_jax.training.options import Training
+from vbon_jax.training.references import references
+
+RewardModel = ClassifierReward | TextReward | FunctionReward
+
+
+def tokenizer(run: Run) -> PreTrainedTokenizerFast:
+    """The tokenizer that stage ``sft`` put into the workdir."""
+    run.workdir.require("sft", "the tokenizer")
+    return tokenizers.load(run.workdir.tokenizer)
+
+
+def sampling(config: Config, tokenizer: PreTrainedTokenizerFast) -> Sampling:
+    """How responses are drawn in training."""
+    s = config.sampling
+    return Sampling(
+        temperature=s.temperature,
+        max_new_tokens=s.max_new_tokens,
+        eos_id=lm.eos_id(tokenizer, s.stop_at_eos),
+        pad_id=lm.pad_id(tokenizer),
+    )
+
+
+def training(config: Config) -> Training:
+    """How policies are trained, whatever the method."""
+    return Training(
+        config.train, config.offline, config.lora, config.memory, config.sampling.batch_size
+    )
+
+
+# --- Models -----------------------------------------------------------------------------------
+
+
+def arithmetic(config: Config, model: DecoderConfig) -> DecoderConfig:
+    """A model's configuration with the run's own ways of computing."""
+    return dataclasses.replace(
+        model,
+        compute_dtype=config.memory.compute_dtype,
+        remat=config.memory.remat,
+        lora_alpha=config.lora.alpha,
+    )
+
+
+def language_model(run: Run, path: str | Path, dtype: str = "") -> Sampler:
+    """A Hugging Face directory, or a hub name, on the mesh under the run's sampling settings.
+
+    Args:
+      run: the run.
+      path: the directory or name.
+      dtype: of the parameters; that of what is frozen where it is empty.
+    """
+    c, own = run.config, tokenizer(run)
+    model = lm.load(
+        path,
+        tokenizer=own,
+        place=partial(sharding.sharding_of, run.mesh),
+        dtype=dtype or c.memory.frozen_dtype,
+        compute_dtype=c.memory.compute_dtype,
+        remat=c.memory.remat,
+        lora_alpha=c.lora.alpha,
+    )
+    return Sampler(model, run.mesh, sampling(c, own))
+
+
+def reference_path(run: Run) -> Path:
+    """Where the reference lies: the user's directory, or what stage ``sft`` trained."""
+    run.workdir.require("sft", "the reference model")
+    return hub.resolve(run.config.reference.path or str(run.workdir.reference))
+
+
+def reference(run: Run) -> Sampler:
+    """The reference, its upper blocks apart where only these are trained."""
+    found = language_model(run, reference_path(run))
+    what = training(run.config).trained
+    try:
+        params = trainable.divide(found.model.params, what, found.model.config.layers)
+    except ValueError as error:
+        raise InputError(f"train.{error}") from error
+    return found.with_params(params)
+
+
+def policy_of(reference: Sampler, own: Any) -> Sampler:
+    """The policy of what was trained, ``params["decoder"]``, over the reference."""
+    return reference.with_params(trainable.join(reference.model.params, own))
+
+
+def policy(run: Run) -> Sampler:
+    """The policy that stage ``export`` wrote.
+
+    Raises:
+      InputError: the method is best-of-n itself, which has none.
+    """
+    c = run.config
+    if c.method.name == methods.BEST_OF_N:
+        raise InputError(
+            "method.name=bon has no policy: set generate.model=bon or reference, or train a method"
+        )
+    run.workdir.require("export", "the policy")
+    if c.export.form == "model":
+        # In the reference's dtype, small steps of what was trained would be rounded away.
+        return language_model(run, run.workdir.policy, c.memory.param_dtype)
+    base = language_model(run, reference_path(run))
+    own, alpha = peft.load(run.workdir.policy, base.model.config, base=reference_path(run))
+    model = dataclasses.replace(base.model.config, lora_alpha=alpha)
+    base = dataclasses.replace(base, model=dataclasses.replace(base.model, config=model))
+    return policy_of(base, sharding.place(own, run.mesh))
+
+
+def value_network(run: Run, policy: DecoderConfig) -> ValueNetwork | None:
+    """What values of a network of their own start from, the reward model (Huang et al., 2024).
+
+    Returns:
+      The network; None where a head on the policy gives values, or the method has none.
+
+    Raises:
+      InputError: that model is no decoder, or reads other tokens than the policy.
+    """
+    c = run.config
+    if c.train.value_network == "head" or not methods.of_config(c).values:
+        return None
+    run.workdir.require("reward", "the reward model")
+    path = hub.resolve(c.reward.path or str(run.workdir.reward))
+    config, params, labels = hf.load_classifier(
+        path, place=partial(sharding.sharding_of, run.mesh), dtype=c.memory.param_dtype
+    )
+    key = "train.value_network=reward"
+    if not isinstance(config, DecoderConfig):
+        raise InputError(f"{key}: {path} is an encoder; values need a causal model: set head")
+    if config.vocab_size < policy.vocab_size or not tokenizers.same(
+        tokenizers.load(path), tokenizer(run)
+    ):
+        raise InputError(
+            f"{key}: {path} has another vocabulary than the policy, whose tokens it would read: "
+            "set train.value_network=head"
+        )
+    column = 0 if c.reward.score == "scalar" else labels.index(c.reward.label)
+    kernel = params["score"]["kernel"][:, column : column + 1].astype(jnp.float32)
+    head = {"kernel": kernel, "bias": jnp.zeros(1)}
+    return ValueNetwork(arithmetic(c, config), {"decoder": params["decoder"], "head": head})
+
+
+# --- Prompts, samples and what is learned from them ---------------------------------------------
+
+
+def prompts(run: Run, split: str) -> list[Prompt]:
+    """The prompts that stage ``sample`` put into the workdir."""
+    run.workdir.require("sample", "the prompts and reference samples")
+    return prompt_files.read_jsonl(run.workdir.prompts(split))
+
+
+def samples(run: Run, of: Sequence[Prompt]) -> list[PromptSamples]:
+    """The stored samples of each of the training prompts."""
+    return sample_files.samples_of(run.workdir.train_samples, of, run.config.samples.m)
+
+
+def task(run: Run, estimator: str) -> tuple[Task, list[PromptSamples]]:
+    """What training reads from the workdir, and the stored samples it comes from."""
+    found = prompts(run, "train")
+    sampler = reference(run)
+    stored = samples(run, found)
+    c = run.config
+    table = references(stored, c.samples.m, estimator, c.method.ties, sampler)
+    return Task(found, table, reward(run, sampler.tokenizer), sampler), stored
+
+
+def job(run: Run, reference: DecoderConfig, prompts: int) -> Job:
+    """The method of ``method.name``, to be trained on so many prompts."""
+    c = run.config
+    method = methods.of_config(c)
+    value = value_network(run, reference)
+    return Job(method, method.from_config(c), training(c), reference, prompts, value)
+
+
+def member(config: Config) -> Member:
+    """The one policy of a run."""
+    return Member(config.method.n, config.method.beta, config.seed, config.samples.m)
+
+
+# --- Rewards ------------------------------------------------------------------------------------
+
+
+def reward(run: Run, tokenizer: PreTrainedTokenizerFast) -> WeightedReward:
+    """The reward: a callable, the user's classifier, or what stage ``reward`` trained.
+
+    With it the others that are added to it, and the penalty on a missing EOS.
+    """
+    r, end = run.config.reward, lm.eos_id(tokenizer, run.config.sampling.stop_at_eos)
+    parts = [Part("main", r.weight, _score(run, tokenizer, "reward", r, run.workdir.reward))]
+    for name, other in r.others.items():
+        score = _score(run, tokenizer, f"reward.others.{name}", other, None)
+        parts.append(Part(name, other.weight, score))
+    return WeightedReward(parts, r.missing_eos, r.missing_eos_value, end)
+
+
+def evaluator(run: Run, tokenizer: PreTrainedTokenizerFast) -> RewardModel | None:
+    """The reward that only measures, from where stage ``evaluator`` has it; None without one."""
+    e = run.config.evaluator
+    if not (e.train or e.path or e.function):
+        return None
+    return _score(run, tokenizer, "evaluator", e, run.workdir.evaluator)
+
+
+def models(run: Run) -> Models:
+    """What every measurement needs."""
+    sampler = reference(run)
+    own = sampler.tokenizer
+    return Models(sampler, reward(run, own), evaluator(run, own))
+
+
+def _score(
+    run: Run,
+    tokenizer: PreTrainedTokenizerFast,
+    key: str,
+    r: Reward | RewardPart | Evaluator,
+    made: Path | None,
+) -> RewardModel:
+    """One reward; ``made``: where stage ``key`` puts the one it trains.
+
+    A model trained here reads the policy's own ids. A user's re-tokenizes the text with its own
+    tokenizer.
+    """
+    end = lm.eos_id(tokenizer, run.config.sampling.stop_at_eos)
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=False)
+    if r.function:
+        return FunctionReward(r.function, decode, end, key)
+    if made is not None and not r.path:
+        run.workdir.require(key, f"the {key} model")
+        return ClassifierReward(_classifier(run, made, r), end, key)
+    path = hub.resolve(r.path)
+    text = TextFormat(tokenizers.load(path), r.template, r.max_tokens)
+    return TextReward(_classifier(run, path, r), text, decode, end, run.mesh, key=key)
+
+
+def _classifier(run: Run, path: Path, r: Reward | RewardPart | Evaluator) -> Classifier:
+    """A sequence classifier on the mesh, and the score that is taken of it."""
+    c = run.config.memory
+    config, params, labels = hf.load_classifier(
+        path, place=partial(sharding.sharding_of, run.mesh), dtype=c.frozen_dtype
+    )
+    config = dataclasses.replace(config, compute_dtype=c.compute_dtype)
+    return Classifier(params, config, labels, r.label, r.score)
+
+
+def check_lengths(run: Run, found: Sequence[Prompt], model: Sampler, score: WeightedReward) -> None:
+    """Raises InputError where a prompt and its response do not fit the policy or the reward."""
+    model.check_lengths(found)
+    if score.positions is not None and score.positions < model.model.config.positions:
+        try:
+            prompt_files.fits_context(found, run.config.sampling.max_new_tokens, score.positions)
+        except InputError as error:
+            raise InputError(f"reward model: {error}") from error

@@ -1,0 +1,42 @@
+"""Stage ``sample``: prompts, and m scored reference responses to each training prompt."""
+
+from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import samples as sample_files
+from vbon_jax.progress import log
+from vbon_jax.sampling import samples
+from vbon_jax.stages import loading, sources
+from vbon_jax.stages.base import Run, Stage
+
+
+def run(run: Run) -> None:
+    """Makes the prompts of each split, then draws and scores the samples, or copies the user's."""
+    s, workdir = run.config, run.workdir
+    reference = loading.reference(run)
+    score = loading.reward(run, reference.tokenizer)
+    found = sample_files.read(s.samples.path) if s.samples.path else None
+    adopted = None
+    if found is not None:
+        adopted = sources.prompts_of(found, reference.tokenizer, s.samples.m)
+    prompts = sources.make_prompts(run, reference.tokenizer, adopted)
+    for split, chosen in prompts.items():
+        loading.check_lengths(run, chosen, reference, score)
+        workdir.prompts(split).parent.mkdir(parents=True, exist_ok=True)
+        prompt_files.write_jsonl(workdir.prompts(split), chosen)
+    if found is not None:
+        sources.copy_samples(workdir.train_samples, prompts["train"], found)
+        log(f"sample: {len(found)} prompts with their samples from {s.samples.path}")
+        return
+    samples.write(
+        workdir.train_samples, reference, run.key("sample"), prompts["train"], s.samples.m,
+        s.sampling.batch_size, (score, None), "sample",
+    )  # fmt: skip
+
+
+STAGE = Stage(
+    name="sample",
+    help="prompts and scored reference samples",
+    run=run,
+    depends=("reward", "prompts", "sampling", "samples", "memory.compute_dtype"),
+    after=("reward",),
+    leaves=("samples/train.jsonl", "prompts"),
+)

@@ -1,0 +1,172 @@
+"""One policy in training: it draws responses, has them scored and takes an update."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vbon_jax import sharding
+from vbon_jax.models import trainable
+from vbon_jax.rewards.base import counts_of
+from vbon_jax.sampling.sampler import (
+    Batch,
+    Request,
+    ScoredRollout,
+    bucket_length,
+    index,
+    named_key,
+)
+from vbon_jax.training.loop import Task, batch_requests
+
+# (state, reference params, one scored rollout a source, references, n, beta) -> (state, metrics)
+Update = Callable[..., tuple[Any, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What an online method computes, compiled for a run.
+
+    Attributes:
+      update: (state, reference params, scored rollouts, references, n, beta) -> (state, metrics).
+      sources: the entries of ``state.params`` that respond to an iteration's prompts, in order: the
+        policy alone, ("decoder",), for PPO.
+      batch_size: responses of each source.
+      learning_rate: iteration -> rate, for the log.
+    """
+
+    update: Update
+    sources: tuple[str, ...]
+    batch_size: int
+    learning_rate: Callable[[int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The values that tell one policy of a method from another; data, not structure.
+
+    Attributes:
+      n: of best-of-n.
+      beta: KL coefficient, of the methods that have one.
+      seed: of its training.
+      m: reference samples a prompt that its log F is estimated from.
+    """
+
+    n: float
+    beta: float
+    seed: int
+    m: int
+
+
+class Learner:
+    """Trains one policy: `roll_out`, `score` and `update` make an iteration, in this order."""
+
+    def __init__(self, task: Task, program: Program, member: Member):
+        """Places what the updates read on the task's mesh."""
+        mesh = task.sampler.mesh
+        self.task, self.program, self.member = task, program, member
+        self._key = named_key(member.seed, "rollout")
+        self._length = prompt_length(task)
+        self._references = sharding.place(task.references, mesh)
+        self._n, self._beta = (
+            sharding.place(jnp.float32(v), mesh) for v in (member.n, member.beta)
+        )
+        self._clock = Clock()
+
+    def roll_out(self, state: Any, step: int) -> list[Batch]:
+        """One response of each source to each of the iteration's prompts."""
+        self._clock.start()
+        base = batch_requests(
+            self.task.prompts, self.program.batch_size, step, self.member.seed
+        )
+        batches = []
+        for i, source in enumerate(self.program.sources):
+            params = trainable.join(self.task.sampler.model.params, state.params[source])
+            batches.append(
+                self.task.sampler.with_params(params).draw(
+                    self._key, step, requests_of(base, i, self.program), self._length
+                )
+            )
+        tokens = sum(int(jnp.sum(b.rollout.mask_BxT)) for b in batches)  # waits for the rollouts
+        self._clock.lap("rollout", tokens)
+        return batches
+
+    def score(self, batches: Sequence[Batch]) -> tuple[ScoredRollout, ...]:
+        """The rewards of the responses.
+
+        Raises:
+          InputError: a reward is NaN.
+        """
+        by_id, row_of = index(self.task.prompts)
+        scored = []
+        for batch in batches:
+            prompts = [by_id[r.prompt_id] for r in batch.requests]
+            rewards = self.task.sampler.rewards(
+                self.task.reward, prompts, batch.prompts, batch.rollout
+            )
+            rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
+            placed = sharding.place((rewards, rows), self.task.sampler.mesh, "batch")
+            scored.append(
+                ScoredRollout(*batch.prompts, batch.rollout, *placed, batch.temperature)
+            )
+        self._clock.lap("reward")
+        return tuple(scored)
+
+    def update(
+        self, state: Any, scored: tuple[ScoredRollout, ...], step: int
+    ) -> tuple[Any, dict[str, Any]]:
+        """The method's jitted update; ``state`` is donated.
+
+        Returns:
+          (state one step on, the iteration's metrics on the host: numbers by name).
+        """
+        state, metrics = self.program.update(
+            state, self.task.reference, scored, self._references, self._n, self._beta
+        )
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._clock.lap("update")
+        values |= {"learning_rate": self.program.learning_rate(step), **self._clock.metrics()}
+        return state, values | counts_of(self.task.reward)
+
+
+class Clock:
+    """Seconds of an iteration's phases, by the names they have in the metrics."""
+
+    def __init__(self) -> None:
+        """No phase has begun."""
+        self._began = self._last = 0.0
+        self._seconds: dict[str, float] = {}
+        self._tokens = 0
+
+    def start(self) -> None:
+        """An iteration begins."""
+        self._began = self._last = time.monotonic()
+        self._seconds = {}
+
+    def lap(self, phase: str, tokens: int = 0) -> None:
+        """``phase`` ends now; ``tokens`` were drawn in it."""
+        now = time.monotonic()
+        self._seconds[f"seconds_{phase}"] = now - self._last
+        self._last = now
+        self._tokens = tokens or self._tokens
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds of each phase, and tokens drawn a second of the whole iteration."""
+        return {
+            **self._seconds,
+            "tokens_per_second": self._tokens / (self._last - self._began),
+        }
+
+
+def prompt_length(task: Task) -> int:
+    """The padded length that all of a task's prompts share, tokens."""
+    return bucket_length(max(len(p.tokens) for p in task.prompts))
+
+
+def requests_of(base: Sequence[Request], i: int, program: Program) -> list[Request]:
+    """The requests of source i: sample indices of their own, so that sources differ."""
+    count = len(program.sources)
+    return [Request(r.prompt_id, r.sample * count + i, r.tokens) for r in base]

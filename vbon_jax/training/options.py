@@ -1,0 +1,147 @@
+"""What the training room is told: the config groups of fitting, optimisation, LoRA and memory."""
+
+import dataclasses
+
+from vbon_jax.errors import InputError
+from vbon_jax.keys import key
+from vbon_jax.models import trainable
+from vbon_jax.models.config import DTYPES, REMAT
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Supervised training of a reference, reward or evaluator model."""
+
+    epochs: int = key(4, "Passes over the texts.", least=1)
+    batch_size: int = key(64, "Texts per gradient step.", least=1)
+    learning_rate: float = key(2e-3, "Peak learning rate of AdamW: linear warm-up over the first "
+                               "5% of the steps, then cosine decay to 0.", above=0)  # fmt: skip
+    weight_decay: float = key(0.01, "Weight decay of AdamW.", least=0)
+    max_tokens: int = key(40, "Texts are truncated to this many tokens, EOS included.", least=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Training of the policy; the online methods' hyperparameters of PPO."""
+
+    iterations: int = key(150, "Rollout batches to train on; training episodes are iterations x "
+                          "batch_size.", least=1)  # fmt: skip
+    batch_size: int = key(128, "Responses per rollout.", least=1)
+    minibatch_size: int = key(32, "Responses per gradient step; must divide `train.batch_size`.",
+                              least=1)  # fmt: skip
+    ppo_epochs: int = key(4, "Passes over each rollout.", least=1)
+    learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
+    adam_eps: float = key(1e-5, "Epsilon of AdamW.", above=0)
+    weight_decay: float = key(0.0, "Weight decay of AdamW.", least=0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm.", above=0)
+    clip_policy: float = key(0.2, "Clip range of PPO's probability ratio.", above=0, below=1)
+    clip_value: float = key(0.2, "Clip range of the value function's change.", above=0)
+    value_coef: float = key(0.2, "Coefficient of the value loss.", least=0)
+    gamma: float = key(1.0, "Discount factor.", least=0, most=1)
+    lam: float = key(0.95, "Lambda of generalized advantage estimation (GAE).", least=0, most=1)
+    whiten: bool = key(True, "Normalise the advantages of a rollout to zero mean and unit "
+                       "variance.")  # fmt: skip
+    penalty: str = key("full", "Per-token KL penalty: sampled, the log-ratio of the sampled token; "
+                       "full, the KL divergence over the whole vocabulary.",
+                       choices=("sampled", "full"))  # fmt: skip
+    num_layers_unfrozen: int = key(-1, "Number of upper transformer blocks to train, above a "
+                                   "frozen trunk that policy and reference share; -1 trains the "
+                                   "whole model.", least=-1)  # fmt: skip
+    value_network: str = key("head", "Value function: head, a linear head on the policy; reward, a "
+                             "separate network initialised from the reward model.",
+                             choices=("head", "reward"))  # fmt: skip
+    checkpoint_every: int = key(50, "Iterations between checkpoints.", least=1)
+    keep: int = key(2, "Number of most recent checkpoints to keep.", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Offline:
+    """Training on stored samples: bon_sft, dpo and bonbon."""
+
+    responses: int = key(6, "Stored responses per prompt from which dpo makes its pairs.", least=2)
+    pairs: int = key(12, "Training pairs per prompt (for bon_sft: best-of-n responses).", least=1)
+    labels: str = key("hard", "Preference labels of dpo: hard, the higher reward is preferred; "
+                      "soft, with probability sigmoid(reward difference).",
+                      choices=("hard", "soft"))  # fmt: skip
+    epochs: int = key(2, "Passes over the pairs.", least=1)
+    batch_size: int = key(64, "Pairs per gradient step.", least=1)
+    learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al., 2021)."""
+
+    rank: int = key(0, "Rank of the adapters that are trained on every block in place of its "
+                    "weights; 0 for none.", least=0)  # fmt: skip
+    alpha: float = key(16.0, "Scale of the adapters: their product is multiplied by alpha / rank.",
+                       above=0)  # fmt: skip
+    targets: tuple[str, ...] = key(
+        ("q", "v"), f"Projections that have an adapter, among {', '.join(trainable.TARGETS)}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What trades precision or time for memory."""
+
+    compute_dtype: str = key("float32", "Dtype of activations and of the key-value cache.",
+                             choices=DTYPES)  # fmt: skip
+    param_dtype: str = key("float32", "Dtype of trained parameters.", choices=DTYPES)
+    frozen_dtype: str = key("float32", "Dtype of frozen parameters: reference model, frozen trunk, "
+                            "reward models.", choices=DTYPES)  # fmt: skip
+    optimizer_dtype: str = key("float32", "Dtype of AdamW's moments.", choices=DTYPES)
+    remat: str = key("dots", "Rematerialisation of transformer blocks. none stores all activations "
+                     "for the backward pass; dots stores the results of matrix products with "
+                     "weights and recomputes the rest; full stores each block's input only.",
+                     choices=tuple(REMAT))  # fmt: skip
+    accumulate: int = key(1, "Microbatches whose gradients are accumulated per gradient step; must "
+                          "divide `train.minibatch_size`.", least=1)  # fmt: skip
+    chunk: int = key(1_024, "Tokens whose logits over the vocabulary are held in memory at once.",
+                     least=1)  # fmt: skip
+    device_gib: float = key(0.0, "Memory per device in GiB that `vbon plan` assumes; 0 takes this "
+                            "machine's.", least=0)  # fmt: skip
+
+
+def check(train: Train, lora: Lora, memory: Memory) -> None:
+    """Checks what the groups must obey together.
+
+    Args:
+      train: Batches, and which layers are trained.
+      lora: Which projections have adapters.
+      memory: Into how many microbatches a gradient step is divided.
+
+    Raises:
+      InputError: Names the keys, their values and what is allowed.
+    """
+    for holds, text in (
+        (
+            train.batch_size % train.minibatch_size == 0,
+            f"train.batch_size={train.batch_size} is not a multiple of "
+            f"train.minibatch_size={train.minibatch_size}",
+        ),
+        (
+            train.minibatch_size % memory.accumulate == 0,
+            f"memory.accumulate={memory.accumulate} does not divide "
+            f"train.minibatch_size={train.minibatch_size}",
+        ),
+        (
+            train.num_layers_unfrozen != 0,
+            "train.num_layers_unfrozen=0 trains nothing: -1 trains all",
+        ),
+        (
+            not lora.rank or train.num_layers_unfrozen == -1,
+            f"lora.rank={lora.rank} and train.num_layers_unfrozen={train.num_layers_unfrozen}: "
+            "adapters are on every layer, so set train.num_layers_unfrozen=-1, or lora.rank=0",
+        ),
+        (not lora.rank or bool(lora.targets), "lora.targets is empty: name at least one"),
+        *(
+            (
+                target in trainable.TARGETS,
+                f"lora.targets names {target!r}: choose from {', '.join(trainable.TARGETS)}",
+            )
+            for target in lora.targets
+        ),
+    ):
+        if not holds:
+            raise InputError(text)

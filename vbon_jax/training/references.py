@@ -1,0 +1,67 @@
+"""The table of reference rewards that log F is read off, from stored samples."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vbon_jax.bon import log_f
+from vbon_jax.bon import references as bon_references
+from vbon_jax.bon.references import References
+from vbon_jax.data import samples as sample_files
+from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.data.samples import PromptSamples
+from vbon_jax.progress import log
+from vbon_jax.sampling.sampler import Sampler
+
+
+def references(
+    samples: Sequence[PromptSamples], m: int, estimator: str, ties: str, sampler: Sampler
+) -> References:
+    """The first m reference rewards of each prompt, as the density of best-of-n is read off them.
+
+    Args:
+      samples: P prompts with at least m responses each.
+      m: responses of each that count.
+      estimator: of log F.
+      ties: "random", or "order" for the fixed total order of responses.
+      sampler: whose tokenizer and length limit the order is taken under.
+    """
+    order_PxM = orders(samples, m, sampler) if ties == "order" else None
+    table = bon_references.references(sample_files.rewards(samples, m), estimator, order_PxM)
+    if table.fit is not None:
+        failed = int(np.sum(~np.asarray(table.fit.converged_P)))
+        log(
+            f"exponential: {failed} of {len(samples)} prompts have no curve that fits their {m} "
+            "rewards and take the smoothed estimate"
+        )
+    return table
+
+
+def orders(samples: Sequence[PromptSamples], m: int, sampler: Sampler) -> np.ndarray:
+    """The place of each prompt's first m responses in the total order of responses.
+
+    The order is over token ids; a file without them has its texts encoded.
+
+    Returns:
+      uint32 [P, M].
+    """
+    end, longest = sampler.settings.eos_id, sampler.settings.max_new_tokens
+    rows = []
+    for of_prompt in samples:
+        for i in range(m):
+            if of_prompt.response_tokens is not None:
+                ids: Sequence[int] = of_prompt.response_tokens[i]
+            else:
+                tail = () if end is None else (end,)
+                ids = (*tokenizers.encode(sampler.tokenizer, of_prompt.responses[i]), *tail)
+            rows.append(ids[:longest])
+    return response_orders(rows, longest).reshape(len(samples), m)
+
+
+def response_orders(rows: Sequence[Sequence[int]], longest: int) -> np.ndarray:
+    """The place of each response, given as token ids, in the total order: uint32 [N]."""
+    tokens = np.zeros((len(rows), longest), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
+    return np.asarray(log_f.response_order(tokens, mask))
