@@ -1,5 +1,6 @@
 """Pages of the site that are made from the code when it is built: mkdocs calls `on_files`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,69 +11,38 @@ NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 CONFIG_HEAD = """# Config reference
 
-Made from `vbon_jax/config.py`. A config file starts from these defaults,
+A config file starts from these defaults and changes what differs,
 
-```
-import vbon_jax.config
+```python
+from vbon_jax import config as vbon_config
 
 
 def get_config():
-    config = vbon_jax.config.default()
+    config = vbon_config.default()
     config.method.n = 16.0
     return config
 ```
 
-and `--config.KEY=VALUE` on the command line changes one more. The files of `configs/` are such
-files. A key that is not in these tables is an error.
+and `--config.KEY=VALUE` on the command line changes one more. The files in `configs/` are such
+files. A key that is not listed here is refused. `NAME` stands for a name of your choice.
 """
-SECTIONS = {
-    "": "The run",
-    "data": "Labelled text",
-    "prompts": "Prompts",
-    "tokenizer": "Tokenizer",
-    "reference": "Reference model",
-    "reward": "Reward",
-    "evaluator": "Evaluator, a second reward model that only measures",
-    "sampling": "Sampling",
-    "samples": "Reference samples",
-    "method": "Method",
-    "bond": "Options of BOND",
-    "train": "Training by rollouts",
-    "lora": "LoRA",
-    "memory": "Precision and memory",
-    "offline": "Training on stored samples",
-    "export": "Export",
-    "evaluate": "Evaluation",
-    "convergence": "Study of the number of samples",
-    "sweep": "Sweeps",
-    "generate": "Generation",
-    "mesh": "Devices",
-    "log": "Logging",
-}
 
 
 def config_page() -> str:
     """The Markdown page with every config key, its default and its meaning."""
+    from vbon_jax import config, keys
+
+    groups = {field.name: field.type for field in dataclasses.fields(config.Config)}
     lines, section = [CONFIG_HEAD], None
-    for key, doc, default in _rows():
+    for key, doc, default in keys.rows(config.Config):
         group = key.partition(".")[0] if "." in key else ""
         if group != section:
             section = group
-            title = SECTIONS.get(group, group)
-            heading = f"{title}: `{group}`" if group else title
-            lines.append(f"\n## {heading}\n\n| key | default | meaning |\n| --- | --- | --- |")
+            about = groups[group].__doc__ if group else "What the run does."
+            lines.append(f"\n## {group or 'The run'}\n\n{about}\n")
+            lines.append("| key | default | meaning |\n| --- | --- | --- |")
         lines.append(f"| `{key}` | {_shown(default)} | {_cell(doc)} |")
     return "\n".join(lines) + "\n"
-
-
-def _rows() -> list[tuple[str, str, Any]]:
-    from vbon_jax import config
-
-    try:
-        from vbon_jax import keys
-    except ImportError:
-        return [(key, doc, "") for key, doc in config.reference_rows()]
-    return keys.rows(config.Config)
 
 
 def _shown(default: Any) -> str:
