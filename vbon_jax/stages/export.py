@@ -10,7 +10,7 @@ from vbon_jax.models import trainable
 from vbon_jax.models.hf import peft
 from vbon_jax.progress import log
 from vbon_jax.stages import loading
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 from vbon_jax.training.checkpoint import Checkpointer
 
 
@@ -42,14 +42,3 @@ def run(run: Run) -> None:
         tokenizers.save(reference.tokenizer, run.workdir.policy)
         return
     loading.policy_of(reference, own).save(run.workdir.policy)
-
-
-STAGE = Stage(
-    name="export",
-    help="the trained policy as a Hugging Face directory",
-    run=run,
-    depends=("export",),
-    after=("train",),
-    leaves=("policy",),
-    redo="asked",
-)

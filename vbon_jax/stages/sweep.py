@@ -26,7 +26,7 @@ from vbon_jax.evaluation import exact, heldout
 from vbon_jax.methods import Method, Series, learning
 from vbon_jax.progress import log
 from vbon_jax.stages import claims, evaluate, loading
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 from vbon_jax.training import loop, population
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.learner import Member
@@ -153,7 +153,7 @@ class Splits:
                     yield self.get(split, temperature)
 
 
-def sweep(run: Run) -> None:
+def run(run: Run) -> None:
     """``sweep.jsonl``: every unit trained and measured, by as many workers as come."""
     splits = Splits(run)
     todo = units(run.config)
@@ -461,14 +461,3 @@ def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-STAGE = Stage(
-    name="sweep",
-    help="every method over its grid; several workers may share one workdir",
-    run=sweep,
-    depends=("evaluate", "evaluator", "sweep"),
-    after=("train",),
-    leaves=("sweep", "sweep.jsonl"),
-    redo="always",
-)

@@ -78,6 +78,8 @@ class Workdir:
     def relevant(self, stage: str) -> dict[str, Any]:
         """The flat settings that a stage's results follow from."""
         keys = self._stages[stage].follows(self._stages)
+        if "method" in keys:  # and the groups of their own that methods have
+            keys = (*keys, *config.METHOD_GROUPS)
 
         def counts(name: str) -> bool:
             return any(name == key or name.startswith(f"{key}.") for key in keys)
