@@ -4,7 +4,9 @@ vbon run --config=configs/reviews.py --workdir=runs/reviews --config.method.n=4
 """
 
 import dataclasses
+import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -138,16 +140,35 @@ def _default_workdir(argv: Sequence[str]) -> str:
 def _flag_error(argv: Sequence[str], error: Exception) -> str:
     """One line of what absl or ml_collections says in many."""
     if isinstance(error, KeyError | AttributeError):
-        name = str(error.args[0]).strip("\"'")
+        said = str(error.args[0] if error.args else error)
+        first = re.search(r"\w+", said)  # the key, before a "Did you mean"
+        name = first[0] if first else ""
         for word in argv:
             key = word.lstrip("-").partition("=")[0]
             if key.startswith("config.") and name in key.split("."):
-                return f"unknown config key {key.removeprefix('config.')}: see the config file"
+                return _unknown_key(key.removeprefix("config."))
+        misspelt = re.search(r'Key "([^"]+)" does not exist', said)
+        if misspelt:
+            return f"--config: {_unknown_key(misspelt[1])}"
     lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines()]
     # An error raised inside the config file comes wrapped in its traceback: its last line tells.
     text = lines[-1] if "Traceback" in " ".join(lines) else " ".join(filter(None, lines))
     known = isinstance(error, flags.Error)
     return f"command line: {text}" if known else f"--config: {type(error).__name__}: {text}"
+
+
+def _unknown_key(name: str) -> str:
+    """Says that there is no such config key, and which ones come near."""
+    from vbon_jax.config import Config
+    from vbon_jax.keys import rows
+
+    known = {key: key.rpartition(".")[2] for key, _, _ in rows(Config)}
+    if name in known:
+        return f"config key {name} is not in the file: start it from vbon_jax.config.default()"
+    leaves = difflib.get_close_matches(name.rpartition(".")[2], set(known.values()))
+    near = [key for key, leaf in known.items() if leaf in leaves]
+    meant = difflib.get_close_matches(name, near, cutoff=0.0)
+    return f"unknown config key {name}" + (f": did you mean {' or '.join(meant)}?" if meant else "")
 
 
 def execute(argv: Sequence[str]) -> None:

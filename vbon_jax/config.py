@@ -33,15 +33,12 @@ HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as u
 class Data:
     """Labelled texts: what the reference, reward and evaluator models are trained on."""
 
-    corpus: str = key("reviews", "Embedded corpus to use where no other source is given: generated "
-                      "movie reviews, or strings of the tabular world.",
+    corpus: str = key("reviews", "Embedded corpus, used where no other source is given.",
                       choices=("reviews", "tabular"))  # fmt: skip
-    path: str = key("", "File of training texts with labels.")
-    test_path: str = key("", "File of held-out texts; empty holds out every tenth text of "
-                         "`data.path`.")  # fmt: skip
+    path: str = key("", "File of labelled training texts: JSON lines, CSV or Parquet.")
+    test_path: str = key("", "File of held-out texts; empty holds out a tenth of `data.path`.")
     tfds: str = key("", "TensorFlow Datasets name with features text and label: imdb_reviews.")
-    tfds_dir: str = key("", "Directory for its prepared array_record files; empty for the "
-                        "library's default.")  # fmt: skip
+    tfds_dir: str = key("", "Directory of its prepared files; empty for the library's default.")
     hub: str = key("", "Hugging Face data set: `owner/name` or `owner/name:config`.")
     text_column: str = key("text", "Column of `data.path` or `data.hub` that holds the text.")
     label_column: str = key("label", "Column that holds the label.")
@@ -49,8 +46,8 @@ class Data:
     test_split: str = key("test", "Held-out split of `data.hub`.")
     train: int = key(6_000, "Training texts that the embedded corpus generates.", least=1)
     test: int = key(1_000, "Held-out texts that the embedded corpus generates.", least=1)
-    ood: int = key(600, "Out-of-distribution reviews that the embedded corpus generates, of film "
-                   "genres no other split has; 0 for none.", least=0)  # fmt: skip
+    ood: int = key(600, "Out-of-distribution reviews that it generates, of film genres no other "
+                   "split has; 0 for none.", least=0)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +60,9 @@ class PromptSet:
                       choices=("text", "tldr", "chat"))  # fmt: skip
     path: str = key("", "File of training prompts; empty takes prefixes of the training texts.")
     test_path: str = key("", "File of held-out prompts; empty takes prefixes of held-out texts.")
-    ood_path: str = key("", "File of out-of-distribution prompts; empty takes prefixes that name a "
-                        "film genre no training text has.")  # fmt: skip
+    ood_path: str = key(
+        "", "File of out-of-distribution prompts; empty takes prefixes of such texts."
+    )
     hub: str = key("", "Hugging Face data set of prompts: `owner/name` or `owner/name:config`.")
     column: str = key("prompt", "Column of the files or of `prompts.hub` that holds the prompt.")
     train_split: str = key("train", "Training split of `prompts.hub`.")
@@ -118,8 +116,8 @@ class Reference:
 class Score:
     """A score of responses: a sequence classifier or a callable."""
 
-    path: str = key("", "Hugging Face sequence classifier: directory or hub name. Empty, and no "
-                    "function: one is trained on the labels (`reward`).")  # fmt: skip
+    path: str = key("", "Hugging Face sequence classifier: directory or hub name. `reward` without "
+                    "path and function trains one on the labels.")  # fmt: skip
     function: str = key("", 'Python callable in place of a classifier: "module:function".')
     label: str = key("POSITIVE", "Label whose score is taken; ignored for score scalar.")
     score: str = key("logit", "The label's probability (prob), log_odds or logit; scalar: the only "
@@ -142,10 +140,10 @@ class Reward(RewardPart):
     """The reward of a response."""
 
     others: dict[str, RewardPart] = named(RewardPart, "Further rewards, each under a name.")
-    missing_eos: str = key("none", "What a response without EOS costs: `missing_eos_value` "
-                           "replaces its reward, or is subtracted.",
+    missing_eos: str = key("none", "What becomes of the reward of a response without EOS: "
+                           "`missing_eos_value` replaces it or is subtracted.",
                            choices=MISSING_EOS)  # fmt: skip
-    missing_eos_value: float = key(0.0, "See `missing_eos`.")
+    missing_eos_value: float = key(0.0, "Replacement or penalty of `missing_eos`.")
     model: Model = group(Model, layers=2, width=64)
     fit: Fit = group(Fit, epochs=3, learning_rate=1e-3)
 
@@ -188,15 +186,14 @@ class Method:
                     choices=METHODS)  # fmt: skip
     objective: str = key("exact", "Of vbon: the exact objective or one of its bounds.",
                          choices=("exact", "lower_bound", "jensen_bound"))  # fmt: skip
-    n: float = key(8.0, "n of best-of-n: any real number of at least 1; a whole number for bon_sft "
-                   "and bonbon.", least=1)  # fmt: skip
-    beta: float = key(1 / 7, "Of ppo and dpo: KL coefficient; 1/(n-1) matches best-of-n.",
-                      above=0)  # fmt: skip
+    n: float = key(8.0, "The n of best-of-n, any real number of at least 1; whole for bon_sft and "
+                   "bonbon.", least=1)  # fmt: skip
+    beta: float = key(1 / 7, "KL coefficient of ppo and dpo; 1/(n-1) matches best-of-n.", above=0)
     estimator: str = key("interval", "Estimator of log F from the reference samples; interval "
                          "estimates the density ratio of best-of-n directly.",
                          choices=ESTIMATORS)  # fmt: skip
-    ties: str = key("random", "Choice of best-of-n among equal rewards: random, or by a fixed "
-                    "order of responses (pairs of dpo and bonbon: always random).",
+    ties: str = key("random", "Choice of best-of-n among equal rewards: at random, or by a fixed "
+                    "order of responses (pairs of dpo and bonbon: always at random).",
                     choices=TIES)  # fmt: skip
 
 
@@ -204,23 +201,24 @@ class Method:
 class Bond:
     """Best-of-n distillation, BOND and J-BOND (Sessa et al., 2024)."""
 
-    form: str = key("jeffreys", "jeffreys: J-BOND, iterated with a moving anchor; backward: the "
-                    "backward KL against the reference.",
+    form: str = key("jeffreys", "Objective: jeffreys, iterated with a moving anchor (J-BOND); "
+                    "backward, the backward KL against the reference.",
                     choices=("jeffreys", "backward"))  # fmt: skip
-    jeffreys: float = key(0.5, "Weight of the forward KL; the backward KL has the rest.", least=0,
-                          most=1)  # fmt: skip
-    anchor_rate: float = key(0.02, "Step size of the anchor's moving average of the policy, per "
-                             "iteration.", least=0, most=1)  # fmt: skip
-    beta: float = key(0.1, "Coefficient of an additional KL to the anchor, in the backward part.",
-                      least=0)  # fmt: skip
+    jeffreys: float = key(0.5, "Weight of the forward KL; the backward KL has 1 minus it.",
+                          least=0, most=1)  # fmt: skip
+    anchor_rate: float = key(0.02, "Rate of the anchor's exponential moving average of the policy, "
+                             "per iteration.", least=0, most=1)  # fmt: skip
+    beta: float = key(
+        0.1, "Coefficient of an extra KL to the anchor, in the backward part.", least=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
     """What `vbon export` writes."""
 
-    form: str = key("model", "model: a whole Hugging Face model, adapters merged; adapter: a PEFT "
-                    "adapter directory (with `lora.rank`).",
+    form: str = key("model", "Exported directory: model, a whole Hugging Face model with adapters "
+                    "merged; adapter, a PEFT adapter (with `lora.rank`).",
                     choices=("model", "adapter"))  # fmt: skip
 
 
@@ -243,8 +241,7 @@ class Convergence:
     m: tuple[int, ...] = key((5, 20, 50, 100, 200, 250, 400), "Numbers of samples per prompt that "
                              "are compared with `convergence.m_full`.")  # fmt: skip
     m_full: int = key(600, "Samples per prompt that stand for the true distribution.", least=2)
-    level: float = key(0.05, "Significance level of the Kolmogorov-Smirnov test.", above=0,
-                       below=1)  # fmt: skip
+    level: float = key(0.05, "Level of the Kolmogorov-Smirnov test.", above=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +252,7 @@ class Sweep:
                                "`evaluate.m` fresh reference responses.")  # fmt: skip
     vbon: tuple[float, ...] = key((), "Values of n of vbon with the exact objective.")
     lower_bound: tuple[float, ...] = key((), "Values of n of vbon with its lower bound.")
-    lower_bound_estimator: str = key("harmonic", "Estimator of log F for the lower bound, which "
-                                     "must be finite.",
+    lower_bound_estimator: str = key("harmonic", "Estimator of log F for the lower bound.",
                                      choices=("smoothed", "harmonic", "exponential"))  # fmt: skip
     ppo: tuple[float, ...] = key((), "Values of beta of ppo.")
     dpo: tuple[float, ...] = key((), "Values of beta of dpo.")
@@ -264,9 +260,8 @@ class Sweep:
     bon_sft: tuple[int, ...] = key((), "Values of n of bon_sft.")
     bond: tuple[float, ...] = key((), "Values of n of bond in its backward form.")
     m: tuple[int, ...] = key((), "Numbers of reference samples to train vbon with at `method.n`.")
-    temperatures: tuple[float, ...] = key((), "Sampling temperatures at which each method, at the "
-                                          "value that matches `method.n`, is also "
-                                          "evaluated.")  # fmt: skip
+    temperatures: tuple[float, ...] = key((), "Sampling temperatures at which each method is also "
+                                          "evaluated, at its match of `method.n`.")  # fmt: skip
     temperature_m: int = key(64, "As `evaluate.m`, at these temperatures and out of distribution.",
                              least=1)  # fmt: skip
     seeds: int = key(1, "Number of seeds per setting.", least=1)
