@@ -73,7 +73,8 @@ _LORA = ("lora_a", "lora_b")
 
 class View(NamedTuple):
     """What a layer sees of its batch: mask_BxTxS, and cos and sin [B, T, rotated / 2] of its own
-    positions (None with learned positions). A layer's keys are rotated before they are stored."""
+    positions (None with learned positions). A layer's keys are rotated before they are stored.
+    """
 
     mask_BxTxS: jax.Array
     cos_BxTxN: jax.Array | None

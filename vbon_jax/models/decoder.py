@@ -121,7 +121,7 @@ def _layer(params: Params, index: int) -> Params:
 def _run(
     config: DecoderConfig, blocks: Params, first: int, x_BxTxD: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
-    """x through a stack of blocks, the first of which is layer ``first``, scanning over them."""
+    """X through a stack of blocks, the first of which is layer ``first``, scanning over them."""
     position_BxT = _positions(mask_BxT)
     whole, windowed = views(config, _causal(mask_BxT), position_BxT, position_BxT)
     block = Block(config)
@@ -147,7 +147,8 @@ def _run(
 
 def unstacked(params: Params) -> Params:
     """The same tree with a segment a layer, for what unrolls the layers in a loop: cut out of a
-    stack inside the loop, each layer's weights would be copied in every pass."""
+    stack inside the loop, each layer's weights would be copied in every pass.
+    """
     layers = []
     for blocks in _segments(params):
         layers += [jax.tree.map(lambda x, i=i: x[i : i + 1], blocks) for i in range(_depth(blocks))]
@@ -158,7 +159,8 @@ def trunk(
     params: Params, config: DecoderConfig, tokens_BxT: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
     """Embeddings and all but the last segment of ``blocks``: what ``top`` goes on from, [B, T, D]
-    in the compute dtype. Arguments as ``hidden``."""
+    in the compute dtype. Arguments as ``hidden``.
+    """
     mask_BxT = mask_BxT.astype(bool)
     with jax.named_scope("trunk"):
         x_BxTxD = _embed(params, config, tokens_BxT, _positions(mask_BxT))
@@ -173,7 +175,8 @@ def top(
     params: Params, config: DecoderConfig, x_BxTxD: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
     """The last segment of ``blocks`` and the final norm on what ``trunk`` gave; of ``params`` only
-    these are read. Returns hidden_BxTxD as ``hidden`` does."""
+    these are read. Returns hidden_BxTxD as ``hidden`` does.
+    """
     with jax.named_scope("top"):
         blocks = _segments(params)[-1]
         first = config.layers - _depth(blocks)

@@ -81,8 +81,9 @@ def log_probs(
     temperature: jax.Array | float,
     chunk: int = CHUNK,
 ) -> jax.Array:
-    """log p of each of the last ``response_len`` tokens, float32 nats [B, T]; arguments as
-    ``hidden``. Differentiable in params; the backward pass makes the logits once more."""
+    """Log p of each of the last ``response_len`` tokens, float32 nats [B, T]; arguments as
+    ``hidden``. Differentiable in params; the backward pass makes the logits once more.
+    """
     head = decoder.head(params)
 
     @jax.checkpoint

@@ -28,7 +28,8 @@ TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 @dataclasses.dataclass(frozen=True)
 class Trainable:
     """layers: upper blocks that are trained; -1 for the whole model.
-    rank: of adapters on every layer's ``targets`` (of TARGETS), in place of layers; 0 for none."""
+    rank: of adapters on every layer's ``targets`` (of TARGETS), in place of layers; 0 for none.
+    """
 
     layers: int = -1
     rank: int = 0

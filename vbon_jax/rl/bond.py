@@ -40,7 +40,7 @@ def jbond_reward(reward_B: jax.Array, anchor_rewards_Bxm: jax.Array) -> jax.Arra
 
 
 def leave_one_out(x_K: jax.Array) -> jax.Array:
-    """x minus the mean of the others along the last axis: a baseline that adds no bias.
+    """X minus the mean of the others along the last axis: a baseline that adds no bias.
 
     Args:
         x_K: returns of K >= 2 responses, any leading shape: [B] for the whole batch, [P, K] for K

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def masked(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """x in float32 where `mask` is true, 0 elsewhere; `mask` is bool or 0/1 and has x's shape."""
+    """X in float32 where `mask` is true, 0 elsewhere; `mask` is bool or 0/1 and has x's shape."""
     return jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0)
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 class NextToken(NamedTuple):
     """Of each token, float32 [B, T], nats: log-probs under policy and reference, KL(policy || ref)
-    of the next-token distributions, entropy of the policy's."""
+    of the next-token distributions, entropy of the policy's.
+    """
 
     log_prob: jax.Array
     log_ref: jax.Array
@@ -21,7 +22,7 @@ class NextToken(NamedTuple):
 
 
 def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """logits / temperature in float32: the one definition of "at the sampling temperature".
+    """Logits / temperature in float32: the one definition of "at the sampling temperature".
 
     Sampler, PPO ratio, KL and log pi_ref all go through it, so they speak of one distribution.
     """
@@ -29,7 +30,7 @@ def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
 
 
 def log_prob(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """log softmax(logits)[token], float32 nats, shape [B] (any leading shape)."""
+    """Log softmax(logits)[token], float32 nats, shape [B] (any leading shape)."""
     chosen = jnp.take_along_axis(logits_BxV, token_B[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits_BxV, axis=-1)
 
@@ -70,7 +71,7 @@ def _forward(logits: jax.Array, ref_logits: jax.Array, tokens: jax.Array):
 
 
 def _backward(saved: tuple, grad: NextToken):
-    """d log p_a = 1_a - p;  d KL = p (log p - log q - KL);  d H = -p (log p + H)."""
+    """D log p_a = 1_a - p;  d KL = p (log p - log q - KL);  d H = -p (log p + H)."""
     logits, ref_logits, tokens, log_z, log_z_ref, kl, entropy = saved
     log_p = logits - log_z[..., None]
     log_q = ref_logits - log_z_ref[..., None]

@@ -61,3 +61,23 @@ def perform(run: Run, stage: Stage, again: bool) -> None:
         raise
     workdir.complete(stage.name)
     log(f"{stage.name}: done in {time.monotonic() - began:.1f} s")
+
+
+def refuse_uneven(config: Config, mesh: Mesh) -> None:
+    """Raises InputError for a batch that the devices cannot share: each would do all of it."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    train = config.train
+    for key, rows in (
+        ("sampling.batch_size", config.sampling.batch_size),
+        ("train.batch_size", train.batch_size),
+        ("train.minibatch_size", train.minibatch_size),
+        (
+            "train.minibatch_size / memory.accumulate",
+            train.minibatch_size // config.memory.accumulate,
+        ),
+    ):
+        if rows % ways:
+            raise InputError(
+                f"{key}={rows} does not divide among mesh.data x mesh.fsdp = {ways} devices: "
+                f"make it a multiple of {ways}"
+            )

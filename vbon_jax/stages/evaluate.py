@@ -61,9 +61,7 @@ def run(run: Run) -> None:
         console.print(tables.bon_kls(rows), highlight=False)
     if enumerable(s) and policy is not None:
         world = enumerated(run, models.reference)
-        result["exact"] = exact.figures(
-            policy.model, models.reference.model, world, s.method.n
-        )
+        result["exact"] = exact.figures(policy.model, models.reference.model, world, s.method.n)
         console.print(tables.exact_table(result["exact"]))
     workdir.write_json(workdir.evaluation, result)
     _write_text(

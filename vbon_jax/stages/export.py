@@ -1,12 +1,10 @@
 """Stage ``export``: the trained policy as a Hugging Face directory."""
 
-import dataclasses
 import shutil
 
 from vbon_jax import methods
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError
-from vbon_jax.models import trainable
 from vbon_jax.models.hf import peft
 from vbon_jax.progress import log
 from vbon_jax.stages import loading

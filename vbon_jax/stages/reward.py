@@ -4,7 +4,6 @@ from vbon_jax.stages import fitting, loading
 from vbon_jax.stages.base import Run
 
 
-
 def run(run: Run) -> None:
     """Trains the reward model on the labels, or checks the user's own."""
     r = run.config.reward

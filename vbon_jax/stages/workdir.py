@@ -37,9 +37,7 @@ class Follows(Protocol):
 class Workdir:
     """Paths below one folder, and a note a stage of the settings it was done with."""
 
-    def __init__(
-        self, root: str | os.PathLike[str], settings: Config, stages: Mapping[str, Any]
-    ):
+    def __init__(self, root: str | os.PathLike[str], settings: Config, stages: Mapping[str, Any]):
         """Nothing is made or read yet; ``stages``: all there are, by name."""
         self.root = Path(root).expanduser().absolute()
         self._flat = config.flatten(config.as_dict(settings))

@@ -32,7 +32,8 @@ class Layout(NamedTuple):
 
 def _linear(in_axes: int) -> Layout:
     """torch.nn.Linear: [out, in], its axes ours after a transposition; the leaf is
-    [*in (``in_axes`` of them), *out]."""
+    [*in (``in_axes`` of them), *out].
+    """
 
     def shape(leaves: Sequence[Shape]) -> Shape:
         (leaf,) = leaves
@@ -46,7 +47,7 @@ def _linear(in_axes: int) -> Layout:
 
 
 def _conv1d(in_axes: int) -> Layout:
-    """transformers' Conv1D of GPT-2: [in, out], ours after a reshape."""
+    """Transformers' Conv1D of GPT-2: [in, out], ours after a reshape."""
 
     def shape(leaves: Sequence[Shape]) -> Shape:
         (leaf,) = leaves
