@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vbon_jax import cli
 from vbon_jax import config as st
 from vbon_jax.errors import InputError
 from vbon_jax.keys import rows
@@ -101,6 +102,48 @@ def test_a_config_file_cannot_misspell_a_key():
 
 
 @pytest.mark.parametrize(
+    ("line", "flag", "message"),
+    [
+        (
+            "config.method.nn = 3",
+            "seed=1",
+            "--config: unknown config key nn: did you mean method.n?",
+        ),
+        (
+            "config.method.estimatr = ''",
+            "seed=1",
+            "key estimatr: did you mean method.estimator or ",
+        ),
+        (
+            "pass",
+            "train.batchsize=8",
+            "key train.batchsize: did you mean train.batch_size or train.",
+        ),
+        (
+            "pass",
+            "modle.heads=8",
+            "unknown config key modle.heads: did you mean reward.model.heads",
+        ),
+        ("pass", "xyzzy=8", "unknown config key xyzzy"),
+        (
+            "config = type(config)({'seed': 1})",
+            "train.lam=1",
+            "config key train.lam is not in the file: start it from vbon_jax.config.default()",
+        ),
+    ],
+)
+def test_a_misspelt_key_is_answered_with_those_that_come_near(tmp_path, line, flag, message):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from vbon_jax import config as vbon_config\n\n\n"
+        f"def get_config():\n    config = vbon_config.default()\n    {line}\n    return config\n"
+    )
+    with pytest.raises(InputError) as error:
+        cli.parse(["run", f"--config={path}", f"--config.{flag}"])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("method.n", 0.5, "method.n=0.5: must be at least 1"),
@@ -190,6 +233,51 @@ def test_bad_values_are_named(values, key, value, message):
     with pytest.raises(InputError) as error:
         st.parse(change(values, key, value))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.num_layers_unfrozen": 0}, "train.num_layers_unfrozen=0 trains nothing: -1 trains"),
+        ({"lora.rank": 4, "train.num_layers_unfrozen": 2}, "lora.rank=4 and train.num_layers_unfr"),
+        ({"lora.targets": ("q", "w")}, "lora.targets names 'w': choose from q, k, v, out, gate, u"),
+        ({"lora.rank": 4, "lora.targets": ()}, "lora.targets is empty: name at least one"),
+        ({"export.form": "adapter"}, "export.form=adapter needs adapters: set lora.rank, which is"),
+        ({"memory.accumulate": 3}, "memory.accumulate=3 does not divide train.minibatch_size=64"),
+        ({"memory.accumulate": 2, "method.name": "dpo"}, "memory.accumulate=2: dpo is trained wit"),
+        ({"memory.accumulate": 2, "method.name": "bond"}, "memory.accumulate=2: bond is trained w"),
+        ({"train.value_network": "reward"}, "train.value_network=reward starts from a reward mode"),
+        ({"evaluate.temperatures": (1.0, 1.0)}, "evaluate.temperatures=(1.0, 1.0) names one twice"),
+        ({"evaluate.temperatures": (101,)}, "evaluate.temperatures has 101.0: each must be a numb"),
+        ({"reward.others": {"a": {}}}, "reward.others.a.path and .function are empty: set one"),
+        ({"reward.others": {"a": {"path": "p", "function": "f"}}}, "reward.others.a.path='p' and "),
+        ({"prompts.format": "tldr", "prompts.hub": "a/b"}, "prompts.subreddits is empty: name wha"),
+        ({"stages": ()}, "stages is empty: choose from sft, reward"),
+    ],
+)  # fmt: skip
+def test_keys_that_do_not_go_together_are_named(values, changes, message):
+    for key, value in changes.items():
+        values = change(values, key, value)
+    with pytest.raises(InputError) as error:
+        st.parse(values)
+    assert message in str(error.value)
+
+
+def test_what_goes_together_is_taken(values):
+    """The neighbours of what is refused."""
+    for changes in (
+        {"lora.rank": 4, "export.form": "adapter"},
+        {"train.num_layers_unfrozen": 2},
+        {"memory.accumulate": 2},
+        {"memory.accumulate": 2, "method.name": "bond", "bond.form": "backward"},
+        {"reward.function": "", "train.value_network": "reward"},
+        {"evaluate.temperatures": (0.5, 100)},
+        {"prompts.format": "chat", "prompts.hub": "a/b"},
+    ):
+        changed = values
+        for key, value in changes.items():
+            changed = change(changed, key, value)
+        st.parse(changed)
 
 
 @pytest.mark.parametrize(
