@@ -1,4 +1,4 @@
-"""Hugging Face directories: reading and writing models, adapters, and the hub."""
+"""Hugging Face directories: reading and writing of models and adapters, and the hub."""
 
 from vbon_jax.models.hf.config_files import read_config
 from vbon_jax.models.hf.reading import load_classifier, load_decoder
