@@ -148,13 +148,14 @@ class Workdir:
         wanted = self.relevant(stage)
         # A note written before a key existed: that stage was done under what is now its default.
         done = config.defaults_flat() | note["settings"]
-        changed = [k for k, v in wanted.items() if done.get(k) != v]
+        changed = [k for k, v in wanted.items() if done.get(k, _OTHER) != v]
+        changed += [k for k in note["settings"] if k not in wanted]  # parts that were removed
         if changed:
             first = changed[0]
             results = [str(self.root / name) for name in self._stages[stage].leaves]
             raise InputError(
                 f"stage {stage} in {self.root} was done with "
-                f"{first}={done.get(first)!r}, now it is {wanted[first]!r}"
+                f"{first}={done.get(first)!r}, now it is {wanted.get(first)!r}"
                 + (f" (and {len(changed) - 1} more keys changed)" if changed[1:] else "")
                 + ": use another --workdir, or do the stage again after removing "
                 + " ".join([*results, str(self._note(stage))])
