@@ -151,7 +151,7 @@ def _attend(
     v_BxGxSxK: jax.Array,
     mask_BxTxS: jax.Array,
 ) -> jax.Array:
-    """Computes softmax attention; a query that may see no key averages them all, so stays finite."""
+    """Computes softmax attention; a query that may see no key averages all, so stays finite."""
     batch, heads, length, width = q_BxHxTxK.shape
     groups, slots = k_BxGxSxK.shape[1:3]
     # The R heads that share keys are rows of one product.

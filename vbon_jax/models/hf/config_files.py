@@ -1,4 +1,4 @@
-"""config.json files: read strictly into our configurations, and written for given configurations."""
+"""config.json: read strictly into our configurations, and written to describe them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vbon_jax.models.config import DecoderConfig
 from vbon_jax.models.encoder import EncoderConfig
@@ -22,6 +22,20 @@ Config = DecoderConfig | EncoderConfig
 _NOT_IN_FILES = ("compute_dtype", "remat", "lora_alpha")
 
 
+class TokenIds(NamedTuple):
+    """The ids of a model's special tokens.
+
+    Attributes:
+      bos: the id that starts a text; None if there is none.
+      eos: the id that ends a text; None if there is none.
+      pad: the id of padding; None if there is none.
+    """
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
 class _Read:
     """A transformers config that records the values of the keys that are read from it."""
 
@@ -33,7 +47,7 @@ class _Read:
         return self.values.setdefault(key, getattr(self._config, key))
 
     def explain(self, fault: str) -> str:
-        """Adds to a fault, which starts with a field of ours, the name of the corresponding key in the file.
+        """Adds to a fault about a field of ours the name of the corresponding key in the file.
 
         That is the key that was read and has the value that the fault gives.
         """
@@ -207,24 +221,20 @@ def describe(
     return family, value
 
 
-def token_ids(
-    config: Config, bos_id: int | None, eos_id: int | None, pad_id: int | None
-) -> dict[str, int | None]:
+def token_ids(config: Config, ids: TokenIds) -> dict[str, int | None]:
     """Returns the config.json keys of special tokens.
 
     Args:
       config: the model's configuration.
-      bos_id: the token id that starts a text, or None.
-      eos_id: the token id that ends a text, or None.
-      pad_id: the token id of padding, or None.
+      ids: the ids of the special tokens.
 
     Raises:
       ValueError: if an id is outside the vocabulary.
     """
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    for name, token_id in ids.items():
+    keys = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    for name, token_id in keys.items():
         if token_id is not None and not 0 <= token_id < config.vocab_size:
             raise ValueError(
                 f"{name} is {token_id}: give None or an id below vocab_size, {config.vocab_size}"
             )
-    return ids  # None too is written: where the key is absent transformers assumes its default
+    return keys  # None too is written: where the key is absent transformers assumes its default

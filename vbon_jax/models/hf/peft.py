@@ -242,7 +242,7 @@ def _adapters(flat: Mapping[str, np.ndarray], config: DecoderConfig) -> tuple[in
 def _stacked(
     module: _Module, flat: Mapping[str, np.ndarray], layer: int, rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns one layer's A [count * r, in] and B [out, count * r] of a module, as torch stores them."""
+    """Returns A [count * r, in] and B [out, count * r] of one layer of a module, as in torch."""
     a = [flat[f"{module.path(part)}lora_a"][layer].T for part in module.parts]
     b = [flat[f"{module.path(part)}lora_b"][layer] for part in module.parts]
     leaves = [np.zeros(shape, b[0].dtype) for shape in module.leaf_shapes(len(b) * rank)]

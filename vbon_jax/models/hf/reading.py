@@ -117,7 +117,9 @@ def load_decoder(
 def load_classifier(
     path: str | os.PathLike[str], *, place: Place | None = None, dtype: str = "float32"
 ) -> tuple[Config, Params, tuple[str, ...]]:
-    """Reads a sequence classifier, a decoder with a score head or an encoder, from a Hugging Face directory.
+    """Reads a sequence classifier from a Hugging Face directory.
+
+    It is a decoder with a score head, or an encoder.
 
     Args:
       path: a local directory, as for ``load_decoder``.
@@ -126,7 +128,7 @@ def load_classifier(
 
     Returns:
       (configuration, tree {"decoder" or "encoder", "score"} of JAX arrays, label names in the order
-      of the scores). Without id2label the names are LABEL_0 and LABEL_1, as in transformers. A
+      of the scores). Without id2label the names are LABEL_0, LABEL_1, ..., as in transformers. A
       scalar reward model has one label.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The files of a model directory: JSON files, and safetensors files read by rows and written in shards.
+"""The files of a model directory: JSON, and safetensors read by rows and written in shards.
 
 Only the host side: what the name of a tensor means is defined in ``models.hf.tables``, and on which
 devices it is placed in ``models.hf.pieces``.
@@ -36,7 +36,7 @@ PIECE = 4 * 2**20
 
 
 class CheckpointError(InputError):
-    """A model directory that cannot be used; the message names the file, the fault and the remedy."""
+    """A model directory that cannot be used; the message names file, fault and remedy."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def scan(directory: Path, prefix: str, buffers: str) -> dict[str, Found]:
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], set[str] | None]:
-    """Returns the safetensors files, and the tensor names listed in the index of shards if there is one."""
+    """Returns the safetensors files and, if there is an index of shards, the names in it."""
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS], None
     if (directory / INDEX).exists():
@@ -235,7 +235,7 @@ def read_rows(found: Found, start: int, stop: int) -> np.ndarray:
 
 
 def equal(first: Found, second: Found) -> bool:
-    """Returns whether two tensors of the same shape hold equal numbers, comparing them in pieces."""
+    """Returns whether two tensors of the same shape are equal, comparing them piece by piece."""
     step = max(1, PIECE // (4 * math.prod(first.shape[1:])))
     for start in range(0, first.shape[0], step):
         stop = min(start + step, first.shape[0])
@@ -323,7 +323,7 @@ def _split(tensors: Sequence[TensorToWrite], shard_bytes: int) -> list[list[Tens
 
 
 def _write_file(path: Path, tensors: list[TensorToWrite]) -> None:
-    """Writes a safetensors file: length of the header, header as JSON, then the data of all tensors.
+    """Writes a safetensors file: length of the header, header as JSON, data of all tensors.
 
     The writer of the safetensors package would need all of it in memory, and copies it.
     """

@@ -1,4 +1,4 @@
-"""Families of checkpoints: a module for each ``model_type``, of that name, that defines ``FAMILY``."""
+"""Families of checkpoints: one module per ``model_type``, of that name, with a ``FAMILY``."""
 
 from __future__ import annotations
 
