@@ -1,6 +1,6 @@
-"""Your own task: a small chat model towards the best of 16 of a reward model. Not in the paper.
+r"""Your own task: a small chat model towards the best of 16 of a reward model. Not in the paper.
 
-    vbon run --config=configs/chat.py --config.prompts.path=TRAIN.jsonl \\
+    vbon run --config=configs/chat.py --config.prompts.path=TRAIN.jsonl \
         --config.prompts.test_path=TEST.jsonl
 
 The files hold {"messages": [{"role", "content"}, ...]} or {"prompt": ...} a line; all of them are

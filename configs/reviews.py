@@ -1,4 +1,4 @@
-"""The embedded task: short movie reviews steered towards positive sentiment.
+r"""The embedded task: short movie reviews steered towards positive sentiment.
 
     vbon run --config=configs/reviews.py
 

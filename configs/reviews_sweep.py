@@ -1,4 +1,4 @@
-"""Every method of the paper over its grid on the embedded reviews, and the page about it.
+r"""Every method of the paper over its grid on the embedded reviews, and the page about it.
 
     vbon run --config=configs/reviews_sweep.py
 
@@ -7,7 +7,7 @@ with 2 seeds each, the others at 3 values; smaller models and shorter training t
 configs/reviews.py. All policies of a method are trained in one program. It writes
 ``report.html``; several workers may run the same command on one workdir.
 
-    vbon run --config=configs/reviews_sweep.py:text --config.data.path=TRAIN.jsonl \\
+    vbon run --config=configs/reviews_sweep.py:text --config.data.path=TRAIN.jsonl \
         --config.data.test_path=TEST.jsonl
 
 is a smaller grid on your own labelled text.

@@ -2,15 +2,21 @@
 
 import ast
 import copy
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+from vbon_jax import cli
 from vbon_jax import config as st
+from vbon_jax import methods
 from vbon_jax.errors import InputError
+from vbon_jax.keys import rows
 
 ROOT = Path(__file__).parents[1]
+# Where keys are declared and held against each other, which is not reading them.
+DECLARED = ("config.py", "keys.py", "training/options.py")
 
 
 def load(name, *variant):
@@ -47,10 +53,90 @@ def test_every_config_file_parses(config):
     parsed = st.parse(load(*config))
     given = st.flatten(st.as_dict(parsed)).keys()
     assert given == {key for key, _ in st.reference_rows() if ".NAME." not in key}
+    assert given == st.defaults_flat().keys()
 
 
 def test_every_config_file_is_tested():
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} == {name for name, *_ in CONFIGS}
+
+
+def test_a_config_file_stands_alone():
+    """It is the defaults and its differences: no other config file's values flow into it."""
+    for path in (ROOT / "configs").glob("*.py"):
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+        assert imported == {"ml_collections", "vbon_jax.config"}, path.name
+        assert len(path.read_text().split('"""', 2)[2].splitlines()) < 100, path.name
+
+
+def test_the_defaults_are_a_config_of_their_own():
+    assert st.parse({}) == st.Config() == st.parse(st.default().to_dict())
+    assert st.defaults_flat()["evaluate.temperatures"] == [1.0]
+    assert st.defaults_flat()["reward.model.width"] == 64 != st.Config().reference.model.width
+    assert st.defaults_flat()["reward.others"] == {}
+
+
+def test_a_config_file_cannot_misspell_a_key():
+    config = st.default()
+    config.method.n = 3
+    config.sweep.update(vbon=(1, 2.5))
+    config.reward.others.length = {"function": "m:f"}  # a name is the user's to choose
+    parsed = st.parse(config.to_dict())
+    assert parsed.method == dataclasses.replace(st.Config().method, n=3.0)
+    assert parsed.sweep.vbon == (1.0, 2.5)
+    assert parsed.reward.others == {"length": st.RewardPart(function="m:f")}
+    with pytest.raises(AttributeError, match="nn"):
+        config.method.nn = 3
+    with pytest.raises(KeyError, match="nn"):
+        config.method.update(nn=3)
+    with pytest.raises(AttributeError, match="methods"):
+        config.methods = {}
+
+
+@pytest.mark.parametrize(
+    ("line", "flag", "message"),
+    [
+        (
+            "config.method.nn = 3",
+            "seed=1",
+            "--config: unknown config key nn: did you mean method.n?",
+        ),
+        (
+            "config.method.estimatr = ''",
+            "seed=1",
+            "key estimatr: did you mean method.estimator or ",
+        ),
+        (
+            "pass",
+            "train.batchsize=8",
+            "key train.batchsize: did you mean train.batch_size or train.",
+        ),
+        (
+            "pass",
+            "modle.heads=8",
+            "unknown config key modle.heads: did you mean reward.model.heads",
+        ),
+        ("pass", "xyzzy=8", "unknown config key xyzzy"),
+        (
+            "config = type(config)({'seed': 1})",
+            "train.lam=1",
+            "config key train.lam is not in the file: start it from vbon_jax.config.default()",
+        ),
+    ],
+)
+def test_a_misspelt_key_is_answered_with_those_that_come_near(tmp_path, line, flag, message):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from vbon_jax import config as vbon_config\n\n\n"
+        f"def get_config():\n    config = vbon_config.default()\n    {line}\n    return config\n"
+    )
+    with pytest.raises(InputError) as error:
+        cli.parse(["run", f"--config={path}", f"--config.{flag}"])
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +161,14 @@ def test_every_config_file_is_tested():
         ("reward.path", "somewhere", "set one of them"),
         ("data.test_path", "x.jsonl", "data.path is empty"),
         ("data", 3, "data=3: must be a group of keys"),
-        ("method.name", "sft", "method.name='sft': choose one of bon, vbon, ppo, bond, bon_sft"),
+        ("data", {"path": "a", "hub": "b"}, "data.path='a' and data.hub='b': set one of them"),
+        ("data", {"tfds": "a", "hub": "b"}, "data.tfds='a' and data.hub='b': set one of them"),
+        ("data", {"path": "a", "tfds": "b"}, "data.path='a' and data.tfds='b': set one of them"),
+        ("prompts", {"path": "a", "hub": "b"}, "prompts.path='a' and prompts.hub='b': set one of"),
+        ("prompts.format", "chat", "prompts.format=chat: set prompts.path and prompts.test_path"),
+        ("prompts.template_arguments", "[1]", "prompts.template_arguments='[1]': must be a JSON"),
+        ("log.wandb", "yes", "log.wandb='yes': must be bool"),
+        ("method.name", "sft", "method.name='sft': choose one of bon, vbon, ppo, bond, dpo"),
         ("method.objective", "reward", "method.objective='reward': choose one of exact"),
         ("method.beta", 0.0, "method.beta=0.0: must be above 0"),
         ("method.ties", "coin", "method.ties='coin': choose one of random, order"),
@@ -102,7 +195,7 @@ def test_every_config_file_is_tested():
         (
             "sweep.lower_bound_estimator",
             "interval",
-            "sweep.lower_bound_estimator='interval': choose one of smoothed, harmonic, exponential",
+            "sweep.lower_bound_estimator='interval': choose one of harmonic, smoothed, exponential",
         ),
         # Tuples hold what they are said to.
         ("sweep.bon", 3, "sweep.bon=3: must be"),
@@ -136,6 +229,51 @@ def test_bad_values_are_named(values, key, value, message):
     with pytest.raises(InputError) as error:
         st.parse(change(values, key, value))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.num_layers_unfrozen": 0}, "train.num_layers_unfrozen=0 trains nothing: -1 trains"),
+        ({"lora.rank": 4, "train.num_layers_unfrozen": 2}, "lora.rank=4 and train.num_layers_unfr"),
+        ({"lora.targets": ("q", "w")}, "lora.targets names 'w': choose from q, k, v, out, gate, u"),
+        ({"lora.rank": 4, "lora.targets": ()}, "lora.targets is empty: name at least one"),
+        ({"export.form": "adapter"}, "export.form=adapter needs adapters: set lora.rank, which is"),
+        ({"memory.accumulate": 3}, "memory.accumulate=3 does not divide train.minibatch_size=64"),
+        ({"memory.accumulate": 2, "method.name": "dpo"}, "memory.accumulate=2: dpo is trained wit"),
+        ({"memory.accumulate": 2, "method.name": "bond"}, "memory.accumulate=2: bond is trained w"),
+        ({"train.value_network": "reward"}, "train.value_network=reward starts from a reward mode"),
+        ({"evaluate.temperatures": (1.0, 1.0)}, "evaluate.temperatures=(1.0, 1.0) names one twice"),
+        ({"evaluate.temperatures": (101,)}, "evaluate.temperatures has 101.0: each must be a numb"),
+        ({"reward.others": {"a": {}}}, "reward.others.a.path and .function are empty: set one"),
+        ({"reward.others": {"a": {"path": "p", "function": "f"}}}, "reward.others.a.path='p' and "),
+        ({"prompts.format": "tldr", "prompts.hub": "a/b"}, "prompts.subreddits is empty: name wha"),
+        ({"stages": ()}, "stages is empty: choose from sft, reward"),
+    ],
+)  # fmt: skip
+def test_keys_that_do_not_go_together_are_named(values, changes, message):
+    for key, value in changes.items():
+        values = change(values, key, value)
+    with pytest.raises(InputError) as error:
+        st.parse(values)
+    assert message in str(error.value)
+
+
+def test_what_goes_together_is_taken(values):
+    """The neighbours of what is refused."""
+    for changes in (
+        {"lora.rank": 4, "export.form": "adapter"},
+        {"train.num_layers_unfrozen": 2},
+        {"memory.accumulate": 2},
+        {"memory.accumulate": 2, "method.name": "bond", "bond.form": "backward"},
+        {"reward.function": "", "train.value_network": "reward"},
+        {"evaluate.temperatures": (0.5, 100)},
+        {"prompts.format": "chat", "prompts.hub": "a/b"},
+    ):
+        changed = values
+        for key, value in changes.items():
+            changed = change(changed, key, value)
+        st.parse(changed)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +332,28 @@ def test_estimators_without_a_finite_log_f_are_refused_for_the_bounds(values, es
         st.parse(change(values, "method.objective", objective))
 
 
-def test_unknown_and_missing_keys_are_named(values):
+def test_unknown_keys_are_named(values):
     with pytest.raises(InputError, match=r"unknown config key method\.nn: allowed here are"):
         st.parse(change(values, "method.nn", 1))
-    del values["train"]["lam"]
-    with pytest.raises(InputError, match=r"config key train\.lam is missing"):
-        st.parse(values)
+    with pytest.raises(
+        InputError, match=r"unknown config key methods: allowed here are seed, stag"
+    ):
+        st.parse(values | {"methods": {}})
+    with pytest.raises(
+        InputError, match=r"unknown config key reward\.others\.a\.n: allowed here are"
+    ):
+        st.parse(change(values, "reward.others", {"a": {"function": "m:f", "n": 1}}))
+
+
+def test_missing_keys_take_their_defaults(values):
+    """Those of the group at its place: the reward's model is smaller than the reference's."""
+    del values["train"]["lam"], values["reward"]["model"]["width"], values["mesh"]
+    parsed = st.parse(values)
+    assert (
+        parsed.train.lam == 0.95 and parsed.train.learning_rate == values["train"]["learning_rate"]
+    )
+    assert parsed.reward.model == st.Model(layers=2, width=64, heads=4, positions=8)
+    assert parsed.mesh == st.MeshShape(1, 1, 1)
 
 
 def test_ints_are_read_as_floats_where_floats_are_meant(values):
@@ -207,18 +361,24 @@ def test_ints_are_read_as_floats_where_floats_are_meant(values):
 
 
 def test_every_key_is_read_somewhere():
-    """A key that only ``settings.py`` mentions is one that nothing reads."""
-    read = set()
-    for path in (ROOT / "vbon_jax").rglob("*.py"):
-        if path.name != "settings.py":
+    """A key that only its declaration mentions is one that nothing reads."""
+    read, package = set(), ROOT / "vbon_jax"
+    for path in package.rglob("*.py"):
+        if str(path.relative_to(package)) not in DECLARED:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute):
                     read.add(node.attr)
-    unread = [key for key, _ in st.reference_rows() if key.split(".")[-1] not in read]
+    # The methods' grids and groups are read through their records.
+    read |= methods.SERIES.keys() | {f"{label}_estimator" for label in methods.SERIES}
+    unread = {key for key, _, _ in rows(st.Config) if key.split(".")[-1] not in read}
     assert not unread
 
 
-def test_readme_has_every_key():
-    text = (ROOT / "README.md").read_text()
-    missing = [key for key, doc in st.reference_rows() if f"| `{key}` | {doc} |" not in text]
-    assert not missing
+def test_every_key_is_documented():
+    """Its row in the config reference: a name of its own, a sentence that fits a table's cell."""
+    found = rows(st.Config)
+    assert len({name for name, _, _ in found}) == len(found)
+    for name, doc, _ in found:
+        assert doc[0].isupper() and doc.endswith("."), name
+        assert not set("|\n") & set(doc), name
+    assert [(name, doc) for name, doc, _ in found] == st.reference_rows()

@@ -4,37 +4,22 @@ vbon run --config=configs/reviews.py --workdir=runs/reviews --config.method.n=4
 """
 
 import dataclasses
+import difflib
 import os
+import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from vbon_jax.errors import InputError
+from vbon_jax.stages import COMMANDS, STAGES
 
 if TYPE_CHECKING:
-    from vbon_jax import config as st
-
-COMMANDS = {
-    "run": "every stage the config lists, in order; what is complete is skipped",
-    "sft": "tokenizer and reference model",
-    "reward": "reward model",
-    "evaluator": "a second reward model, which only measures",
-    "sample": "prompts and scored reference samples",
-    "train": "the policy, by the chosen method",
-    "export": "the trained policy as a Hugging Face directory",
-    "evaluate": "reference, best-of-n and policy on held-out prompts: table and figures",
-    "convergence": "how many reference samples this task needs",
-    "sweep": "every method over its grid; several workers may share one workdir",
-    "report": "report.html: all that is there on one page",
-    "plan": "bytes each device will need, before anything is allocated; says what does not fit",
-    "bench": "times of log F and of the Kolmogorov-Smirnov test; needs no --config",
-    "generate": "responses to --prompt on standard output",
-}
+    from vbon_jax.config import Config
 
 
 def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -52,13 +37,20 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_integer(
         "process_id", None, "This process, from 0.", lower_bound=0, flag_values=values
     )
+    flags.DEFINE_string("profile", None, "FIRST:LAST iterations to trace.", flag_values=values)
     return values, values(["vbon", *argv])[1:]
+
+
+def commands() -> dict[str, str]:
+    """Every word that ``vbon`` takes, with its line of help."""
+    of_stages = {name: stage.help for name, stage in STAGES.items()}
+    return {"run": COMMANDS["run"], **of_stages, **COMMANDS}
 
 
 def usage() -> str:
     """What ``vbon`` can do."""
-    width = max(map(len, COMMANDS))
-    stages = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    width = max(map(len, commands()))
+    stages = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands().items())
     return (
         "usage: vbon STAGE --config=FILE.py[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]\n\n"
         f"stages:\n{stages}\n\nflags:\n"
@@ -66,9 +58,21 @@ def usage() -> str:
         "  --config.a.b=v   another value for one of its keys\n"
         "  --workdir        folder of the run (default: runs/<config>[-<variant>])\n"
         '  --prompt         a prompt for "generate"; may be repeated\n'
+        "  --profile=3:5    a JAX profiler trace of these iterations of training\n"
+        "  --version        the version of vbon_jax, of JAX and of its devices\n"
         "  --coordinator --num_processes --process_id\n"
-        "                   of a run on several hosts, as jax.distributed.initialize takes them\n"
+        "                   of a run on several hosts, as jax.distributed.initialize takes them\n\n"
+        "exit codes: 0 done; 2 bad input; 128 + the signal's number when stopped, saved first\n"
     )
+
+
+def version() -> str:
+    """The versions a report of a fault should name."""
+    from importlib import metadata
+
+    import jax
+
+    return f"vbon_jax {metadata.version('vbon_jax')} (jax {jax.__version__}, {jax.devices()})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +80,10 @@ class Command:
     """What a command line asks for."""
 
     stage: str
-    settings: "st.Settings"
+    config: "Config"
     workdir: str
     prompts: list[str]
+    profile: tuple[int, int] | None
     coordinator: str | None
     num_processes: int | None
     process_id: int | None
@@ -89,7 +94,7 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises InputError naming the stage, flag or config key that is wrong.
     """
-    from vbon_jax import config as st  # imports jax, which --help should not wait for
+    from vbon_jax import config as vbon_config  # imports jax, which --help should not wait for
 
     path = _config_name(argv).partition(":")[0]
     if path and not os.path.isfile(path):
@@ -101,9 +106,9 @@ def parse(argv: Sequence[str]) -> Command:
         raise InputError(f"--config: {error.filename}:{error.lineno}: {error.msg}") from error
     except Exception as error:  # a config file is a program: it may raise anything
         raise InputError(_flag_error(argv, error)) from error
-    if not rest or rest[0] not in COMMANDS:
+    if not rest or rest[0] not in commands():
         named = repr(rest[0]) if rest else "not given"
-        raise InputError(f"stage is {named}: choose one of {', '.join(COMMANDS)} (vbon --help)")
+        raise InputError(f"stage is {named}: choose one of {', '.join(commands())} (vbon --help)")
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is neither a stage nor a flag: write --flag=value")
     if config is None:
@@ -113,11 +118,25 @@ def parse(argv: Sequence[str]) -> Command:
         raise InputError("--coordinator, --num_processes and --process_id go together: give all")
     return Command(
         rest[0],
-        st.parse(config),
+        vbon_config.parse(config),
         values.workdir or _default_workdir(argv),
         values.prompt,
+        _profile(values.profile),
         *several,
     )
+
+
+def _profile(text: str | None) -> tuple[int, int] | None:
+    """What ``--profile=FIRST:LAST`` says."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (first.isdigit() and (last.isdigit() or not colon)):
+        raise InputError(f"--profile={text}: write FIRST:LAST, such as --profile=3:5")
+    found = int(first), int(last if colon else first)
+    if not 1 <= found[0] <= found[1]:
+        raise InputError(f"--profile={text}: iterations are counted from 1, the first one first")
+    return found
 
 
 def _config_name(argv: Sequence[str]) -> str:
@@ -138,16 +157,35 @@ def _default_workdir(argv: Sequence[str]) -> str:
 def _flag_error(argv: Sequence[str], error: Exception) -> str:
     """One line of what absl or ml_collections says in many."""
     if isinstance(error, KeyError | AttributeError):
-        name = str(error.args[0]).strip("\"'")
+        said = str(error.args[0] if error.args else error)
+        first = re.search(r"\w+", said)  # the key, before a "Did you mean"
+        name = first[0] if first else ""
         for word in argv:
             key = word.lstrip("-").partition("=")[0]
             if key.startswith("config.") and name in key.split("."):
-                return f"unknown config key {key.removeprefix('config.')}: see the config file"
+                return _unknown_key(key.removeprefix("config."))
+        misspelt = re.search(r'Key "([^"]+)" does not exist', said)
+        if misspelt:
+            return f"--config: {_unknown_key(misspelt[1])}"
     lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines()]
     # An error raised inside the config file comes wrapped in its traceback: its last line tells.
     text = lines[-1] if "Traceback" in " ".join(lines) else " ".join(filter(None, lines))
     known = isinstance(error, flags.Error)
     return f"command line: {text}" if known else f"--config: {type(error).__name__}: {text}"
+
+
+def _unknown_key(name: str) -> str:
+    """Says that there is no such config key, and which ones come near."""
+    from vbon_jax.config import Config
+    from vbon_jax.keys import rows
+
+    known = {key: key.rpartition(".")[2] for key, _, _ in rows(Config)}
+    if name in known:
+        return f"config key {name} is not in the file: start it from vbon_jax.config.default()"
+    leaves = difflib.get_close_matches(name.rpartition(".")[2], set(known.values()))
+    near = [key for key, leaf in known.items() if leaf in leaves]
+    meant = difflib.get_close_matches(name, near, cutoff=0.0)
+    return f"unknown config key {name}" + (f": did you mean {' or '.join(meant)}?" if meant else "")
 
 
 def execute(argv: Sequence[str]) -> None:
@@ -159,8 +197,8 @@ def execute(argv: Sequence[str]) -> None:
         return
     command = parse(argv)
     logging.set_verbosity(logging.ERROR)  # libraries' remarks would stand between our own lines
-    settings = command.settings
-    several = command.stage == "sweep" or (command.stage == "run" and "sweep" in settings.stages)
+    config = command.config
+    several = command.stage == "sweep" or (command.stage == "run" and "sweep" in config.stages)
     if several and command.coordinator is not None:
         raise InputError(
             "a sweep shares its work through --workdir, not through --coordinator: start the same "
@@ -170,71 +208,31 @@ def execute(argv: Sequence[str]) -> None:
         import jax
 
         jax.distributed.initialize(command.coordinator, command.num_processes, command.process_id)
-    if command.stage == "plan":
-        _plan(settings, command.workdir)
-        return
     from vbon_jax import sharding  # after the flags: jax starts here
-    from vbon_jax.stages import all_stages as stages
-    from vbon_jax.stages import inputs, workdir
+    from vbon_jax.stages import base, workdir
 
-    mesh = settings.mesh
-    run = inputs.Run(
-        settings,
-        workdir.Workdir(command.workdir, settings),
-        sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
-    )
-    _refuse_uneven(settings, run.mesh.shape)
+    folder = workdir.Workdir(command.workdir, config, STAGES)
+    if command.stage == "plan":
+        from vbon_jax.stages import plan
+
+        plan.run(config, folder)
+        return
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    run = base.Run(config, folder, mesh, command.profile)
+    base.refuse_uneven(config, mesh)
     if command.stage == "generate":
         if not command.prompts:
             raise InputError('no --prompt: give at least one, --prompt="the film"')
-        stages.generate(run, command.prompts)
+        from vbon_jax.stages import generate
+
+        generate.run(run, command.prompts)
         return
     with run.workdir.locked(wait=several):
         if command.stage == "run":
-            for name in settings.stages:
-                stages.perform(run, name, again=False)
+            for name in config.stages:
+                base.perform(run, STAGES[name], again=False)
         else:
-            stages.perform(run, command.stage, again=True)
-
-
-def _plan(settings: "st.Settings", workdir: str) -> None:
-    """Prints what a run needs of each device; touches no workdir."""
-    from rich.console import Console
-
-    from vbon_jax import sharding
-    from vbon_jax.stages import plan
-
-    m = settings.mesh
-    wanted = m.data * m.fsdp * m.tensor
-    if wanted > 1:  # no axis takes the rest: a mesh that need not be here
-        plan.pretend(wanted)
-    mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
-    _refuse_uneven(settings, mesh.shape)
-    limit = plan.device_bytes(settings)
-    found = plan.need(settings, mesh, Path(workdir))
-    console = Console()
-    for table in plan.tables(found, mesh, limit):
-        console.print(table)
-    console.print(plan.verdict(found, limit), highlight=False, soft_wrap=True)
-
-
-def _refuse_uneven(settings: "st.Settings", mesh: Mapping[str, int]) -> None:
-    """Raises InputError for a batch that the devices cannot share: each would do all of it."""
-    ways = mesh["data"] * mesh["fsdp"]
-    for key, rows in (
-        ("sampling.batch_size", settings.sampling.batch_size),
-        ("train.batch_size", settings.train.batch_size),
-        ("train.minibatch_size", settings.train.minibatch_size),
-        (
-            "train.minibatch_size / memory.accumulate",
-            settings.train.minibatch_size // settings.memory.accumulate,
-        ),
-    ):
-        if rows % ways:
-            raise InputError(
-                f"{key}={rows} does not divide among mesh.data x mesh.fsdp = {ways} devices: "
-                f"make it a multiple of {ways}"
-            )
+            base.perform(run, STAGES[command.stage], again=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,6 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or {"-h", "--help", "help"} & set(argv):
         print(usage())
+        return 0
+    if "--version" in argv:
+        print(version())
         return 0
     # Only now: what these import takes seconds, and --help should not.
     from vbon_jax.models.hf import CheckpointError

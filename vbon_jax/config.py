@@ -6,26 +6,25 @@ turns it into these frozen dataclasses by ``parse``, and nothing below the stage
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from vbon_jax import keys
-from vbon_jax.bon.log_f import ESTIMATORS, TIES
+from vbon_jax import keys, methods, stages
 from vbon_jax.data import tokenizer
 from vbon_jax.errors import InputError
 from vbon_jax.keys import as_dict, flatten, group, key, named, rows
+from vbon_jax.methods.base import beta_key, estimator_key, n_key, ties_key
+from vbon_jax.methods.vbon import objective_key
 from vbon_jax.rewards import classifier
 from vbon_jax.rewards.combined import MISSING_EOS
 from vbon_jax.training import options
 from vbon_jax.training.options import Fit, Lora, Memory, Offline, Train
 
-STAGES = (
-    "sft", "reward", "evaluator", "sample", "train", "export", "evaluate", "convergence", "sweep",
-    "report",
-)  # fmt: skip
-ONLINE = ("vbon", "ppo", "bond")
-OFFLINE = ("bon_sft", "dpo", "bonbon")
-METHODS = ("bon", *ONLINE, *OFFLINE)
+# Keys that the first workdirs were written without: their files are named by digests that have none.
+ADDED = frozenset({
+    "data.hub", "data.text_column", "data.label_column", "data.train_split", "data.test_split",
+    "prompts.hub", "prompts.column", "prompts.train_split", "prompts.test_split",
+})  # fmt: skip
 HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as uniform
 
 
@@ -33,15 +32,12 @@ HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as u
 class Data:
     """Labelled texts: what the reference, reward and evaluator models are trained on."""
 
-    corpus: str = key("reviews", "Embedded corpus to use where no other source is given: generated "
-                      "movie reviews, or strings of the tabular world.",
+    corpus: str = key("reviews", "Embedded corpus, used where no other source is given.",
                       choices=("reviews", "tabular"))  # fmt: skip
-    path: str = key("", "File of training texts with labels.")
-    test_path: str = key("", "File of held-out texts; empty holds out every tenth text of "
-                         "`data.path`.")  # fmt: skip
+    path: str = key("", "File of labelled training texts: JSON lines, CSV or Parquet.")
+    test_path: str = key("", "File of held-out texts; empty holds out a tenth of `data.path`.")
     tfds: str = key("", "TensorFlow Datasets name with features text and label: imdb_reviews.")
-    tfds_dir: str = key("", "Directory for its prepared array_record files; empty for the "
-                        "library's default.")  # fmt: skip
+    tfds_dir: str = key("", "Directory of its prepared files; empty for the library's default.")
     hub: str = key("", "Hugging Face data set: `owner/name` or `owner/name:config`.")
     text_column: str = key("text", "Column of `data.path` or `data.hub` that holds the text.")
     label_column: str = key("label", "Column that holds the label.")
@@ -49,8 +45,8 @@ class Data:
     test_split: str = key("test", "Held-out split of `data.hub`.")
     train: int = key(6_000, "Training texts that the embedded corpus generates.", least=1)
     test: int = key(1_000, "Held-out texts that the embedded corpus generates.", least=1)
-    ood: int = key(600, "Out-of-distribution reviews that the embedded corpus generates, of film "
-                   "genres no other split has; 0 for none.", least=0)  # fmt: skip
+    ood: int = key(600, "Out-of-distribution reviews that it generates, of film genres no other "
+                   "split has; 0 for none.", least=0)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +59,12 @@ class PromptSet:
                       choices=("text", "tldr", "chat"))  # fmt: skip
     path: str = key("", "File of training prompts; empty takes prefixes of the training texts.")
     test_path: str = key("", "File of held-out prompts; empty takes prefixes of held-out texts.")
-    ood_path: str = key("", "File of out-of-distribution prompts; empty takes prefixes that name a "
-                        "film genre no training text has.")  # fmt: skip
+    ood_path: str = key(
+        "", "File of out-of-distribution prompts; empty takes prefixes of such texts."
+    )
     hub: str = key("", "Hugging Face data set of prompts: `owner/name` or `owner/name:config`.")
-    column: str = key("prompt", "Column of the files or of `prompts.hub` that holds the prompt.")
+    column: str = key("", "Column of the files or of `prompts.hub` that holds the prompt; empty for "
+                      "`prompt`, or of format chat `messages` or else `prompt`.")  # fmt: skip
     train_split: str = key("train", "Training split of `prompts.hub`.")
     test_split: str = key("test", "Held-out split of `prompts.hub`.")
     train: int = key(800, "Number of training prompts that are made of texts or TL;DR posts; "
@@ -118,8 +116,8 @@ class Reference:
 class Score:
     """A score of responses: a sequence classifier or a callable."""
 
-    path: str = key("", "Hugging Face sequence classifier: directory or hub name. Empty, and no "
-                    "function: one is trained on the labels (`reward`).")  # fmt: skip
+    path: str = key("", "Hugging Face sequence classifier: directory or hub name. `reward` without "
+                    "path and function trains one on the labels.")  # fmt: skip
     function: str = key("", 'Python callable in place of a classifier: "module:function".')
     label: str = key("POSITIVE", "Label whose score is taken; ignored for score scalar.")
     score: str = key("logit", "The label's probability (prob), log_odds or logit; scalar: the only "
@@ -142,10 +140,10 @@ class Reward(RewardPart):
     """The reward of a response."""
 
     others: dict[str, RewardPart] = named(RewardPart, "Further rewards, each under a name.")
-    missing_eos: str = key("none", "What a response without EOS costs: `missing_eos_value` "
-                           "replaces its reward, or is subtracted.",
+    missing_eos: str = key("none", "What becomes of the reward of a response without EOS: "
+                           "`missing_eos_value` replaces it or is subtracted.",
                            choices=MISSING_EOS)  # fmt: skip
-    missing_eos_value: float = key(0.0, "See `missing_eos`.")
+    missing_eos_value: float = key(0.0, "Replacement or penalty of `missing_eos`.")
     model: Model = group(Model, layers=2, width=64)
     fit: Fit = group(Fit, epochs=3, learning_rate=1e-3)
 
@@ -185,42 +183,20 @@ class Method:
     """The training method and the best-of-n it aims at."""
 
     name: str = key("vbon", "Training method; bon is best-of-n itself, without training.",
-                    choices=METHODS)  # fmt: skip
-    objective: str = key("exact", "Of vbon: the exact objective or one of its bounds.",
-                         choices=("exact", "lower_bound", "jensen_bound"))  # fmt: skip
-    n: float = key(8.0, "n of best-of-n: any real number of at least 1; a whole number for bon_sft "
-                   "and bonbon.", least=1)  # fmt: skip
-    beta: float = key(1 / 7, "Of ppo and dpo: KL coefficient; 1/(n-1) matches best-of-n.",
-                      above=0)  # fmt: skip
-    estimator: str = key("interval", "Estimator of log F from the reference samples; interval "
-                         "estimates the density ratio of best-of-n directly.",
-                         choices=ESTIMATORS)  # fmt: skip
-    ties: str = key("random", "Choice of best-of-n among equal rewards: random, or by a fixed "
-                    "order of responses (pairs of dpo and bonbon: always random).",
-                    choices=TIES)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Bond:
-    """Best-of-n distillation, BOND and J-BOND (Sessa et al., 2024)."""
-
-    form: str = key("jeffreys", "jeffreys: J-BOND, iterated with a moving anchor; backward: the "
-                    "backward KL against the reference.",
-                    choices=("jeffreys", "backward"))  # fmt: skip
-    jeffreys: float = key(0.5, "Weight of the forward KL; the backward KL has the rest.", least=0,
-                          most=1)  # fmt: skip
-    anchor_rate: float = key(0.02, "Step size of the anchor's moving average of the policy, per "
-                             "iteration.", least=0, most=1)  # fmt: skip
-    beta: float = key(0.1, "Coefficient of an additional KL to the anchor, in the backward part.",
-                      least=0)  # fmt: skip
+                    choices=methods.NAMES)  # fmt: skip
+    objective: str = objective_key()
+    n: float = n_key()
+    beta: float = beta_key()
+    estimator: str = estimator_key()
+    ties: str = ties_key()
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
     """What `vbon export` writes."""
 
-    form: str = key("model", "model: a whole Hugging Face model, adapters merged; adapter: a PEFT "
-                    "adapter directory (with `lora.rank`).",
+    form: str = key("model", "Exported directory: model, a whole Hugging Face model with adapters "
+                    "merged; adapter, a PEFT adapter (with `lora.rank`).",
                     choices=("model", "adapter"))  # fmt: skip
 
 
@@ -243,30 +219,18 @@ class Convergence:
     m: tuple[int, ...] = key((5, 20, 50, 100, 200, 250, 400), "Numbers of samples per prompt that "
                              "are compared with `convergence.m_full`.")  # fmt: skip
     m_full: int = key(600, "Samples per prompt that stand for the true distribution.", least=2)
-    level: float = key(0.05, "Significance level of the Kolmogorov-Smirnov test.", above=0,
-                       below=1)  # fmt: skip
+    level: float = key(0.05, "Level of the Kolmogorov-Smirnov test.", above=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
-    """Grids of `vbon sweep`; an empty grid leaves its method out."""
+class SweepBase:
+    """Keys of `vbon sweep` beside the methods' grids."""
 
     bon: tuple[int, ...] = key((), "Values of n of best-of-n itself, computed from the "
                                "`evaluate.m` fresh reference responses.")  # fmt: skip
-    vbon: tuple[float, ...] = key((), "Values of n of vbon with the exact objective.")
-    lower_bound: tuple[float, ...] = key((), "Values of n of vbon with its lower bound.")
-    lower_bound_estimator: str = key("harmonic", "Estimator of log F for the lower bound, which "
-                                     "must be finite.",
-                                     choices=("smoothed", "harmonic", "exponential"))  # fmt: skip
-    ppo: tuple[float, ...] = key((), "Values of beta of ppo.")
-    dpo: tuple[float, ...] = key((), "Values of beta of dpo.")
-    bonbon: tuple[int, ...] = key((), "Values of n of bonbon.")
-    bon_sft: tuple[int, ...] = key((), "Values of n of bon_sft.")
-    bond: tuple[float, ...] = key((), "Values of n of bond in its backward form.")
     m: tuple[int, ...] = key((), "Numbers of reference samples to train vbon with at `method.n`.")
-    temperatures: tuple[float, ...] = key((), "Sampling temperatures at which each method, at the "
-                                          "value that matches `method.n`, is also "
-                                          "evaluated.")  # fmt: skip
+    temperatures: tuple[float, ...] = key((), "Sampling temperatures at which each method is also "
+                                          "evaluated, at its match of `method.n`.")  # fmt: skip
     temperature_m: int = key(64, "As `evaluate.m`, at these temperatures and out of distribution.",
                              least=1)  # fmt: skip
     seeds: int = key(1, "Number of seeds per setting.", least=1)
@@ -274,6 +238,27 @@ class Sweep:
                        "program; 0 for all: best on GPU and TPU, 1 on CPU.", least=0)  # fmt: skip
     stale_seconds: float = key(60.0, "Seconds without a heartbeat after which a worker's share is "
                                "taken over by another worker.", above=0)  # fmt: skip
+
+
+def _grids() -> list[tuple[str, Any, Any]]:
+    """The keys of the methods' series: a grid of values, and an estimator where one is chosen."""
+    fields: list[tuple[str, Any, Any]] = []
+    for label, (method, series) in methods.SERIES.items():
+        kind = tuple[int, ...] if method.whole_n else tuple[float, ...]
+        fields.append((label, kind, key((), series.doc)))
+        if series.estimators:
+            doc = f"Estimator of log F for `sweep.{label}`, which must be finite."
+            chosen = key(series.estimators[0], doc, choices=series.estimators)
+            fields.append((f"{label}_estimator", str, chosen))
+    return fields
+
+
+# An empty grid leaves its series out.
+if TYPE_CHECKING:
+    Sweep = SweepBase
+else:
+    Sweep = dataclasses.make_dataclass("Sweep", _grids(), bases=(SweepBase,), frozen=True)
+    Sweep.__doc__ = "Grids of `vbon sweep`; an empty grid leaves its method out."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,13 +293,13 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The whole configuration of a run."""
+class ConfigBase:
+    """The configuration of a run but for the groups of their own that methods have."""
 
     seed: int = key(0, "Seed of every random number of the run.", least=0, most=2**32 - 1)
     stages: tuple[str, ...] = key(
         ("sft", "reward", "sample", "train", "export", "evaluate", "report"),
-        f"Stages of `vbon run`, in order, among {', '.join(STAGES)}.",
+        f"Stages of `vbon run`, in order, among {', '.join(stages.STAGES)}.",
     )
     data: Data = group(Data)
     prompts: PromptSet = group(PromptSet)
@@ -325,7 +310,6 @@ class Config:
     sampling: Sampling = group(Sampling)
     samples: Samples = group(Samples)
     method: Method = group(Method)
-    bond: Bond = group(Bond)
     train: Train = group(Train)
     lora: Lora = group(Lora)
     memory: Memory = group(Memory)
@@ -339,7 +323,17 @@ class Config:
     log: Log = group(Log)
 
 
-Settings = Config
+METHOD_GROUPS: dict[str, type] = dict(m.group for m in methods.METHODS if m.group)
+if TYPE_CHECKING:
+    Config = ConfigBase
+else:
+    Config = dataclasses.make_dataclass(
+        "Config",
+        [(name, cls, group(cls)) for name, cls in METHOD_GROUPS.items()],
+        bases=(ConfigBase,),
+        frozen=True,
+    )
+    Config.__doc__ = "The whole configuration of a run."
 
 
 def default() -> Any:
@@ -371,6 +365,11 @@ def parse(values: dict[str, Any]) -> Config:
     config = keys.build(Config, values)
     check(config)
     return config
+
+
+def added() -> dict[str, Any]:
+    """Returns the defaults of the keys that the first workdirs were written without."""
+    return {name: value for name, value in defaults_flat().items() if name in ADDED}
 
 
 def defaults_flat() -> dict[str, Any]:
@@ -414,11 +413,11 @@ def check(config: Config) -> None:
       InputError: Names the keys, their values and what is allowed.
     """
     for of_part in (
-        _check_stages, _check_data, _check_models, _check_training, _check_evaluation, _check_bon,
-        _check_vbon, _check_ppo, _check_bond, _check_bon_sft, _check_dpo, _check_bonbon,
-        _check_offline,
+        _check_stages, _check_data, _check_models, _check_training, _check_evaluation, _check_sweep
     ):  # fmt: skip
         of_part(config)
+    for method in methods.METHODS:
+        _check_method(config, method)
 
 
 def _require(holds: bool, text: str) -> None:
@@ -447,9 +446,12 @@ def _at_most(name: str, values: Iterable[float], most: int, of: str) -> None:
 
 
 def _check_stages(c: Config) -> None:
-    _require(len(c.stages) > 0, f"stages is empty: choose from {', '.join(STAGES)}")
+    _require(len(c.stages) > 0, f"stages is empty: choose from {', '.join(stages.STAGES)}")
     for stage in c.stages:
-        _require(stage in STAGES, f"stages names {stage!r}: choose from {', '.join(STAGES)}")
+        _require(
+            stage in stages.STAGES,
+            f"stages names {stage!r}: choose from {', '.join(stages.STAGES)}",
+        )
 
 
 def _check_data(c: Config) -> None:
@@ -501,11 +503,11 @@ def _check_training(c: Config) -> None:
         c.export.form == "model" or c.lora.rank > 0,
         f"export.form=adapter needs adapters: set lora.rank, which is {c.lora.rank}",
     )
-    method = c.method.name
-    by_ppo = method in ("vbon", "ppo") or (method == "bond" and c.bond.form == "backward")
+    name = c.method.name
     _require(
-        c.memory.accumulate == 1 or by_ppo,
-        f"memory.accumulate={c.memory.accumulate}: {method} is trained without microbatches; set 1",
+        c.memory.accumulate == 1
+        or (name != methods.BEST_OF_N and methods.of_config(c).microbatches),
+        f"memory.accumulate={c.memory.accumulate}: {name} is trained without microbatches; set 1",
     )
     _require(
         c.train.value_network == "head" or not c.reward.function,
@@ -536,69 +538,44 @@ def _check_evaluation(c: Config) -> None:
         )
 
 
-# What a method cannot do, alone or in a sweep: a function for each.
-
-
-def _check_bon(c: Config) -> None:
+def _check_sweep(c: Config) -> None:
     _at_least_1("sweep.bon", c.sweep.bon)
     _at_most("sweep.bon", c.sweep.bon, c.evaluate.m, "evaluate.m")
-
-
-def _check_vbon(c: Config) -> None:
-    _require(
-        c.method.estimator not in ("strict", "interval") or c.method.objective == "exact",
-        f"method.estimator={c.method.estimator} gives no finite log F for "
-        f"method.objective={c.method.objective}: choose smoothed, harmonic or exponential",
-    )
-    _at_least_1("sweep.vbon", c.sweep.vbon)
-    _at_least_1("sweep.lower_bound", c.sweep.lower_bound)
     _at_least_1("sweep.m", c.sweep.m)
     _at_most("sweep.m", c.sweep.m, c.samples.m, "samples.m")
 
 
-def _check_ppo(c: Config) -> None:
-    _above_0("sweep.ppo", c.sweep.ppo)
-
-
-def _check_bond(c: Config) -> None:
-    for name, n in _values(c, "bond", "sweep.bond", c.sweep.bond):
-        _require(n > 1, f"{name}={n:g}: bond has the KL coefficient 1/(n-1), so n must be above 1")
-
-
-def _check_bon_sft(c: Config) -> None:
-    _check_stored(c, "bon_sft")
-    _at_least_1("sweep.bon_sft", c.sweep.bon_sft)
-    _at_most("sweep.bon_sft", c.sweep.bon_sft, c.samples.m, "samples.m")
-
-
-def _check_dpo(c: Config) -> None:
-    _above_0("sweep.dpo", c.sweep.dpo)
-    if c.method.name != "dpo" and not c.sweep.dpo:
-        return
-    o = c.offline
-    most = o.responses * (o.responses - 1) // 2
-    _require(
-        o.pairs <= most,
-        f"offline.pairs={o.pairs} is more than the {most} pairs of offline.responses={o.responses}",
-    )
-    _require(
-        o.responses <= c.samples.m,
-        f"offline.responses={o.responses} is more than samples.m={c.samples.m}",
-    )
-
-
-def _check_bonbon(c: Config) -> None:
-    _check_stored(c, "bonbon")
-    for name, n in _values(c, "bonbon", "sweep.bonbon", c.sweep.bonbon):
-        _require(n >= 2, f"{name}={n:g}: bonbon needs a best and a worst, n of at least 2")
-    _at_most("sweep.bonbon", c.sweep.bonbon, c.samples.m, "samples.m")
+def _check_method(c: Config, method: methods.Method) -> None:
+    """Checks what a method cannot do, alone or in a sweep."""
+    chosen = c.method.name == method.name and method.when(c)
+    grids = [(s, v) for s in method.series if (v := getattr(c.sweep, s.label))]
+    if chosen:
+        n, m = c.method.n, c.samples.m
+        _require(
+            not method.whole_n or (n.is_integer() and n <= m),
+            f"method.n={n:g}: {method.name} takes the best of a whole number n of the samples.m="
+            f"{m} stored ones",
+        )
+        _require(not method.check_n(n), f"method.n={n:g}: {method.check_n(n)}")
+        _require(not (wrong := method.check(method.from_config(c))), wrong)
+    for series, values in grids:
+        key = f"sweep.{series.label}"
+        if series.varies == "beta":
+            _above_0(key, values)
+            continue
+        for n in values:
+            _require(not method.check_n(n), f"{key}={n:g}: {method.check_n(n)}")
+        _at_least_1(key, values)
+        if method.whole_n:
+            _at_most(key, values, c.samples.m, "samples.m")
+    if (chosen or grids) and not method.online:
+        _require(not (wrong := method.check_samples(c.offline, c.samples.m)), wrong)
+        _check_offline(c)
 
 
 def _check_offline(c: Config) -> None:
-    """Checks what the offline methods share."""
-    o, w = c.offline, c.sweep
-    if not (c.method.name in OFFLINE or w.dpo or w.bonbon or w.bon_sft):
-        return
+    """Checks what the methods that learn from stored samples share."""
+    o = c.offline
     if c.samples.path or c.prompts.path or c.prompts.hub:
         return  # which bring their own number of prompts
     examples = o.pairs * c.prompts.train
@@ -607,22 +584,3 @@ def _check_offline(c: Config) -> None:
         f"offline.batch_size={o.batch_size} is more than the {examples} examples of "
         f"prompts.train={c.prompts.train} x offline.pairs={o.pairs}: lower it",
     )
-
-
-def _check_stored(c: Config, method: str) -> None:
-    """Checks ``method.n`` of a method that takes the best of the stored samples."""
-    n = c.method.n
-    _require(
-        c.method.name != method or (n.is_integer() and n <= c.samples.m),
-        f"method.n={n:g}: {method} takes the best of a whole number n of the samples.m="
-        f"{c.samples.m} stored ones",
-    )
-
-
-def _values(
-    c: Config, method: str, grid: str, values: Iterable[float]
-) -> Iterator[tuple[str, float]]:
-    """Yields each n of a method with the name of its key: ``method.n`` if chosen, and a grid's."""
-    if c.method.name == method:
-        yield "method.n", c.method.n
-    yield from ((grid, n) for n in values)

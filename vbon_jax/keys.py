@@ -94,7 +94,7 @@ def check(instance: Any, where: str = "") -> None:
         if dataclasses.is_dataclass(f.type):
             check(_instance(value, f.type, name), name)
         elif "of" in f.metadata:
-            for part, of_part in value.items():
+            for part, of_part in _parts(value, name).items():
                 check(_instance(of_part, f.metadata["of"], f"{name}.{part}"), f"{name}.{part}")
         else:
             object.__setattr__(instance, f.name, _value(f, value, name))
@@ -179,10 +179,15 @@ def _field(f: dataclasses.Field, default: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(f.type):
         return _updated(default, value, where)
     if "of" in f.metadata:
-        if not isinstance(value, dict):
-            raise InputError(f"{where}={value!r}: must be groups of keys, each under a name")
-        return {name: build(f.metadata["of"], v, f"{where}.{name}") for name, v in value.items()}
+        parts = _parts(value, where)
+        return {name: build(f.metadata["of"], v, f"{where}.{name}") for name, v in parts.items()}
     return _value(f, value, where)
+
+
+def _parts(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}={value!r}: must be groups of keys, each under a name")
+    return value
 
 
 def _instance(value: Any, cls: Any, where: str) -> Any:

@@ -156,8 +156,8 @@ def test_a_directory_is_read_and_written_back(loaded, tmp_path):
     assert config_read == config and len(labels) == model.config.num_labels
     jax.tree.map(np.testing.assert_array_equal, params_read, params)
     *_, raw = hf.read_config(tmp_path / "theirs")
-    ids = {f"{name}_id": raw.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    hf.save_classifier(tmp_path / "ours", config, params_read, labels, like=raw, **ids)
+    ids = hf.TokenIds(*(raw.get(f"{name}_token_id") for name in ("bos", "eos", "pad")))
+    hf.save_classifier(tmp_path / "ours", config, params_read, labels, ids=ids, like=raw)
     back, info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )

@@ -1,1 +1,1 @@
-"""Text, prompts and reference samples."""
+"""Data: tokenizers, labelled text, prompts and samples files."""

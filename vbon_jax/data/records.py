@@ -14,7 +14,8 @@ from vbon_jax.data import jsonl
 from vbon_jax.errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".jsonl", *DELIMITERS, ".parquet")
+LINES = (".jsonl", ".ndjson", ".json", ".txt", "")  # JSON lines under any of these
+SUFFIXES = (*LINES[:-1], *DELIMITERS, ".parquet")
 
 _BATCH = 1024  # rows of a Parquet file that are Python objects at a time
 
@@ -24,7 +25,7 @@ def read(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the records of a file with where each of them stands, in file order.
 
-    The suffix decides the format: .jsonl (one JSON object a line, UTF-8), .csv or .tsv (a header
+    The suffix decides the format: .jsonl, .ndjson, .json, .txt or none (one JSON object a line, UTF-8), .csv or .tsv (a header
     line, UTF-8 with or without a byte order mark, quoted fields may hold newlines) or .parquet.
     Blank lines are skipped.
 
@@ -42,7 +43,7 @@ def read(
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if path.is_file() and suffix not in SUFFIXES:
+    if path.is_file() and suffix not in (*SUFFIXES, *LINES):
         raise InputError(
             f"file {path} has the suffix {path.suffix!r}; it must be one of {', '.join(SUFFIXES)}, "
             "which says how it is read: convert it, or rename it if it holds one of these formats"

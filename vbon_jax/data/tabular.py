@@ -1,8 +1,8 @@
-"""An enumerable world: 6 letters, responses of 4, so that everything about it is an exact number.
+"""An enumerable world, of which every quantity can be computed exactly.
 
-A prompt is one letter and a response is 4 letters, hence 1296 responses to each of 6 prompts. The
-corpus is drawn from a fixed second-order Markov process; the reward is a fixed table, or 0 or 1 by
-a fixed rule, as of a verifier.
+A prompt is one of 6 letters and a response is 4 letters, hence 1296 responses to each of 6 prompts.
+The corpus is drawn from a fixed second-order Markov process; the reward is a fixed table, or the
+verdict of a fixed rule, 0 or 1.
 """
 
 import functools
@@ -16,14 +16,22 @@ from vbon_jax.data.sources.text import Example
 ALPHABET = "abcdef"
 LENGTH = 4
 
-# The world is fixed: these are no settings, and a seed given below only draws from it.
+# The world is fixed: these are not settings, and the seeds of functions only draw from it.
 _TRANSITION_SEED = 20
 _REWARD_SEED = 21
 _FLOOR = 0.1  # share of each transition that is uniform, so that no string is impossible
 
 
 def strings(alphabet: str = ALPHABET, length: int = LENGTH) -> list[str]:
-    """All len(alphabet) ** length strings, the last letter changing fastest."""
+    """Enumerates all strings of a length.
+
+    Args:
+      alphabet: the letters.
+      length: the number of letters of a string.
+
+    Returns:
+      len(alphabet) ** length strings, the last letter changing fastest.
+    """
     return ["".join(letters) for letters in itertools.product(alphabet, repeat=length)]
 
 
@@ -37,10 +45,11 @@ def _transitions() -> np.ndarray:
 
 @functools.cache
 def reward_table() -> np.ndarray:
-    """The reward of each response to each prompt, in the orders of ALPHABET and `strings()`.
+    """Returns the reward of every response to every prompt.
 
     Returns:
-      float32 [6, 1296], standard normal draws, all different within a row, read-only.
+      float32 [6, 1296], read-only: prompts in the order of ALPHABET, responses in that of
+      `strings()`. Standard normal draws, all different within a row.
     """
     shape = (len(ALPHABET), len(ALPHABET) ** LENGTH)
     table = np.random.default_rng(_REWARD_SEED).standard_normal(shape).astype(np.float32)
@@ -54,7 +63,7 @@ def _columns() -> dict[str, int]:
 
 
 def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """The reward of each response to its prompt, from `reward_table`.
+    """Looks up the reward of each response to its prompt in `reward_table`.
 
     Args:
       prompts: one letter of ALPHABET each.
@@ -75,12 +84,13 @@ def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 
 def verifier(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A reward of 0 or 1, so that nearly all responses are tied: 1 where first letter = last.
+    """Scores a response 1 if its first letter equals its last, else 0; nearly all are tied.
 
-    Of the process that the corpus is drawn from, 14% to 19% pass, by the prompt.
+    Depending on the prompt, 14% to 19% of responses pass under the process that the corpus is drawn
+    from.
 
     Args:
-      prompts: one letter of ALPHABET each; the rule does not look at them.
+      prompts: one letter of ALPHABET each; the rule does not depend on them.
       responses: LENGTH letters of ALPHABET each, as many as prompts.
 
     Returns:
@@ -111,7 +121,7 @@ def corpus(seed: int, count: int) -> list[Example]:
     """Draws texts of a prompt letter and 4 response letters, each prompt letter equally often.
 
     Args:
-      seed: decides the draws from the process, not the process.
+      seed: seed of the draws; the process itself is fixed.
       count: number of texts; text i begins with letter i modulo 6.
 
     Returns:

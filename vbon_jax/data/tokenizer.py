@@ -1,4 +1,4 @@
-"""Tokenizers: built from a corpus, or loaded from a Hugging Face directory."""
+"""Tokenizers: trained on a corpus, or loaded from a Hugging Face directory."""
 
 import os
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vbon_jax.errors import InputError
 
 EOS = "<|endoftext|>"
-PAD = "<|pad|>"  # not EOS: a padded place must never look like an end that was sampled
+PAD = "<|pad|>"  # not EOS: padding must never look like a sampled end
 KINDS = ("bpe", "characters")
 
 
@@ -57,18 +57,21 @@ def _characters(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def build(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Builds a tokenizer from texts; the same texts give the same tokenizer.
+    """Trains a tokenizer on texts; the result is deterministic.
 
     Args:
       texts: the corpus.
-      kind: "bpe", byte-level BPE over all 256 bytes, so any text round-trips exactly, with
-        `<|endoftext|>` as BOS and EOS and a `<|pad|>` of its own; or "characters", each distinct
-        character of the texts a token, in sorted order, and no special token at all.
-      vocab_size: the most tokens to have. BPE stops earlier when no pair occurs twice; the
-        vocabulary is never padded, so `len(tokenizer)` is what was learned.
+      kind: "bpe", byte-level BPE over all 256 bytes, so that any text round-trips exactly, with
+        `<|endoftext|>` as BOS and EOS and a separate `<|pad|>`; or "characters", one token for each
+        distinct character of the texts, in sorted order, without special tokens.
+      vocab_size: the greatest size of the vocabulary. BPE stops earlier when no pair occurs twice;
+        the vocabulary is never padded.
+
+    Returns:
+      The tokenizer.
 
     Raises:
-      InputError: an unknown kind, no text, or vocab_size too small for the kind.
+      InputError: the kind is unknown, there is no text, or vocab_size is too small for the kind.
     """
     texts = list(texts)
     if not any(texts):
@@ -81,7 +84,13 @@ def build(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokeniz
 
 
 def load(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Loads the tokenizer of a Hugging Face directory; never asks the network.
+    """Loads the tokenizer of a Hugging Face directory, without network access.
+
+    Args:
+      path: the directory.
+
+    Returns:
+      The tokenizer.
 
     Raises:
       InputError: the directory is missing or holds no tokenizer that transformers can load.
@@ -102,17 +111,33 @@ def load(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def save(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str]) -> None:
-    """Writes the files of a Hugging Face tokenizer directory."""
+    """Saves a tokenizer in the format of Hugging Face.
+
+    Args:
+      tokenizer: the tokenizer.
+      path: the directory.
+    """
     tokenizer.save_pretrained(path)
 
 
 def same(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Whether two tokenizers have one vocabulary: the same ids for the same tokens."""
+    """Compares the vocabularies of two tokenizers.
+
+    Args:
+      one: a tokenizer.
+      other: another.
+
+    Returns:
+      Whether both have the same tokens with the same ids.
+    """
     return one.get_vocab() == other.get_vocab()
 
 
 def eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id of the end-of-sequence token.
+    """Returns the id of the end-of-sequence token.
+
+    Args:
+      tokenizer: the tokenizer.
 
     Raises:
       InputError: the tokenizer has none.
@@ -126,7 +151,14 @@ def eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
-    """The token ids of a text, with no special token added.
+    """Tokenizes a text without adding special tokens.
+
+    Args:
+      tokenizer: the tokenizer.
+      text: the text.
+
+    Returns:
+      The token ids.
 
     Raises:
       InputError: the tokenizer has no token for a character of the text.

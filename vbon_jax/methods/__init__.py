@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vbon_jax.methods import bon_sft, bond, bonbon, dpo, jbond, ppo, vbon
+from vbon_jax.methods import bon_sft, bonbon, bond, dpo, jbond, ppo, vbon
 from vbon_jax.methods.base import BEST_OF_N, Method, Series
 
 METHODS: tuple[Method, ...] = (

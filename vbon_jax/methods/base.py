@@ -25,25 +25,26 @@ BEST_OF_N = "bon"  # as `method.name`: best-of-n itself, which trains nothing
 # Keys that several methods have. The config group `method` is made of them.
 def n_key(default: float = 8.0) -> Any:
     """The n of best-of-n."""
-    return key(default, "n of best-of-n; any real number of at least 1 (a whole number for bon_sft "
-                        "and bonbon)", least=1)  # fmt: skip
+    return key(default, "n of best-of-n: any real number of at least 1; a whole number for bon_sft "
+                        "and bonbon.", least=1)  # fmt: skip
 
 
 def beta_key(default: float = 1 / 7) -> Any:
     """The coefficient of KL(policy || reference)."""
-    return key(default, "KL coefficient of ppo and dpo; 1/(n-1) matches best-of-n", above=0)
+    return key(default, "Of ppo and dpo: KL coefficient; 1/(n-1) matches best-of-n.", above=0)
 
 
 def estimator_key(default: str = "interval") -> Any:
     """The estimator of log F."""
-    return key(default, "estimator of log F; `interval` estimates the density ratio itself",
-               choices=ESTIMATORS)  # fmt: skip
+    return key(default, "Estimator of log F from the reference samples; interval estimates the "
+                        "density ratio of best-of-n directly.", choices=ESTIMATORS)  # fmt: skip
 
 
 def ties_key(default: str = "random") -> Any:
     """How best-of-n breaks ties."""
-    return key(default, "how best-of-n chooses among equal rewards: at random, or by a fixed order "
-                        "(pairs of dpo and bonbon: always at random)", choices=TIES)  # fmt: skip
+    return key(default, "Choice of best-of-n among equal rewards: random, or by a fixed order of "
+                        "responses (pairs of dpo and bonbon: always random).",
+               choices=TIES)  # fmt: skip
 
 
 def taken(cls: type, *groups: Any) -> Any:
@@ -151,6 +152,9 @@ class Method:
       group: its own config group: (name, dataclass of keys); None where it has none.
       when: config -> whether this record is meant, where several share a name.
       check: options -> why they cannot be trained on, "" where they can.
+      check_n: n -> why it cannot be that, "" where it can.
+      check_samples: (offline options, m) -> why m samples a prompt cannot serve them, "" where they
+        can.
       whole_n: whether it takes the best of a whole number n of the stored samples.
     """
 
@@ -162,12 +166,19 @@ class Method:
     group: tuple[str, type] | None = None
     when: Callable[[Any], bool] = lambda config: True
     check: Callable[[Any], str] = lambda options: ""
+    check_n: Callable[[float], str] = lambda n: ""
+    check_samples: Callable[[OfflineKeys, int], str] = lambda offline, m: ""
     whole_n: bool = False
 
     @property
     def online(self) -> bool:
         """Whether it learns from rollouts."""
         return isinstance(self.learns, Online)
+
+    @property
+    def microbatches(self) -> bool:
+        """Whether its update can go by microbatches."""
+        return isinstance(self.learns, Online) and self.learns.microbatches
 
     @property
     def values(self) -> bool:

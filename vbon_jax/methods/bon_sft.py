@@ -69,7 +69,7 @@ METHOD = Method(
     whole_n=True,
     series=(
         Series(
-            label="bon_sft", name="BoN-SFT", color="#1a1a1a", marker="X", doc="n of bon_sft",
+            label="bon_sft", name="BoN-SFT", color="#1a1a1a", marker="X", doc="Values of n of bon_sft.",
             in_front=False,
             optimum=lambda log_ref, rewards, n, *_: enumeration.log_bon(log_ref, rewards, n),
             formula="pi_bon",

@@ -16,10 +16,10 @@ from vbon_jax.methods.base import (
     taken,
     ties_key,
 )
+from vbon_jax.rl import preference
 from vbon_jax.training import offline
 from vbon_jax.training.learner import Member
 from vbon_jax.training.options import Offline as OfflineKeys
-from vbon_jax.rl import preference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +102,10 @@ METHOD = Method(
     from_config=lambda config: taken(BoNBoN, config.method),
     learns=Offline(choose=choose, coefficients=coefficients, loss=loss),
     whole_n=True,
-    check=lambda options: (
-        "" if options.n >= 2 else "bonbon needs a best and a worst, n of at least 2"
-    ),
+    check_n=lambda n: "" if n >= 2 else "bonbon needs a best and a worst, n of at least 2",
     series=(
         Series(
-            label="bonbon", name="BoNBoN", color="#e69f00", marker="D", doc="n of bonbon",
+            label="bonbon", name="BoNBoN", color="#e69f00", marker="D", doc="Values of n of bonbon.",
             optimum=optimum, formula="argmin of its loss",
         ),
     ),

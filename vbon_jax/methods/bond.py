@@ -36,11 +36,9 @@ class BOND:
         keys.check(self, "BOND")
 
 
-def check(options: BOND) -> str:
-    """Why these options cannot be trained on; "" where they can."""
-    if options.n <= 1:
-        return "bond has the KL coefficient 1/(n-1), so n must be above 1"
-    return ""
+def check_n(n: float) -> str:
+    """Why n cannot be that, "" where it can."""
+    return "" if n > 1 else "bond has the KL coefficient 1/(n-1), so n must be above 1"
 
 
 METHOD = Method(
@@ -55,11 +53,11 @@ METHOD = Method(
         iteration=vbon.iteration,
     ),
     when=lambda config: config.bond.form == "backward",
-    check=check,
+    check_n=check_n,
     series=(
         Series(
             label="bond", name="BOND", color="#56b4e9", marker="v",
-            doc="n of bond, in its backward form", variant="backward",
+            doc="Values of n of bond in its backward form.", variant="backward",
             optimum=lambda log_ref, rewards, n, *_: targets.bond_backward(log_ref, rewards, n),
             formula="pi_ref p_<=^(n-1) / Z",
         ),

@@ -19,10 +19,10 @@ from vbon_jax.methods.base import (
     taken,
     ties_key,
 )
+from vbon_jax.rl import preference
 from vbon_jax.training import offline
 from vbon_jax.training.learner import Member
 from vbon_jax.training.options import Offline as OfflineKeys
-from vbon_jax.rl import preference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +101,27 @@ def optimum(
     return None if settings.labels == "hard" else targets.tilted(log_ref_S, rewards_S, beta)
 
 
+def _check_samples(settings: OfflineKeys, m: int) -> str:
+    most = settings.responses * (settings.responses - 1) // 2
+    if settings.pairs > most:
+        return (
+            f"offline.pairs={settings.pairs} is more than the {most} pairs of "
+            f"offline.responses={settings.responses}"
+        )
+    if settings.responses > m:
+        return f"offline.responses={settings.responses} is more than samples.m={m}"
+    return ""
+
+
 METHOD = Method(
     name="dpo",
     options=DPO,
     from_config=lambda config: taken(DPO, config.method),
     learns=Offline(choose=choose, loss=loss),
+    check_samples=_check_samples,
     series=(
         Series(
-            label="dpo", name="DPO", color="#cc79a7", marker="^", doc="beta of dpo", varies="beta",
+            label="dpo", name="DPO", color="#cc79a7", marker="^", doc="Values of beta of dpo.", varies="beta",
             optimum=optimum, formula="pi_ref exp(r / beta) / Z",
         ),
     ),

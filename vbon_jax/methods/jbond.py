@@ -23,17 +23,29 @@ from vbon_jax.training.state import TrainState
 SOURCES = ("decoder", "anchor", "anchor")  # one response of the policy, two of the anchor
 
 
+def _jeffreys_key() -> Any:
+    return key(0.5, "Weight of the forward KL; the backward KL has the rest.", least=0, most=1)
+
+
+def _anchor_rate_key() -> Any:
+    return key(0.02, "Step size of the anchor's moving average of the policy, per iteration.",
+               least=0, most=1)  # fmt: skip
+
+
+def _beta_key() -> Any:
+    return key(0.1, "Coefficient of an additional KL to the anchor, in the backward part.", least=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bond:
-    """The config group ``bond``."""
+    """Best-of-n distillation, BOND and J-BOND (Sessa et al., 2024)."""
 
-    form: str = key("jeffreys", "jeffreys: J-BOND, iterated with a moving anchor; backward: PPO "
-                                "against the reference", choices=("jeffreys", "backward"))  # fmt: skip
-    jeffreys: float = key(0.5, "weight of the forward KL; the backward KL has the rest",
-                          least=0, most=1)  # fmt: skip
-    anchor_rate: float = key(0.02, "share of the way to the policy that the anchor moves each "
-                                   "iteration", least=0, most=1)  # fmt: skip
-    beta: float = key(0.1, "extra KL coefficient towards the anchor, in the backward part", least=0)
+    form: str = key("jeffreys", "jeffreys: J-BOND, iterated with a moving anchor; backward: the "
+                    "backward KL against the reference.",
+                    choices=("jeffreys", "backward"))  # fmt: skip
+    jeffreys: float = _jeffreys_key()
+    anchor_rate: float = _anchor_rate_key()
+    beta: float = _beta_key()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +62,9 @@ class JBOND:
       ties: how that best-of-n chooses among equal rewards.
     """
 
-    jeffreys: float = key(0.5, "weight of the forward KL", least=0, most=1)
-    anchor_rate: float = key(0.02, "of the anchor's moving average", least=0, most=1)
-    beta: float = key(0.1, "extra KL coefficient towards the anchor", least=0)
+    jeffreys: float = _jeffreys_key()
+    anchor_rate: float = _anchor_rate_key()
+    beta: float = _beta_key()
     n: float = n_key()
     estimator: str = estimator_key()
     ties: str = ties_key()
@@ -190,10 +202,14 @@ def _one_pass(
 
     with jax.named_scope("bond"):
         (params, opt_state), info = jax.lax.scan(gradient_step, (params, state.opt_state), order)
-    return params, opt_state, {
-        "loss": jnp.mean(info["loss"]),
-        "grad_norm": jnp.max(info["grad_norm"]),
-    }
+    return (
+        params,
+        opt_state,
+        {
+            "loss": jnp.mean(info["loss"]),
+            "grad_norm": jnp.max(info["grad_norm"]),
+        },
+    )
 
 
 METHOD = Method(
@@ -211,5 +227,5 @@ METHOD = Method(
     ),
     group=("bond", Bond),
     when=lambda config: config.bond.form == "jeffreys",
-    check=backward.check,
+    check_n=backward.check_n,
 )

@@ -237,7 +237,9 @@ def _online_step(job: Job, learner: Learner | PopulationLearner) -> Step:
     return one
 
 
-def _pool(job: Job, task: Task, samples: Sequence[PromptSamples]) -> tuple[offline.Pool, np.ndarray]:
+def _pool(
+    job: Job, task: Task, samples: Sequence[PromptSamples]
+) -> tuple[offline.Pool, np.ndarray]:
     """The stored samples on the mesh, and their log pi_ref [N] on the host."""
     sampler, settings = task.sampler, task.sampler.settings
     m = task.references.rewards_PxM.shape[-1]

@@ -28,6 +28,12 @@ from vbon_jax.training.state import TrainState
 OBJECTIVES = ("exact", "lower_bound", "jensen_bound")
 
 
+def objective_key() -> Any:
+    """The objective of vBoN."""
+    return key("exact", "Of vbon: the exact objective or one of its bounds.",
+               choices=OBJECTIVES)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class VBoN:
     """Options of vBoN.
@@ -40,8 +46,7 @@ class VBoN:
     """
 
     n: float = n_key()
-    objective: str = key("exact", "of vbon: the exact objective or one of its lower bounds",
-                         choices=OBJECTIVES)  # fmt: skip
+    objective: str = objective_key()
     estimator: str = estimator_key()
     ties: str = ties_key()
 
@@ -156,14 +161,14 @@ METHOD = Method(
     series=(
         Series(
             label="vbon", name="vBoN", color="#0072b2", marker="o",
-            doc="n of vbon with the exact objective; empty leaves a method out",
+            doc="Values of n of vbon with the exact objective.",
             fixed={"objective": "exact"},
             optimum=lambda log_ref, rewards, n, *_: enumeration.log_bon(log_ref, rewards, n),
             formula="pi_bon",
         ),
         Series(
             label="lower_bound", name="vBoN, bound L", color="#882255", marker="P",
-            doc="n of vbon with the lower bound as its objective",
+            doc="Values of n of vbon with its lower bound.",
             fixed={"objective": "lower_bound"}, variant="lower_bound",
             estimators=("harmonic", "smoothed", "exponential"),
             optimum=lambda log_ref, rewards, n, *_: targets.lower_bound(log_ref, rewards, n),

@@ -1,1 +1,1 @@
-"""Flax models, their key-value cache, and Hugging Face directories in and out."""
+"""Flax models, their key-value cache, and reading and writing of Hugging Face directories."""

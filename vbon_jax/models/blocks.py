@@ -1,6 +1,6 @@
-"""The block of a decoder as Linen modules: norms, projections, attention, MLP.
+"""The transformer block of a decoder as Linen modules: norms, projections, attention and MLP.
 
-Shape suffixes and parameter tree: see ``models.decoder``.
+Shape suffixes and the parameter tree are those of ``models.decoder``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from vbon_jax.models.config import ACTIVATIONS, DecoderConfig
 
 
 class Norm(nn.Module):
-    """Layer norm or RMS norm over the last axis, in float32."""
+    """Layer norm or RMS norm over the last axis, computed in float32.
+
+    Attributes:
+      config: the decoder's configuration, which says which norm.
+      rms: whether to use an RMS norm whatever the configuration says.
+    """
 
     config: DecoderConfig
     rms: bool = False
 
     @nn.compact
     def __call__(self, x):
+        """Normalizes x [..., D] and returns it in the compute dtype."""
         c = self.config
         x = x.astype(jnp.float32)
         rms = self.rms or c.norm == "rms"
@@ -40,10 +46,16 @@ class Norm(nn.Module):
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias on rows: [N, *in] -> [N, *out], and a low-rank adapter where there is one.
+    """Linear projection of rows, [N, *in] to [N, *out], plus a low-rank adapter where there is one.
 
-    Rows are [B * T]: with two batch axes the gradient of a weight contracts over both, for which
+    Rows are N = B * T: with two batch axes the gradient of a weight contracts over both, for which
     XLA on CPU first copies the whole activation into transposed order.
+
+    Attributes:
+      config: the decoder's configuration.
+      features: shape *out of the output features.
+      bias: whether to add a bias.
+      stddev: standard deviation of the random initial kernel.
     """
 
     config: DecoderConfig
@@ -53,6 +65,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Projects x [N, *in] and returns [N, *out] in the compute dtype."""
         c, dtype = self.config, self.config.compute_dtype
         shape_in = x.shape[1:]
         init = nn.initializers.normal(self.stddev)
@@ -72,8 +85,15 @@ _LORA = ("lora_a", "lora_b")
 
 
 class View(NamedTuple):
-    """What a layer sees of its batch: mask_BxTxS, and cos and sin [B, T, rotated / 2] of its own
-    positions (None with learned positions). A layer's keys are rotated before they are stored."""
+    """What the queries of a layer attend to, and their rotary angles.
+
+    Attributes:
+      mask_BxTxS: bool, True where query t may attend to key s.
+      cos_BxTxN: cosines of the rotary angles at the positions of this call's tokens, N being half
+        of the rotated dimensions; None with learned positions. Keys are rotated before they are
+        cached.
+      sin_BxTxN: sines of the same angles; None with learned positions.
+    """
 
     mask_BxTxS: jax.Array
     cos_BxTxN: jax.Array | None
@@ -83,7 +103,17 @@ class View(NamedTuple):
 def views(
     config: DecoderConfig, mask_BxTxS: jax.Array, position_BxT: jax.Array, position_BxS: jax.Array
 ) -> tuple[View, View]:
-    """The views of layers that see everything and of windowed ones."""
+    """Builds the views of the two kinds of layers.
+
+    Args:
+      config: the decoder's configuration.
+      mask_BxTxS: bool, True where query t may attend to key s, whatever the window.
+      position_BxT: int32 position ids of the queries.
+      position_BxS: int32 position ids of the keys.
+
+    Returns:
+      The view of layers with full attention, and that of layers with a sliding window.
+    """
     mask = mask_BxTxS
     if config.window is not None:
         near = position_BxT[:, :, None] - position_BxS[:, None, :] < config.window
@@ -103,7 +133,7 @@ def views(
 
 
 def _rotate(x_BxHxTxK: jax.Array, view: View) -> jax.Array:
-    """The first 2N dimensions of a head turned by their positions' angles, in two halves."""
+    """Applies rotary position embedding to the first 2N dimensions of each head, in two halves."""
     if view.cos_BxTxN is None or view.sin_BxTxN is None:
         return x_BxHxTxK
     half = view.cos_BxTxN.shape[-1]
@@ -121,7 +151,7 @@ def _attend(
     v_BxGxSxK: jax.Array,
     mask_BxTxS: jax.Array,
 ) -> jax.Array:
-    """Softmax attention; a query that may see no key averages all of them, so it stays finite."""
+    """Computes softmax attention; a query that may see no key averages all, so stays finite."""
     batch, heads, length, width = q_BxHxTxK.shape
     groups, slots = k_BxGxSxK.shape[1:3]
     # The R heads that share keys are rows of one product.
@@ -139,7 +169,7 @@ def _attend(
 
 
 class _Attention(nn.Module):
-    """Self-attention, over its own keys or over those of a cache it first extends."""
+    """Self-attention over its own keys, or over those of a cache that it extends first."""
 
     config: DecoderConfig
 
@@ -184,13 +214,28 @@ class _MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block."""
+    """One transformer block.
+
+    Attributes:
+      config: the decoder's configuration.
+    """
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxTxD, view, kv=None, index=None):
-        """Returns the new x_BxTxD and the (k, v), [B, G, S, K] each, that were attended to."""
+        """Applies the block.
+
+        Args:
+          x_BxTxD: input in the compute dtype.
+          view: what this layer attends to.
+          kv: cached keys and values of this layer, [B, G, S, K] each; None attends to the input
+            itself.
+          index: int32 scalar, the cache slot at which the keys and values of the input are written.
+
+        Returns:
+          The output x_BxTxD, and the (k, v), [B, G, S, K] each, that were attended to.
+        """
         c = self.config
         with jax.named_scope("attention"):
             normed_BxTxD = Norm(c, name="ln_1")(x_BxTxD)
@@ -209,6 +254,7 @@ class Block(nn.Module):
 
 
 def rows(x_BxTxD: jax.Array) -> jax.Array:
+    """Merges all axes but the last: [B, T, D] to [B * T, D]."""
     return x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
 
 

@@ -1,7 +1,7 @@
-"""The key-value cache of a decoder: an explicit argument and an explicit result.
+"""The key-value cache of a decoder, an explicit argument and an explicit result.
 
-Every row of a batch is written at the same slot, which is what left-padded prompts allow: slot s
-holds the s-th column of the padded batch, and `mask` says which slots hold a real token of a row.
+All rows of a batch are written at the same slot, which left-padded prompts allow: slot s holds the
+s-th column of the padded batch, and the mask says which slots hold a real token of a row.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from vbon_jax.models.decoder import DecoderConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer, one array a layer so that a step updates each in place.
+    """Keys and values of all layers, one array per layer so that a step updates each in place.
 
     Attributes:
-      k: a tuple of `layers` arrays [B, G, S, K] in the compute dtype: heads before slots, or
-        every step would transpose the whole cache for its matrix products.
-      v: the same for the values.
+      k: keys, a tuple of ``layers`` arrays [B, G, S, K] in the compute dtype. Heads come before
+        slots, or every step would transpose the whole cache for its matrix products.
+      v: values, likewise.
       mask_BxS: bool, True at slots that hold a token to attend to.
       index: int32 scalar, the slot that the next step writes; S when the cache is full.
     """
@@ -39,7 +39,15 @@ class KVCache:
 
 
 def init(config: DecoderConfig, batch: int, length: int) -> KVCache:
-    """Returns an empty cache of `length` slots (prompt columns plus new tokens) for `batch` rows.
+    """Creates an empty cache.
+
+    Args:
+      config: the decoder's configuration.
+      batch: B, the number of rows.
+      length: S, the number of slots: prompt columns plus new tokens.
+
+    Returns:
+      A cache of zeros in the compute dtype, with index 0.
 
     Raises:
       ValueError: if batch or length is less than 1.

@@ -1,4 +1,4 @@
-"""What a decoder is: one small frozen configuration for every family."""
+"""The configuration of a decoder, one small frozen dataclass for every family."""
 
 from __future__ import annotations
 
@@ -37,11 +37,21 @@ REMAT: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding (Su et al. 2021) of the first ``fraction`` of a head, in halves.
+    """Rotary position embedding (Su et al., 2021), in the split-half convention.
 
-    theta: base of the wave lengths. scaling: "none", "linear" (positions divided by ``factor``) or
-    "llama3" (long waves divided by ``factor``, short ones kept, a ramp between: those that turn
-    less than ``low`` and more than ``high`` times in ``original`` positions).
+    Attributes:
+      theta: base of the wavelengths.
+      fraction: fraction of each head's dimensions that is rotated, the first ones.
+      scaling: "none"; "linear", which divides positions by ``factor``; or "llama3", which divides
+        the frequencies of long waves by ``factor``, keeps those of short waves and interpolates
+        between.
+      factor: see ``scaling``.
+      low: with "llama3", waves that turn fewer times than this in ``original`` positions are long.
+      high: with "llama3", waves that turn more times than this in ``original`` positions are short.
+      original: with "llama3", the context length that the model was first trained with, in tokens.
+
+    Raises:
+      ValueError: on construction, if a field has a value that is not allowed.
     """
 
     theta: float = 10_000.0
@@ -59,7 +69,14 @@ class Rotary:
             raise ValueError(f"{self}: theta and factor must be positive, fraction in (0, 1]")
 
     def frequencies(self, head_width: int) -> np.ndarray:
-        """Radians a position, float64, one for each pair of rotated dimensions."""
+        """Computes the angular frequencies.
+
+        Args:
+          head_width: K, the width of a head.
+
+        Returns:
+          float64 array of radians per position, one for each pair of rotated dimensions.
+        """
         rotated = int(head_width * self.fraction)
         frequency = self.theta ** (-np.arange(0, rotated, 2) / rotated)
         if self.scaling == "linear":
@@ -73,34 +90,43 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape and the arithmetic of a decoder. The defaults are GPT-2's.
+    """The architecture of a decoder, and how it is computed. The defaults are those of GPT-2.
 
     Attributes:
       vocab_size: V, rows of the embedding.
       positions: the longest context, in tokens.
-      layers: L.
-      width: D.
-      heads: H.
-      kv_heads, head_width: None is as many as heads, and width / heads; so these follow when
-        dataclasses.replace changes the others. Read key_heads and key_width, which are numbers.
-      mlp_width: F.
-      norm: "layer" or "rms"; norm_eps: its epsilon; norm_offset: the stored scale is one less than
-        the factor (Gemma).
-      place: of the norms: "pre" (x + f(norm(x)), attention then MLP), "sandwich" (a second norm
-        on each result), "parallel" (x + attention(ln_1(x)) + mlp(ln_2(x))).
-      rotary: None for learned positions. rotary_window: that of windowed layers, where it differs.
-      window: a token of a windowed layer sees this many, itself included; None sees all.
-        windowed: which layers are; empty for all.
-      activation: a key of ACTIVATIONS. gated: down(activation(gate(x)) * up(x)).
-      qkv_bias, out_bias, mlp_bias: which projections have a bias.
-      qk_norm: an RMS norm over each head's queries and keys.
-      tied: the output matrix is the embedding.
-      embed_scale: multiplies embeddings. query_scale: multiplies scores (None: K ** -0.5).
-      attention_cap, logit_cap: scores and logits become cap * tanh(x / cap).
-      compute_dtype: of activations, float32 or bfloat16.
-      remat: what the backward pass finds stored of a block: "none" recomputes nothing, "dots" keeps
-        the products with weights, "full" only the block's input.
-      lora_alpha: adapters of rank r are added with the factor lora_alpha / r (Hu et al. 2021).
+      layers: L, the number of blocks.
+      width: D, the width of the residual stream.
+      heads: H, the number of query heads.
+      mlp_width: F, the width of the MLP's hidden layer.
+      kv_heads: G, the number of key-value heads; None means as many as heads, and then follows them
+        when ``dataclasses.replace`` changes them. Read ``key_heads``, which is always a number.
+      head_width: K, the width of a head; None means width / heads. Read ``key_width``.
+      norm: "layer" or "rms".
+      norm_eps: epsilon of the norms.
+      norm_offset: whether the stored scale is one less than the factor, as in Gemma.
+      place: where the norms are: "pre" is x + f(norm(x)), attention then MLP; "sandwich" adds a
+        second norm on each of the two outputs; "parallel" is x + attention(ln_1(x)) + mlp(ln_2(x)).
+      rotary: rotary position embedding; None for learned positions.
+      rotary_window: rotary position embedding of windowed layers; None if it is the same.
+      window: number of tokens that a windowed layer attends to, the current one included; None for
+        full attention in all layers.
+      windowed: which layers are windowed, one entry a layer; empty if all are.
+      activation: a key of ``ACTIVATIONS``.
+      gated: whether the MLP is down(activation(gate(x)) * up(x)).
+      qkv_bias: whether the query, key and value projections have a bias.
+      out_bias: whether the output projection of attention has a bias.
+      mlp_bias: whether the projections of the MLP have a bias.
+      qk_norm: whether an RMS norm is applied to the queries and keys of each head.
+      tied: whether the output projection is the embedding.
+      embed_scale: factor of the embeddings.
+      query_scale: factor of the attention scores; None means K ** -0.5.
+      attention_cap: if not None, attention scores become cap * tanh(score / cap).
+      logit_cap: if not None, logits become cap * tanh(logit / cap).
+      compute_dtype: dtype of activations, "float32" or "bfloat16".
+      remat: what is stored of a block for the backward pass: "none" recomputes nothing, "dots"
+        stores the products with weights, "full" stores only the block's input.
+      lora_alpha: adapters of rank r are added with the factor lora_alpha / r (Hu et al., 2021).
       initializer_range: standard deviation of the random initial weights.
 
     Raises:
@@ -179,7 +205,7 @@ class DecoderConfig:
 
     @property
     def key_heads(self) -> int:
-        """G, the heads of the keys and of the values; a divisor of H."""
+        """G, the number of key-value heads, a divisor of H."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
@@ -188,12 +214,16 @@ class DecoderConfig:
         return self.width // self.heads if self.head_width is None else self.head_width
 
     def is_windowed(self, layer: int) -> bool:
-        """Whether a layer sees only ``window`` tokens."""
+        """Returns whether a layer attends to ``window`` tokens only.
+
+        Args:
+          layer: index of the layer.
+        """
         return self.window is not None and (not self.windowed or self.windowed[layer])
 
     @property
     def mixed(self) -> bool:
-        """Whether layers differ in what they see."""
+        """Whether some layers are windowed and others are not."""
         return len({self.is_windowed(i) for i in range(self.layers)}) > 1
 
 

@@ -1,12 +1,12 @@
-"""One decoder for every family: pure functions of a parameter tree, with the Linen modules behind.
+"""One decoder for every family: pure functions of a parameter tree, implemented with Linen modules.
 
-What a family is (GPT-2, Llama, Gemma, ...) is said by ``DecoderConfig`` alone.
+All differences between families (GPT-2, Llama, Gemma, ...) are fields of ``DecoderConfig``.
 
 Shape suffixes: B batch, T tokens, P prompt columns, S cache slots, D width, H heads, G key-value
 heads, R = H / G, K head width, F MLP width, V vocabulary, L layers.
 
-The parameter tree, block parameters stacked over a leading layer axis; what stands in brackets is
-there where the configuration asks for it:
+The parameter tree, with block parameters stacked over a leading layer axis. Entries in brackets
+exist only if the configuration asks for them:
 
     wte [V, D]    [wpe [positions, D]]    [head [V, D]]    ln_f/{scale, [bias]} [D]
     blocks/{ln_1, ln_2, [post_attention, post_mlp]}/{scale, [bias]} [L, D]
@@ -15,11 +15,11 @@ there where the configuration asks for it:
     blocks/mlp/{up, [gate]}/{kernel [L, D, F], [bias [L, F]]}
     blocks/mlp/down/{kernel [L, F, D], [bias [L, D]]}
 
-``blocks`` may be a tuple of such trees, lower layers first: a trunk and what stands on it
-(``trunk`` and ``top``). Beside any kernel may stand a low-rank adapter, lora_a [L, in, r] and
-lora_b [L, r, out]; see ``models.trainable``.
+``blocks`` may also be a tuple of such trees, called segments, lower layers first: a trunk and the
+layers on top of it (see ``trunk`` and ``top``). Beside any kernel there may be a low-rank adapter,
+lora_a [L, in, r] and lora_b [L, r, out]; see ``models.trainable``.
 
-Activations are in ``config.compute_dtype``; norms, attention's softmax and logits are float32.
+Activations are in ``config.compute_dtype``; norms, the softmax of attention and logits are float32.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ if TYPE_CHECKING:
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
-    """Draws the parameters of a decoder.
+    """Initializes the parameters of a decoder at random.
 
     Weights are normal with standard deviation ``initializer_range``, divided by sqrt(2 * layers)
-    for the projections back into the residual stream; biases are 0 and norms the identity.
+    for the projections back into the residual stream. Biases are 0 and norms are the identity.
+
+    Args:
+      config: the decoder's configuration.
+      key: random key.
 
     Returns:
       The tree of the module docstring, float32.
@@ -87,12 +91,12 @@ def _embed(
 
 
 def _positions(mask_BxT: jax.Array) -> jax.Array:
-    """Position ids that count real tokens only, so padding on either side moves nothing."""
+    """Computes position ids that count real tokens only, so that padding has no effect."""
     return jnp.maximum(jnp.cumsum(mask_BxT, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def _causal(mask_BxT: jax.Array) -> jax.Array:
-    """[B, T, T]: query t sees key s when s <= t and s is a real token."""
+    """Builds the causal mask [B, T, T]: query t sees key s if s <= t and s is a real token."""
     length = mask_BxT.shape[1]
     return jnp.tril(jnp.ones((length, length), bool)) & mask_BxT[:, None, :]
 
@@ -121,7 +125,7 @@ def _layer(params: Params, index: int) -> Params:
 def _run(
     config: DecoderConfig, blocks: Params, first: int, x_BxTxD: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
-    """x through a stack of blocks, the first of which is layer ``first``, scanning over them."""
+    """Applies a stack of blocks, of which the first is layer ``first``, by a scan over layers."""
     position_BxT = _positions(mask_BxT)
     whole, windowed = views(config, _causal(mask_BxT), position_BxT, position_BxT)
     block = Block(config)
@@ -146,8 +150,17 @@ def _run(
 
 
 def unstacked(params: Params) -> Params:
-    """The same tree with a segment a layer, for what unrolls the layers in a loop: cut out of a
-    stack inside the loop, each layer's weights would be copied in every pass."""
+    """Splits the blocks into one segment per layer, for code that unrolls layers inside a loop.
+
+    If layers were sliced out of a stack inside the loop, their weights would be copied in each
+    iteration.
+
+    Args:
+      params: the decoder's tree, its blocks in any segments.
+
+    Returns:
+      The same tree with ``layers`` segments.
+    """
     layers = []
     for blocks in _segments(params):
         layers += [jax.tree.map(lambda x, i=i: x[i : i + 1], blocks) for i in range(_depth(blocks))]
@@ -157,8 +170,17 @@ def unstacked(params: Params) -> Params:
 def trunk(
     params: Params, config: DecoderConfig, tokens_BxT: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
-    """Embeddings and all but the last segment of ``blocks``: what ``top`` goes on from, [B, T, D]
-    in the compute dtype. Arguments as ``hidden``."""
+    """Runs the embeddings and all segments of ``blocks`` but the last.
+
+    Args:
+      params: the decoder's tree.
+      config: its configuration.
+      tokens_BxT: int32 token ids, as in ``hidden``.
+      mask_BxT: bool, True at real tokens, as in ``hidden``.
+
+    Returns:
+      x_BxTxD in the compute dtype, the input of ``top``.
+    """
     mask_BxT = mask_BxT.astype(bool)
     with jax.named_scope("trunk"):
         x_BxTxD = _embed(params, config, tokens_BxT, _positions(mask_BxT))
@@ -172,8 +194,17 @@ def trunk(
 def top(
     params: Params, config: DecoderConfig, x_BxTxD: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
-    """The last segment of ``blocks`` and the final norm on what ``trunk`` gave; of ``params`` only
-    these are read. Returns hidden_BxTxD as ``hidden`` does."""
+    """Runs the last segment of ``blocks`` and the final norm on the output of ``trunk``.
+
+    Args:
+      params: the decoder's tree, of which only the last segment and ``ln_f`` are read.
+      config: its configuration.
+      x_BxTxD: output of ``trunk``.
+      mask_BxT: bool, True at real tokens, as in ``hidden``.
+
+    Returns:
+      hidden_BxTxD, as ``hidden`` returns it.
+    """
     with jax.named_scope("top"):
         blocks = _segments(params)[-1]
         first = config.layers - _depth(blocks)
@@ -184,30 +215,39 @@ def top(
 def hidden(
     params: Params, config: DecoderConfig, tokens_BxT: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
-    """Runs the whole decoder over a padded batch, scanning over layers.
+    """Runs the whole decoder on a padded batch, by a scan over layers.
 
     Args:
       params: the decoder's tree.
       config: its configuration.
-      tokens_BxT: int32 token ids; any id of the vocabulary may fill the padding.
-      mask_BxT: bool, True at real tokens. Padding may stand on the left, the right, or both;
-        position ids count real tokens only, and no query attends to padding.
+      tokens_BxT: int32 token ids; the padding may hold any id of the vocabulary.
+      mask_BxT: bool, True at real tokens. Padding may be on the left, the right, or both; position
+        ids count real tokens only, and no query attends to padding.
 
     Returns:
-      hidden_BxTxD after the final norm, in the compute dtype. At padding it is finite and means
-      nothing. A token id past the vocabulary, or a real token at or past `config.positions`,
-      gives NaN.
+      hidden_BxTxD after the final norm, in the compute dtype. At padding it is finite but
+      meaningless. A token id outside the vocabulary, or a real token at a position of
+      ``config.positions`` or more, gives NaN.
     """
     return top(params, config, trunk(params, config, tokens_BxT, mask_BxT), mask_BxT)
 
 
 def head(params: Params) -> jax.Array:
-    """The output matrix [V, D]: its own, or the embedding where it is tied."""
+    """Returns the output matrix [V, D]: the model's own, or the embedding if it is tied."""
     return params["head"] if "head" in params else params["wte"]
 
 
 def project(head_VxD: jax.Array, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """Next-token logits [..., V], float32, of hidden states [..., D], by an output matrix."""
+    """Computes next-token logits from hidden states, by a given output matrix.
+
+    Args:
+      head_VxD: the output matrix.
+      config: the decoder's configuration.
+      hidden: hidden states [..., D].
+
+    Returns:
+      float32 logits [..., V].
+    """
     with jax.named_scope("logits"):
         logits_NxV = jnp.einsum(
             "ND,VD->NV",
@@ -221,7 +261,16 @@ def project(head_VxD: jax.Array, config: DecoderConfig, hidden: jax.Array) -> ja
 
 
 def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """Next-token logits [..., V], float32, of hidden states [..., D]."""
+    """Computes next-token logits from hidden states.
+
+    Args:
+      params: the decoder's tree.
+      config: its configuration.
+      hidden: hidden states [..., D].
+
+    Returns:
+      float32 logits [..., V].
+    """
     return project(head(params), config, hidden)
 
 
@@ -238,15 +287,15 @@ def prefill(
       params: the decoder's tree.
       config: its configuration.
       tokens_BxP: int32 token ids.
-      mask_BxP: bool, True at real tokens; padding on the left, so that the next token of every
+      mask_BxP: bool, True at real tokens. Padding is on the left, so that the next token of every
         row belongs in slot P.
-      cache: what this call overwrites from slot 0, whatever it held.
+      cache: overwritten from slot 0 on, whatever it holds.
 
     Returns:
-      (hidden_BxPxD as `hidden` gives it, the cache with `index` P).
+      (hidden_BxPxD as ``hidden`` returns it, the cache with ``index`` P).
 
     Raises:
-      ValueError: if P is more than the cache's slots.
+      ValueError: if P exceeds the number of slots of the cache.
     """
     prompt_length = tokens_BxP.shape[1]
     if prompt_length > cache.length:
@@ -283,7 +332,7 @@ def step(
     position_B: jax.Array,
     cache: KVCache,
 ) -> tuple[jax.Array, KVCache]:
-    """Runs one new token of every row, writing its keys and values at slot `cache.index`.
+    """Runs one new token of every row, writing its keys and values at slot ``cache.index``.
 
     Layers are unrolled: a scan would carry the cache as xs and ys and copy it at each step.
 
@@ -292,11 +341,11 @@ def step(
       config: its configuration.
       token_B: int32 token ids.
       position_B: int32 position ids: the number of real tokens before this one in its row.
-      cache: from `prefill` or an earlier step.
+      cache: from ``prefill`` or an earlier step.
 
     Returns:
-      (hidden_BxD in the compute dtype, the cache with `index` one further). A position at or past
-      `config.positions`, or a cache that is already full, gives NaN.
+      (hidden_BxD in the compute dtype, the cache with ``index`` increased by 1). A position of
+      ``config.positions`` or more, or a cache that is already full, gives NaN.
     """
     seen_Bx1 = jnp.ones((token_B.shape[0], 1), bool)
     mask_BxS = jax.lax.dynamic_update_slice(cache.mask_BxS, seen_Bx1, (0, cache.index))

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, T tokens, S keys, D width, H heads, K head width, F MLP width, V vocabulary
 size, L layers, C labels.
 
-The parameter tree, block parameters stacked over a leading layer axis:
+The parameter tree, with block parameters stacked over a leading layer axis:
 
     encoder/wte [V, D]    encoder/wpe [position_offset + positions, D]
     encoder/wtt [token_types, D] (BERT and RoBERTa)    encoder/ln_embed/{scale, bias} [D]
@@ -12,10 +12,11 @@ The parameter tree, block parameters stacked over a leading layer axis:
     encoder/blocks/ln_1/{scale, bias} [L, D]    encoder/blocks/ln_2/{scale, bias} [L, D]
     encoder/blocks/mlp/up/{kernel [L, D, F], bias [L, F]}
     encoder/blocks/mlp/down/{kernel [L, F, D], bias [L, D]}
-    score/dense/{kernel [D, D], bias [D]} (BERT's is encoder/pooler: its files count it as body)
+    score/dense/{kernel [D, D], bias [D]} (in BERT encoder/pooler, which its files count as body)
     score/out/{kernel [D, C], bias [C]}
 
-Activations are in `config.compute_dtype`; layer-norm statistics, softmax and the head are float32.
+Activations are in ``config.compute_dtype``; layer-norm statistics, softmax and the head are
+float32.
 
 Devlin et al., "BERT", 2019; Liu et al., "RoBERTa", 2019; Sanh et al., "DistilBERT", 2019.
 """
@@ -37,22 +38,22 @@ HEADS = {"bert": jnp.tanh, "roberta": jnp.tanh, "distilbert": jax.nn.relu}
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The shape and the arithmetic of an encoder classifier; the labels are not part of it.
+    """The architecture of an encoder classifier, without its labels, and how it is computed.
 
     Attributes:
       vocab_size: V, rows of the token embedding.
       positions: the longest text, in tokens.
-      layers: L.
+      layers: L, the number of blocks.
       width: D, a multiple of heads.
-      heads: H.
-      mlp_width: F.
-      head: a key of HEADS, the kind of the classifier's head.
+      heads: H, the number of attention heads.
+      mlp_width: F, the width of the MLP's hidden layer.
+      head: a key of ``HEADS``, the kind of the classifier's head.
       token_types: rows of the token type embedding; 0 for none, as in DistilBERT.
-      position_offset: rows of the position embedding before that of the first token; RoBERTa's
+      position_offset: rows of the position embedding before that of the first token; in RoBERTa the
         padding id + 1.
-      norm_eps: epsilon of every layer norm.
-      activation: a key of config.ACTIVATIONS, under its Hugging Face name.
-      compute_dtype: dtype of activations, float32 or bfloat16.
+      norm_eps: epsilon of the layer norms.
+      activation: a key of ``config.ACTIVATIONS``, its Hugging Face name.
+      compute_dtype: dtype of activations, "float32" or "bfloat16".
       initializer_range: standard deviation of the random initial weights.
 
     Raises:
@@ -165,8 +166,15 @@ class _Block(nn.Module):
 
 
 def init(config: EncoderConfig, num_labels: int, key: jax.Array) -> Params:
-    """Draws the parameters of a classifier: weights normal at `initializer_range`, biases 0,
-    layer-norm scales 1.
+    """Initializes the parameters of a classifier at random.
+
+    Weights are normal with standard deviation ``initializer_range``, biases are 0 and layer-norm
+    scales are 1.
+
+    Args:
+      config: the encoder's configuration.
+      num_labels: C, the number of labels.
+      key: random key.
 
     Returns:
       The tree of the module docstring, float32.
@@ -236,24 +244,24 @@ def score(
     mask_BxT: jax.Array,
     types_BxT: jax.Array | None = None,
 ) -> jax.Array:
-    """Scores each text by the hidden state of its first real token, scanning over layers.
+    """Scores each text by the hidden state of its first real token, by a scan over layers.
 
     Args:
       params: {"encoder", "score"}, the tree of the module docstring.
       config: its configuration.
-      tokens_BxT: int32 token ids, each text with its special tokens, [CLS] or <s> first; any id of
-        the vocabulary may fill the padding.
-      mask_BxT: bool, True at real tokens. Padding, usually on the right, changes nothing: positions
-        count real tokens only, and nothing attends to padding. A row without any is finite and
-        means nothing.
-      types_BxT: int32 token types, which tell the two texts of a pair apart; all 0 if None.
+      tokens_BxT: int32 token ids of each text with its special tokens, [CLS] or <s> first; the
+        padding may hold any id of the vocabulary.
+      mask_BxT: bool, True at real tokens. Padding, usually on the right, has no effect: positions
+        count real tokens only, and nothing attends to padding. A row of padding only gives finite
+        but meaningless scores.
+      types_BxT: int32 token types, which distinguish the two texts of a pair; None for all 0.
 
     Returns:
-      score_BxC, float32 logits over the labels. A row with a token or type id out of range, or with
-      more real tokens than `config.positions`, is NaN.
+      float32 logits [B, C] over the labels. A row with a token or type id out of range, or with
+      more real tokens than ``config.positions``, is NaN.
 
     Raises:
-      ValueError: if types are given to an encoder without them.
+      ValueError: if types are given to an encoder that has none.
     """
     if types_BxT is not None and not config.token_types:
         raise ValueError("types_BxT is given, but token_types is 0: this encoder takes none")

@@ -1,4 +1,4 @@
-"""Heads on a decoder's hidden states: a value for each token, label scores for each sequence."""
+"""Heads on a decoder's hidden states: values of tokens and label scores of sequences."""
 
 from __future__ import annotations
 
@@ -16,18 +16,32 @@ _VALUE = nn.Dense(1, kernel_init=nn.initializers.zeros)
 
 
 def init_value(config: DecoderConfig, key: jax.Array) -> Params:
-    """Returns the value head {kernel [D, 1], bias [1]}, float32, all zero.
+    """Initializes a value head to zero.
 
-    Zero makes the first values exactly 0, so the first advantages are those of the returns alone
+    With zeros, the first values are exactly 0: the first advantages are those of the returns alone,
     and the value loss sends no gradient into the decoder before the head itself has learned. The
-    head learns from zero because its gradient is the hidden states; `key` is used by nothing and
-    kept for the common signature of an initializer.
+    head learns from zero because its gradient is proportional to the hidden states.
+
+    Args:
+      config: the decoder's configuration.
+      key: not used; kept for the common signature of an initializer.
+
+    Returns:
+      {kernel [D, 1], bias [1]}, float32.
     """
     return _VALUE.init(key, jnp.zeros((1, config.width)))["params"]
 
 
 def value(params: Params, hidden_BxTxD: jax.Array) -> jax.Array:
-    """Returns value_BxT, float32: the predicted return from each token on."""
+    """Predicts the return from each token on.
+
+    Args:
+      params: {kernel [D, 1], bias [1]}.
+      hidden_BxTxD: hidden states after the final norm; any leading shape.
+
+    Returns:
+      float32 values [B, T].
+    """
     with jax.named_scope("value"):
         hidden_NxD = hidden_BxTxD.astype(jnp.float32).reshape(-1, hidden_BxTxD.shape[-1])
         return _VALUE.apply({"params": params}, hidden_NxD).reshape(hidden_BxTxD.shape[:-1])
@@ -39,7 +53,15 @@ def _score(num_labels: int, stddev: float) -> nn.Dense:
 
 
 def init_score(config: DecoderConfig, num_labels: int, key: jax.Array) -> Params:
-    """Returns the classifier head {kernel [D, num_labels]}, float32, normal at initializer_range.
+    """Initializes a classifier head, normal with standard deviation ``initializer_range``.
+
+    Args:
+      config: the decoder's configuration.
+      num_labels: C, the number of labels.
+      key: random key.
+
+    Returns:
+      {kernel [D, C]}, float32, without a bias as in transformers' GPT2ForSequenceClassification.
 
     Raises:
       ValueError: if num_labels is less than 1.
@@ -54,12 +76,12 @@ def score(params: Params, hidden_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.A
     """Scores each sequence by the hidden state of its last real token.
 
     Args:
-      params: {kernel [D, num_labels]}.
-      hidden_BxTxD: hidden states after the final layer norm.
-      mask_BxT: bool, True at real tokens. A row with none is scored at its last column.
+      params: {kernel [D, C]}.
+      hidden_BxTxD: hidden states after the final norm.
+      mask_BxT: bool, True at real tokens. A row of padding only is scored at its last column.
 
     Returns:
-      score_BxC, float32 logits over the labels.
+      float32 logits [B, C] over the labels.
     """
     with jax.named_scope("score"):
         length = mask_BxT.shape[1]

@@ -123,17 +123,16 @@ def save(
       ValueError: if the parameters do not fit the configuration, the configuration is not what
         ``model.source`` describes, or a special token's id is outside the vocabulary.
     """
+    tokenizer = model.tokenizer
     hf.save_decoder(
         path,
         model.config,
         model.params if params is None else params,
-        bos_id=model.tokenizer.bos_token_id,
-        eos_id=eos_id,
-        pad_id=model.tokenizer.pad_token_id,
+        ids=hf.TokenIds(bos=tokenizer.bos_token_id, eos=eos_id, pad=tokenizer.pad_token_id),
         temperature=temperature,
         like=model.source,
     )
-    tokenizers.save(model.tokenizer, path)
+    tokenizers.save(tokenizer, path)
 
 
 def eos_id(tokenizer: PreTrainedTokenizerFast, stop_at_eos: bool = True) -> int | None:

@@ -1,4 +1,8 @@
-"""What models give the tokens of responses, teacher-forced, with logits of few tokens at once."""
+"""Log-probabilities of responses, with the logits of a chunk of tokens at a time.
+
+Everything is teacher-forced: prompt and response go through the model in one pass. Shape suffixes:
+B batch, S columns of prompt and response, T response tokens, D width, V vocabulary.
+"""
 
 from typing import Any
 
@@ -20,29 +24,56 @@ def hidden(
     mask_BxS: jax.Array,
     response_len: int,
 ) -> jax.Array:
-    """Hidden states [B, T, D] that predict the last ``response_len`` tokens.
+    """Computes the hidden states that predict the response tokens.
 
     Args:
-      tokens_BxS: prompt and response in one row (left-padded prompt, then the response slots).
-      mask_BxS: bool, True on real tokens of both.
+      params: the decoder's tree.
+      config: its configuration.
+      tokens_BxS: int32 token ids, prompt and response in one row: the left-padded prompt, then the
+        response, padded on the right to ``response_len`` tokens.
+      mask_BxS: bool, True at real tokens of both.
+      response_len: T, the number of columns of the response.
+
+    Returns:
+      Hidden states [B, T, D] after the final norm, in the compute dtype.
     """
     return before(decoder.hidden(params, config, tokens_BxS, mask_BxS), response_len)
 
 
 def before(hidden_BxSxD: jax.Array, response_len: int) -> jax.Array:
-    """Of the states of whole rows those *before* each response token, which predict it."""
+    """Selects, from the hidden states of whole rows, those that predict the response tokens.
+
+    They are the states one column before each response token.
+
+    Args:
+      hidden_BxSxD: hidden states of prompt and response.
+      response_len: T, the number of columns of the response.
+
+    Returns:
+      Hidden states [B, T, D].
+    """
     return hidden_BxSxD[:, -response_len - 1 : -1]
 
 
 def project(
     head: jax.Array, config: DecoderConfig, hidden: jax.Array, temperature: jax.Array | float
 ) -> jax.Array:
-    """Tempered logits of hidden states: the distribution that tokens are sampled from."""
+    """Computes the tempered logits of hidden states, those that tokens are sampled from.
+
+    Args:
+      head: the output matrix [V, D].
+      config: the decoder's configuration.
+      hidden: hidden states [..., D].
+      temperature: sampling temperature, > 0; may be traced.
+
+    Returns:
+      float32 logits [..., V].
+    """
     return temper(decoder.project(head, config, hidden), temperature)
 
 
 def flat(x_BxT: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [B * T, ...]: one row a token."""
+    """Merges the two leading axes, [B, T, ...] to [B * T, ...]: one row per token."""
     return x_BxT.reshape(-1, *x_BxT.shape[2:])
 
 
@@ -54,7 +85,22 @@ def against(
     temperature: jax.Array | float,
     chunk: int = CHUNK,
 ) -> NextToken:
-    """``next_token`` of policy and reference, [B, T] each, from their hidden states [B, T, D]."""
+    """Computes statistics of the policy's next-token distributions against those of the reference.
+
+    Meant for scoring; a loss uses ``rl.chunked.sum_logits``.
+
+    Args:
+      heads: output matrices [V, D] of policy and reference.
+      configs: configurations of policy and reference.
+      hidden: hidden states [B, T, D] of policy and reference that predict the tokens; their widths
+        may differ.
+      tokens_BxT: int32 ids of the response tokens.
+      temperature: sampling temperature, > 0; may be traced.
+      chunk: maximum number of tokens whose logits are held at a time.
+
+    Returns:
+      The statistics of ``rl.next_token.next_token``, float32 [B, T], in nats.
+    """
 
     def both(heads: Any, states: Any) -> Any:
         return tuple(
@@ -81,8 +127,22 @@ def log_probs(
     temperature: jax.Array | float,
     chunk: int = CHUNK,
 ) -> jax.Array:
-    """log p of each of the last ``response_len`` tokens, float32 nats [B, T]; arguments as
-    ``hidden``. Differentiable in params; the backward pass makes the logits once more."""
+    """Computes the log-probability of each response token.
+
+    Differentiable with respect to params; the backward pass computes the logits once more.
+
+    Args:
+      params: the decoder's tree.
+      config: its configuration.
+      tokens_BxS: int32 token ids of prompt and response, as in ``hidden``.
+      mask_BxS: bool, True at real tokens of both.
+      response_len: T, the number of columns of the response.
+      temperature: sampling temperature, > 0; may be traced.
+      chunk: maximum number of tokens whose logits are held at a time.
+
+    Returns:
+      float32 log-probabilities [B, T], in nats. At padding they are finite but meaningless.
+    """
     head = decoder.head(params)
 
     @jax.checkpoint

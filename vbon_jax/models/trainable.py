@@ -1,13 +1,14 @@
-"""What of a model is trained: all of it, its upper layers, or low-rank adapters beside its weights.
+"""Partial training: the whole model, its upper layers, or low-rank adapters (LoRA).
 
-A policy is ``join(base, own)``: the reference's tree with what training changes in place of it. The
-rest is held once, by both. ``own`` is the reference's
+A policy is ``join(base, own)``: the parameter tree of the reference, ``base``, with the trained
+parameters, ``own``, in place of some of it. The remaining arrays are shared by policy and
+reference. ``own`` is one of
 
-* whole tree (``layers=-1``),
-* ``layers`` upper blocks and the final norm (the ``num_layers_unfrozen`` of the paper's code);
-  ``base["blocks"]`` is then the pair (trunk, the reference's upper blocks), see ``divide``;
-  embeddings and output matrix stay frozen,
-* or adapters alone (LoRA, Hu et al. 2021): W x + (alpha / r) B A x, B starting at zero, so that the
+* the whole tree (``layers=-1``);
+* the ``layers`` upper blocks and the final norm (``num_layers_unfrozen`` in the code of the vBoN
+  paper). ``base["blocks"]`` is then the pair (trunk, upper blocks of the reference), see
+  ``divide``; embeddings and output matrix stay frozen;
+* adapters alone (LoRA, Hu et al., 2021): W x + (alpha / r) B A x, with B zero at first, so that the
   policy starts as the reference.
 """
 
@@ -27,8 +28,13 @@ TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """layers: upper blocks that are trained; -1 for the whole model.
-    rank: of adapters on every layer's ``targets`` (of TARGETS), in place of layers; 0 for none."""
+    """Which parameters are trained.
+
+    Attributes:
+      layers: number of upper blocks to train; -1 for the whole model. Ignored if rank is positive.
+      rank: rank of the adapters on ``targets`` in every layer; 0 for none.
+      targets: the projections that have adapters, a subset of ``TARGETS``.
+    """
 
     layers: int = -1
     rank: int = 0
@@ -41,12 +47,20 @@ class Trainable:
 
 
 def divide(params: Params, what: Trainable, layers: int) -> Params:
-    """The reference's tree with ``blocks`` as (trunk, upper blocks) where only these are trained.
+    """Splits the blocks of the reference into (trunk, upper blocks) if only the latter are trained.
 
     Args:
-      params: with ``blocks`` stacked over all ``layers``; its arrays are not used again.
+      params: the decoder's tree with ``blocks`` stacked over all layers. Do not use its arrays
+        afterwards.
+      what: which parameters are trained.
+      layers: L, the number of layers of the model.
 
-    Raises ValueError where there are not so many layers, or no layer would stay frozen.
+    Returns:
+      The tree with ``blocks`` as a pair; ``params`` itself if the whole model or adapters are
+      trained.
+
+    Raises:
+      ValueError: if the model has fewer layers than are to be trained, or none would stay frozen.
     """
     if what.rank or what.layers == -1:
         return params
@@ -64,11 +78,22 @@ def divide(params: Params, what: Trainable, layers: int) -> Params:
 
 
 def start(base: Params, what: Trainable, key: jax.Array, dtype: str = "float32") -> Params:
-    """What is trained, before the first step: the base's own values, copied, in ``dtype``.
+    """Creates the parameters to be trained, as they are before the first step.
 
-    Adapters are drawn as PEFT draws them: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B 0.
+    Without adapters these are copies of the base's own values. Adapters are initialized as in PEFT:
+    A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero.
 
-    Raises ValueError on a target the model does not have.
+    Args:
+      base: the reference's tree, from ``divide``.
+      what: which parameters are trained.
+      key: random key for the adapters.
+      dtype: dtype of the result, "float32" or "bfloat16".
+
+    Returns:
+      The tree ``own`` of the module docstring.
+
+    Raises:
+      ValueError: if the model does not have a target of the adapters.
     """
     if not what.rank:
         own = base if what.layers == -1 else {"blocks": base["blocks"][1], "ln_f": base["ln_f"]}
@@ -95,17 +120,25 @@ def start(base: Params, what: Trainable, key: jax.Array, dtype: str = "float32")
 
 
 def divided(base: Params) -> bool:
-    """Whether a tree has a trunk of its own; see ``divide``."""
+    """Returns whether a tree's blocks are split into trunk and upper blocks; see ``divide``."""
     return isinstance(base["blocks"], tuple)
 
 
 def trains_head(own: Params) -> bool:
-    """Whether the output matrix is among what is trained."""
+    """Returns whether the trained parameters include the output matrix."""
     return "wte" in own
 
 
 def join(base: Params, own: Params) -> Params:
-    """The policy's tree; shares every array of ``base`` that ``own`` does not replace."""
+    """Combines the reference's tree and the trained parameters into the policy's tree.
+
+    Args:
+      base: the reference's tree, from ``divide``.
+      own: the trained parameters, from ``start``.
+
+    Returns:
+      The policy's tree, which shares every array of ``base`` that ``own`` does not replace.
+    """
     if trains_head(own):
         return own
     if divided(base):
@@ -115,9 +148,16 @@ def join(base: Params, own: Params) -> Params:
 
 
 def merged(params: Params, lora_alpha: float = 1.0) -> Params:
-    """The tree of ``join`` as a plain one, its blocks in one stack, adapters added to the weights.
+    """Merges a policy's tree into a plain one: one stack of blocks, adapters added to the weights.
 
-    Arrays stay where they are; a host that holds the model once more can afford it.
+    Arrays stay on their devices, which must have room for a second copy of the model.
+
+    Args:
+      params: the policy's tree, from ``join``.
+      lora_alpha: adapters of rank r are added with the factor lora_alpha / r.
+
+    Returns:
+      A tree as ``decoder.init`` creates it.
     """
     blocks = params["blocks"]
     if isinstance(blocks, tuple):

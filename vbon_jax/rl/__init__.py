@@ -1,1 +1,25 @@
-"""Policy-optimisation losses: pure functions of arrays."""
+"""Losses and advantages of policy optimization: pure functions of arrays."""
+
+from vbon_jax.rl import (
+    bond,
+    chunked,
+    gae,
+    kl,
+    masking,
+    next_token,
+    ppo,
+    preference,
+    shaping,
+)
+
+__all__ = [
+    "bond",
+    "chunked",
+    "gae",
+    "kl",
+    "masking",
+    "next_token",
+    "ppo",
+    "preference",
+    "shaping",
+]

@@ -1,9 +1,9 @@
-"""J-BOND: iterated best-of-n distillation, Sessa et al. 2024.
+"""Losses of J-BOND, iterated best-of-n distillation (Sessa et al., 2024).
 
-p_<=(y) = P(r(y') <= r(y)). The non-iterative form, the backward KL at one n, is the objective
-`backward` of bon.distribution. J-BOND distils best-of-2 of an anchor policy by a mix of forward and
-backward KL (a Jeffreys divergence), and lets the anchor follow the policy slowly, so that n grows
-along the way.
+p_<=(y) = P(r(y') <= r(y)). The non-iterative form of BOND, the backward KL divergence at a single
+n, is the objective ``backward`` of ``bon.distribution.sequence_reward``. J-BOND distills best-of-2
+of an anchor policy by a mix of forward and backward KL (a Jeffreys divergence). The anchor is an
+exponential moving average of the policy, so n grows over the course of training.
 """
 
 import math
@@ -14,21 +14,22 @@ import jax.numpy as jnp
 
 
 def jbond_reward(reward_B: jax.Array, anchor_rewards_Bxm: jax.Array) -> jax.Array:
-    """Estimate of log p_<=(y) from m samples of the anchor.
+    """Estimates log p_<=(y) from m samples of the anchor.
 
-    m = 2 (J-BOND): -log 16 where the reward is below both samples', else 0. At the anchor's median,
-    p_<= = 1/2, its expectation is -log(16) / 4 = log p_<=.
-    m > 2: log((k + 1) / (m + 1)), k the number of samples with a reward <= the response's.
+    * m = 2 (J-BOND): -log 16 where the reward is below that of both samples, else 0. At the
+      anchor's median, where p_<= = 1/2, its expectation is -log(16) / 4 = log p_<=.
+    * m > 2: log((k + 1) / (m + 1)), k being the number of samples whose reward is at most the
+      response's.
 
     Args:
-        reward_B: rewards of the policy's responses.
-        anchor_rewards_Bxm: rewards of m anchor samples to the same prompts.
+      reward_B: rewards of the policy's responses.
+      anchor_rewards_Bxm: rewards of m anchor samples for the same prompts.
 
     Returns:
-        float32 rewards [B] in nats, <= 0.
+      float32 rewards [B] in nats, <= 0.
 
     Raises:
-        ValueError: m < 2.
+      ValueError: if m < 2.
     """
     m = anchor_rewards_Bxm.shape[-1]
     if m < 2:
@@ -40,17 +41,19 @@ def jbond_reward(reward_B: jax.Array, anchor_rewards_Bxm: jax.Array) -> jax.Arra
 
 
 def leave_one_out(x_K: jax.Array) -> jax.Array:
-    """x minus the mean of the others along the last axis: a baseline that adds no bias.
+    """Subtracts from each element the mean of the others along the last axis.
+
+    Subtracting this leave-one-out baseline from returns adds no bias to the policy gradient.
 
     Args:
-        x_K: returns of K >= 2 responses, any leading shape: [B] for the whole batch, [P, K] for K
-            responses a prompt.
+      x_K: returns of K >= 2 responses along the last axis, any leading shape: [B] for the whole
+        batch, [P, K] for K responses a prompt.
 
     Returns:
-        float32 array of the same shape, of mean 0 along the last axis.
+      float32 array of the same shape, with mean 0 along the last axis.
 
     Raises:
-        ValueError: K < 2, which leaves no others.
+      ValueError: if K < 2, where there are no others.
     """
     k = x_K.shape[-1]
     if k < 2:
@@ -65,32 +68,36 @@ def regularised(
     log_anchor_B: jax.Array,
     kl_coef: jax.Array | float,
 ) -> jax.Array:
-    """R(y) - kl_coef (log policy(y) - log anchor(y)), the return of a response.
+    """Computes the return R(y) - kl_coef (log policy(y) - log anchor(y)) of each response.
 
-    The coefficient is 1 / (n - 1) = 1 for the best-of-2 that J-BOND distils, plus the weight of an
-    extra penalty KL(policy || anchor), if any, within the backward part of the loss.
+    The coefficient is 1 / (n - 1) = 1 for the best-of-2 that J-BOND distills, plus the weight of an
+    additional penalty KL(policy || anchor), if there is one, in the backward part of the loss.
 
     Args:
-        reward_B: sequence rewards, as of `jbond_reward`.
-        log_policy_B, log_anchor_B: log-probabilities of the whole response, nats.
-        kl_coef: >= 0; may be traced.
+      reward_B: sequence rewards, such as those of ``jbond_reward``.
+      log_policy_B: log-probabilities of the whole responses under the policy, in nats.
+      log_anchor_B: the same under the anchor.
+      kl_coef: weight of the KL penalty, >= 0; may be traced.
 
     Returns:
-        float32 [B]; no gradient flows through it.
+      float32 returns [B]. No gradient flows through them.
     """
     log_ratio_B = log_policy_B.astype(jnp.float32) - log_anchor_B.astype(jnp.float32)
     return jax.lax.stop_gradient(reward_B.astype(jnp.float32) - kl_coef * log_ratio_B)
 
 
 def policy_gradient_loss(log_policy_B: jax.Array, advantage_B: jax.Array) -> jax.Array:
-    """-A log policy(y), REINFORCE (Williams, 1992): its gradient is that of -E_policy[A].
+    """Computes the REINFORCE loss -A log policy(y) (Williams, 1992).
+
+    Its gradient is an unbiased estimate of that of -E_policy[A].
 
     Args:
-        log_policy_B: log policy of responses that the policy itself has drawn, nats.
-        advantage_B: A, as of `leave_one_out(regularised(...))`; no gradient flows through it.
+      log_policy_B: log-probabilities, in nats, of responses that were sampled from the policy
+        itself.
+      advantage_B: A, such as ``leave_one_out(regularised(...))``; no gradient flows through it.
 
     Returns:
-        float32 losses [B], not reduced. Only the gradient has a meaning.
+      float32 losses [B], not reduced. Only their gradient is meaningful.
     """
     advantage_B = jax.lax.stop_gradient(advantage_B.astype(jnp.float32))
     return -advantage_B * log_policy_B.astype(jnp.float32)
@@ -102,18 +109,20 @@ def jbond_loss(
     advantage_B: jax.Array,
     jeffreys: jax.Array | float,
 ) -> jax.Array:
-    """J-BOND's loss, a Jeffreys divergence to best-of-n of the anchor:
+    """Computes the loss of J-BOND, a Jeffreys divergence to best-of-n of the anchor.
 
-        jeffreys (-log policy(best of the anchor's samples))      forward KL(bon || policy)
+        jeffreys (-log policy(best of the anchor's samples))        forward KL(bon || policy)
           + (1 - jeffreys) (-A log policy(y)),  y from the policy   backward KL(policy || bon)
 
     Args:
-        log_policy_best_anchor_B: log policy of the best of the anchor's samples, nats.
-        log_policy_B, advantage_B: as of `policy_gradient_loss`.
-        jeffreys: weight of the forward part, in [0, 1]; 0.5 in the paper; may be traced.
+      log_policy_best_anchor_B: log-probabilities under the policy of the best of the anchor's
+        samples, in nats.
+      log_policy_B: log-probabilities of the policy's own responses, as in ``policy_gradient_loss``.
+      advantage_B: advantages of the policy's own responses, as in ``policy_gradient_loss``.
+      jeffreys: weight of the forward part, in [0, 1]; 0.5 in the paper; may be traced.
 
     Returns:
-        float32 losses [B], not reduced.
+      float32 losses [B], not reduced.
     """
     forward_B = -log_policy_best_anchor_B.astype(jnp.float32)
     backward_B = policy_gradient_loss(log_policy_B, advantage_B)
@@ -121,10 +130,14 @@ def jbond_loss(
 
 
 def ema(anchor: Any, params: Any, rate: jax.Array | float) -> Any:
-    """(1 - rate) anchor + rate params, leaf by leaf: the anchor's exponential moving average.
+    """Updates an exponential moving average, (1 - rate) anchor + rate params, leaf by leaf.
 
     Args:
-        anchor, params: pytrees of the same structure.
-        rate: in [0, 1]; 0 keeps the anchor, 1 puts params in its place; may be traced.
+      anchor: pytree of arrays, the average so far.
+      params: pytree of the same structure.
+      rate: in [0, 1]; 0 keeps the anchor, 1 replaces it by params; may be traced.
+
+    Returns:
+      The updated pytree.
     """
     return jax.tree.map(lambda a, p: (1 - rate) * a + rate * p, anchor, params)

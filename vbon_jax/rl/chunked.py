@@ -1,12 +1,12 @@
-"""Losses over a large vocabulary, a few rows of logits at a time: [B, T, V] is never stored.
+"""Losses over a large vocabulary, computed for a chunk of rows at a time.
 
-The rows are the N = B * T response slots, flattened. The model's output matrix comes in as
-``project(head, hidden) -> logits``, so nothing is known of models here.
+The logits [B, T, V] of a whole batch are never stored. The rows are the N = B * T response tokens,
+flattened. The model's output projection is passed in as ``project(head, hidden) -> logits``, so
+this module does not depend on any model.
 
-Gradients are taken chunk by chunk in the forward pass, while a chunk's logits are at hand, as in
-Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024, Section 3.2 (fused
-linear cross-entropy): the backward pass multiplies them by one number, and no logit is computed
-twice.
+Gradients are computed chunk by chunk in the forward pass, while a chunk's logits are available, as
+in Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024, Section 3.2 (fused
+linear cross-entropy). The backward pass only scales them, so no logit is computed twice.
 
 Shape suffixes: N rows, C rows of one chunk, D width, V vocabulary.
 """
@@ -27,25 +27,27 @@ def map_logits(
     rows: tuple[Any, ...],
     chunk: int,
 ) -> Any:
-    """fn(logits, *rows) of all rows, for scoring: a gradient through it would store the logits.
+    """Applies a function to the logits of all rows, a chunk at a time.
+
+    Meant for scoring: differentiating through it would store the logits of all chunks.
 
     Args:
-        fn: (logits_CxV, *rows of the chunk) -> pytree of arrays with leading axis C.
-        project: (head, hidden_CxD) -> logits_CxV, float32 and tempered. Two models at once: let
-            head and hidden be pairs, and project give a pair of logits.
-        head: pytree, what project needs of the model, in the dtype it computes in (a cast inside
-            project may be done once a chunk).
-        hidden: array or pytree of arrays [N, ...].
-        rows: tuple of pytrees of arrays [N, ...], what else fn needs of each row.
-        chunk: the most rows at once, >= 1. Chunks are made of nearly equal size; with N rows or
-            more there is but one, and no loop.
+      fn: maps (logits_CxV, *rows of the chunk) to a pytree of arrays with leading axis C.
+      project: maps (head, hidden_CxD) to logits_CxV, float32 and tempered. For two models at once,
+        head and hidden are pairs and it returns a pair of logits.
+      head: pytree of what project needs of the model, in the dtype that it computes in; a cast
+        inside project may be repeated for every chunk.
+      hidden: array or pytree of arrays [N, ...].
+      rows: tuple of pytrees of arrays [N, ...], everything else that fn needs of each row.
+      chunk: maximum number of rows at a time, >= 1. Chunks have nearly equal sizes; if it is N or
+        more, there is one chunk and no loop.
 
     Returns:
-        What fn gives, with leading axis N. Padding rows, where N does not divide, are zeros to
-        project and fn, and are cut off.
+      The outputs of fn with leading axis N. Where N is not divisible, project and fn also see
+      padding rows of zeros, whose outputs are dropped.
 
     Raises:
-        ValueError: chunk < 1, or leading axes that differ.
+      ValueError: if chunk < 1, or leading axes differ.
     """
 
     def step(piece: tuple[Any, tuple[Any, ...]]) -> tuple[tuple[()], Any]:
@@ -65,32 +67,37 @@ def sum_logits(
     frozen: Any = (),
     train_head: bool = True,
 ) -> tuple[jax.Array, Any]:
-    """The sum over all rows of a loss of their logits; differentiable in hidden and head.
+    """Sums a loss of the logits over all rows, a chunk at a time.
 
-    fn and project are called once for all rows of a chunk, and their gradients are taken at once:
-    differentiated, this costs 3 matrix products of N x D x V (logits, d hidden, d head), or 2 with
-    ``train_head`` False; not differentiated, 1. d head is summed over the chunks in float32.
+    Differentiable with respect to hidden and head.
+
+    fn and project are called once for each chunk, and their gradients are taken at the same time.
+    Differentiated, this costs 3 matrix products of size N x D x V (logits, d hidden, d head), or 2
+    if ``train_head`` is False; not differentiated, it costs 1. d head is accumulated in float32.
+
+    fn and project must not close over an array that is differentiated: pass it as an argument.
 
     Args:
-        fn: (logits_CxV, frozen, *rows of the chunk) -> (the chunk's share of the loss, a scalar
-            that is a sum over rows; pytree of such scalars or arrays, also summed). **A row of
-            zeros must add nothing and give no NaN**: where N does not divide, chunks are padded
-            with zeros (False), so rows must hold a mask, and fn must be zero where it is False.
-        project: (head, hidden_CxD) -> logits_CxV, float32 and tempered; see ``map_logits``.
-        head, hidden: of ``map_logits``; floating point.
-        rows: of ``map_logits``; constants, no gradient flows into them (a reference's hidden
-            states, old log-probs, tokens, masks).
-        chunk: of ``map_logits``.
-        frozen: pytree, the same for all rows, constant too (a reference's head, loss weights).
-        train_head: False where the head is not trained: its gradient is zero and costs nothing.
-
-    fn and project must not close over an array that is differentiated: hand it in.
+      fn: maps (logits_CxV, frozen, *rows of the chunk) to a pair: the chunk's part of the loss, a
+        scalar that is a sum over rows, and a pytree of auxiliary scalars or arrays, which are also
+        summed. **A row of zeros must contribute nothing and must not give NaN**: where N is not
+        divisible, chunks are padded with zeros (False), so rows must contain a mask and fn must be
+        zero where it is False.
+      project: maps (head, hidden_CxD) to logits_CxV, float32 and tempered; see ``map_logits``.
+      head: as in ``map_logits``; floating point.
+      hidden: as in ``map_logits``; floating point.
+      rows: as in ``map_logits``. They are constants, no gradient flows into them (hidden states of
+        the reference, old log-probabilities, tokens, masks).
+      chunk: as in ``map_logits``.
+      frozen: pytree that is the same for all rows and also constant (the reference's head, weights
+        of the loss).
+      train_head: whether the head is trained. If not, its gradient is zero and costs nothing.
 
     Returns:
-        (loss, aux), summed over the chunks. No gradient flows through aux.
+      (loss, aux), both summed over the chunks. No gradient flows through aux.
 
     Raises:
-        ValueError: chunk < 1, or leading axes that differ.
+      ValueError: if chunk < 1, or leading axes differ.
     """
     return _sum_logits(fn, project, chunk, train_head, head, hidden, frozen, rows)
 
@@ -137,7 +144,7 @@ _sum_logits.defvjp(_forward, _backward)
 
 
 def _over_chunks(step: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) -> tuple[Any, Any]:
-    """step(rows of a chunk) -> (total, rows): the totals added up, the rows put together again."""
+    """Applies step to each chunk of rows, sums its totals and reassembles its outputs by row."""
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(rows)}
     if len(lengths) != 1:
         raise ValueError(f"hidden and rows need one leading axis, got lengths {sorted(lengths)}")

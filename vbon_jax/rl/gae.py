@@ -1,4 +1,4 @@
-"""Generalised advantage estimation and whitening, over padded batches."""
+"""Generalized advantage estimation and whitening over padded batches."""
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,23 @@ def gae(
     gamma: jax.Array | float,
     lam: jax.Array | float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al., 2016, Eq. 16):
+    """Computes generalized advantage estimates (Schulman et al., 2016, Eq. 16).
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1}
 
-    t runs over the tokens inside the mask only: padding on either side or between is stepped over.
-    The value after the last token is 0, also for a response cut at the length limit: the episode is
-    the response, and R(y) has been paid.
+    t runs over the tokens inside the mask only; padding at either end or in between is skipped. The
+    value after the last token is 0, even for a response truncated at the length limit: the response
+    is the whole episode, and R(y) has been paid.
 
     Args:
-        rewards_BxT: reward for emitting token t.
-        values_BxT: value of the state that token t is emitted from.
-        mask_BxT: true (or 1) at response tokens.
-        gamma: discount in [0, 1].
-        lam: lambda in [0, 1]; 1 gives Monte Carlo returns, 0 one-step TD.
+      rewards_BxT: reward for emitting token t.
+      values_BxT: value of the state in which token t is emitted.
+      mask_BxT: True (or 1) at response tokens.
+      gamma: discount in [0, 1].
+      lam: lambda in [0, 1]; 1 gives Monte Carlo returns, 0 one-step temporal differences.
 
     Returns:
-        (advantages_BxT, returns_BxT), float32, 0 outside the mask; returns = advantages + values.
+      (advantages_BxT, returns_BxT), float32, 0 outside the mask; returns are advantages + values.
     """
     mask_BxT = mask_BxT.astype(bool)
     rewards_BxT = rewards_BxT.astype(jnp.float32)
@@ -57,18 +57,18 @@ def gae(
 
 
 def whiten(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8) -> jax.Array:
-    """(x - mean) / sqrt(variance + epsilon), with both moments over the mask.
+    """Standardizes values over a mask, (x - mean) / sqrt(variance + epsilon).
 
-    The variance is the biased one (divided by the count, not the count less one), so that one token
-    alone gives 0 rather than NaN.
+    The variance is the biased one (divided by the count), so that a single token gives 0 and not
+    NaN.
 
     Args:
-        x: values, any shape.
-        mask: same shape, true (or 1) where x counts.
-        epsilon: keeps a constant x finite.
+      x: values, any shape.
+      mask: same shape, True (or 1) where x counts.
+      epsilon: added to the variance, so that a constant x gives finite values.
 
     Returns:
-        float32 array of x's shape, 0 outside the mask.
+      float32 array of x's shape, 0 outside the mask.
     """
     x = masked(x, mask)
     centred = masked(x - masked_mean(x, mask), mask)
@@ -76,7 +76,16 @@ def whiten(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8) -> jax.Array:
 
 
 def deviation(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8) -> jax.Array:
-    """sqrt(variance + epsilon) over the mask, the biased variance: what `whiten` divides by."""
+    """Computes sqrt(variance + epsilon) over a mask, the divisor of ``whiten``.
+
+    Args:
+      x: values, any shape.
+      mask: same shape, True (or 1) where x counts.
+      epsilon: added to the variance.
+
+    Returns:
+      float32 scalar, from the biased variance (divided by the count).
+    """
     x = masked(x, mask)
     centred = masked(x - masked_mean(x, mask), mask)
     return jnp.sqrt(masked_mean(jnp.square(centred), mask) + epsilon)

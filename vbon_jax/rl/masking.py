@@ -1,7 +1,7 @@
 """Sums and means over the real tokens of a padded batch.
 
-Padded slots are replaced before any arithmetic, so that NaN or inf in them reaches neither a value
-nor a gradient.
+Padded positions are replaced by 0 before any arithmetic, so that NaN or inf in them reaches neither
+a value nor a gradient.
 """
 
 import jax
@@ -9,15 +9,27 @@ import jax.numpy as jnp
 
 
 def masked(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """x in float32 where `mask` is true, 0 elsewhere; `mask` is bool or 0/1 and has x's shape."""
+    """Returns x as float32 where the mask is True, and 0 elsewhere.
+
+    Args:
+      x: values, any shape.
+      mask: bool or 0/1, same shape.
+    """
     return jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, count: jax.Array | None = None) -> jax.Array:
-    """Mean of x over all slots where `mask` is true, a float32 scalar; 0 when there are none.
+    """Computes the mean of x over all positions where the mask is True.
 
-    With `count`, a float32 scalar, the sum is divided by it instead of by the number of those
-    slots: what the parts of a batch give, each with the count of the whole, adds up to its mean.
+    Args:
+      x: values, any shape.
+      mask: bool or 0/1, same shape.
+      count: float32 scalar to divide the sum by, in place of the number of such positions. If each
+        part of a batch is given the count of the whole batch, the results add up to the mean of the
+        batch.
+
+    Returns:
+      float32 scalar; 0 if the mask is False everywhere.
     """
     if count is None:
         count = jnp.sum(mask.astype(bool).astype(jnp.float32))

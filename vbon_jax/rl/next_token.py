@@ -1,7 +1,8 @@
-"""What the losses need of two next-token distributions, in few passes over the vocabulary.
+"""Statistics of two next-token distributions, computed in few passes over the vocabulary.
 
-Log-probs of the sampled token, the KL of the whole distributions and the entropy, all from logits,
-with their gradient written out: no normalised array of the vocabulary's size is ever stored.
+The log-probabilities of the sampled token, the KL divergence of the whole distributions and the
+entropy, all from logits and with a custom gradient: no normalized array of the vocabulary's size is
+ever stored.
 """
 
 from typing import NamedTuple
@@ -11,8 +12,14 @@ import jax.numpy as jnp
 
 
 class NextToken(NamedTuple):
-    """Of each token, float32 [B, T], nats: log-probs under policy and reference, KL(policy || ref)
-    of the next-token distributions, entropy of the policy's."""
+    """Statistics of each token, float32 [B, T], in nats.
+
+    Attributes:
+      log_prob: log-probability of the token under the policy.
+      log_ref: log-probability of the token under the reference.
+      kl: KL(policy || ref) of the next-token distributions.
+      entropy: entropy of the policy's next-token distribution.
+    """
 
     log_prob: jax.Array
     log_ref: jax.Array
@@ -21,15 +28,28 @@ class NextToken(NamedTuple):
 
 
 def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """logits / temperature in float32: the one definition of "at the sampling temperature".
+    """Computes logits / temperature in float32, the logits of the sampling distribution.
 
-    Sampler, PPO ratio, KL and log pi_ref all go through it, so they speak of one distribution.
+    The sampler, the PPO ratio, the KL divergence and log pi_ref all use this function, so that they
+    refer to the same distribution.
+
+    Args:
+      logits: unnormalized log-probabilities, any shape and float dtype.
+      temperature: sampling temperature, > 0; may be traced.
     """
     return logits.astype(jnp.float32) / temperature
 
 
 def log_prob(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """log softmax(logits)[token], float32 nats, shape [B] (any leading shape)."""
+    """Computes log softmax(logits)[token].
+
+    Args:
+      logits_BxV: float32 logits; any leading shape.
+      token_B: integer token ids of that leading shape.
+
+    Returns:
+      float32 log-probabilities [B], in nats.
+    """
     chosen = jnp.take_along_axis(logits_BxV, token_B[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits_BxV, axis=-1)
 
@@ -38,15 +58,19 @@ def log_prob(logits_BxV: jax.Array, token_B: jax.Array) -> jax.Array:
 def next_token(
     logits_BxTxV: jax.Array, ref_logits_BxTxV: jax.Array, tokens_BxT: jax.Array
 ) -> NextToken:
-    """Statistics of softmax(logits) against softmax(ref_logits).
+    """Computes statistics of softmax(logits) and softmax(ref_logits) at each token.
 
         KL = sum_v p_v (log p_v - log q_v),  H = -sum_v p_v log p_v
 
     Gradients flow into ``logits_BxTxV`` alone; the reference is a constant.
 
     Args:
-        logits_BxTxV, ref_logits_BxTxV: float32, tempered, unfiltered and so finite.
-        tokens_BxT: int32, the tokens sampled.
+      logits_BxTxV: float32 logits of the policy, tempered and unfiltered, and so finite.
+      ref_logits_BxTxV: the same of the reference.
+      tokens_BxT: int32 ids of the sampled tokens.
+
+    Returns:
+      The statistics, [B, T] each.
     """
     return _forward(logits_BxTxV, ref_logits_BxTxV, tokens_BxT)[0]
 
@@ -70,7 +94,7 @@ def _forward(logits: jax.Array, ref_logits: jax.Array, tokens: jax.Array):
 
 
 def _backward(saved: tuple, grad: NextToken):
-    """d log p_a = 1_a - p;  d KL = p (log p - log q - KL);  d H = -p (log p + H)."""
+    """Applies d log p_a = 1_a - p;  d KL = p (log p - log q - KL);  d H = -p (log p + H)."""
     logits, ref_logits, tokens, log_z, log_z_ref, kl, entropy = saved
     log_p = logits - log_z[..., None]
     log_q = ref_logits - log_z_ref[..., None]

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (Schulman et al., 2017): clipped losses over response tokens."""
+"""Proximal policy optimization (Schulman et al., 2017): clipped losses over response tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +14,23 @@ def policy_loss(
     clip: jax.Array | float,
     count: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The clipped surrogate loss, Eq. 7 of the PPO paper, to be minimised:
+    """Computes the clipped surrogate loss, Eq. 7 of the PPO paper, negated so as to be minimized.
 
         -mean_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t),  rho_t = pi(t) / pi_old(t)
 
     Args:
-        log_prob: log-probability of each token under the policy being trained, BxT, in nats.
-        old_log_prob: the same under the policy that sampled it; no gradient flows through it.
-        advantages: A_t, BxT; no gradient flows through them.
-        mask: true (or 1) at response tokens, BxT.
-        clip: the clip range, 0.2 in the paper.
-        count: what sums are divided by; None for the number of tokens (see `masked_mean`).
+      log_prob: log-probability of each token under the policy being trained, [B, T], in nats.
+      old_log_prob: the same under the policy that sampled it; no gradient flows through it.
+      advantages: A_t, [B, T]; no gradient flows through them.
+      mask: True (or 1) at response tokens, [B, T].
+      clip: the clip range, 0.2 in the paper.
+      count: divisor of the sums; None for the number of tokens (see ``masked_mean``).
 
     Returns:
-        (loss, info): the mean over all tokens inside the mask, and float32 scalars
-        `clip_fraction` (share of tokens whose ratio has left [1 - clip, 1 + clip]),
-        `approx_kl` (the mean of rho - 1 - log rho, an estimate of KL(pi_old || pi) in nats a token)
-        and `ratio_mean` (the mean of rho).
+      (loss, info). The loss is the mean over all tokens inside the mask. info has the float32
+      scalars ``clip_fraction``, the fraction of tokens whose ratio is outside [1 - clip, 1 + clip];
+      ``approx_kl``, the mean of rho - 1 - log rho, an estimate of KL(pi_old || pi) in nats per
+      token; and ``ratio_mean``, the mean of rho.
     """
     advantages = jax.lax.stop_gradient(masked(advantages, mask))
     log_ratio = masked(log_prob, mask) - jax.lax.stop_gradient(masked(old_log_prob, mask))
@@ -53,21 +53,21 @@ def value_loss(
     clip: jax.Array | float,
     count: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The clipped squared error of the value head, to be minimised:
+    """Computes the clipped squared error of the value head, to be minimized.
 
         1/2 mean_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -clip, clip) - R_t)^2)
 
     Args:
-        values: V_t of the network being trained, BxT.
-        old_values: V_t at the time of the rollout, BxT; no gradient flows through it.
-        returns: R_t, BxT; no gradient flows through it.
-        mask: true (or 1) at response tokens, BxT.
-        clip: the clip range, in units of the value.
-        count: what sums are divided by; None for the number of tokens (see `masked_mean`).
+      values: V_t of the network being trained, [B, T].
+      old_values: V_t at the time of the rollout, [B, T]; no gradient flows through it.
+      returns: R_t, [B, T]; no gradient flows through it.
+      mask: True (or 1) at response tokens, [B, T].
+      clip: the clip range, in units of the value.
+      count: divisor of the sums; None for the number of tokens (see ``masked_mean``).
 
     Returns:
-        (loss, info): the mean over all tokens inside the mask, and the float32 scalar
-        `clip_fraction` (share of tokens whose value has moved by more than clip).
+      (loss, info). The loss is the mean over all tokens inside the mask. info has the float32
+      scalar ``clip_fraction``, the fraction of tokens whose value has changed by more than clip.
     """
     values = masked(values, mask)
     old_values = jax.lax.stop_gradient(masked(old_values, mask))
@@ -80,15 +80,15 @@ def value_loss(
 
 
 def token_entropy(log_probs_BxTxV: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """Entropy of the next-token distribution at each token, -sum_v p_v log p_v.
+    """Computes the entropy of the next-token distribution at each token, -sum_v p_v log p_v.
 
     Args:
-        log_probs_BxTxV: normalised log-probabilities of the tempered distribution, in nats; -inf is
-            probability 0.
-        mask_BxT: true (or 1) at response tokens.
+      log_probs_BxTxV: normalized log-probabilities of the tempered distribution, in nats; -inf is
+        probability 0.
+      mask_BxT: True (or 1) at response tokens.
 
     Returns:
-        float32 array BxT in nats a token, in [0, log V], 0 outside the mask.
+      float32 array [B, T], in nats per token, in [0, log V], 0 outside the mask.
     """
     # 0 log 0 = 0, without a NaN in the gradient.
     counts_BxTxV = mask_BxT.astype(bool)[..., None] & ~jnp.isneginf(log_probs_BxTxV)
@@ -97,18 +97,19 @@ def token_entropy(log_probs_BxTxV: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 is no help.
+    """Computes 1 - Var(returns - values) / Var(returns) over a mask.
 
-    Returns that are all the same have no variance to explain: then 1 if the error is constant too,
-    else 0, so that the number is always finite.
+    1 means perfect predictions, 0 no better than a constant. If the returns are constant there is
+    no variance to explain: the result is then 1 if the error is constant too, else 0, so that it is
+    always finite.
 
     Args:
-        values: predicted values, BxT.
-        returns: what they should predict, BxT.
-        mask: true (or 1) at response tokens, BxT.
+      values: predicted values, [B, T].
+      returns: the returns they predict, [B, T].
+      mask: True (or 1) at response tokens, [B, T].
 
     Returns:
-        float32 scalar, <= 1.
+      float32 scalar, <= 1.
     """
 
     def variance(x: jax.Array) -> jax.Array:

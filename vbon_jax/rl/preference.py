@@ -1,6 +1,6 @@
-"""Offline alignment from pairs of responses: DPO and BoNBoN, losses of each pair.
+"""Losses of offline alignment from pairs of responses: DPO and BoNBoN.
 
-A log-ratio is log policy(y) - log ref(y) of a whole response, in nats: the sum over its tokens.
+A log-ratio is log policy(y) - log ref(y) of a whole response, in nats, the sum over its tokens.
 """
 
 import jax
@@ -13,23 +13,23 @@ def dpo_loss(
     beta: jax.Array | float,
     preferred_B: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Direct preference optimisation with label probabilities, Rafailov et al. 2023, Eq. 7:
+    """Computes the loss of direct preference optimization with label probabilities.
 
         -p log sigmoid(z) - (1 - p) log sigmoid(-z),  z = beta (log-ratio(best) - log-ratio(worst))
 
-    p = 1 are hard labels: the pair was compared once and best won. p = sigmoid(r(best) - r(worst))
-    is the expected loss under Bradley-Terry labels; its minimum, over pairs that connect all
-    responses, is pi_ref exp(r / beta) / Z whatever the pairs' frequencies. With hard labels of a
-    deterministic comparison the minimum is at infinity.
+    Rafailov et al., 2023, Eq. 7. p = 1 are hard labels, from a single comparison that best won.
+    p = sigmoid(r(best) - r(worst)) gives the expected loss under Bradley-Terry labels. If the pairs
+    connect all responses, its minimizer is pi_ref exp(r / beta) / Z, whatever the frequencies of
+    the pairs. With hard labels from a deterministic comparison, there is no finite minimizer.
 
     Args:
-        log_ratio_best_B: log-ratio of the preferred response of each pair.
-        log_ratio_worst_B: log-ratio of the other one.
-        beta: > 0, the weight of the implied KL penalty; may be traced.
-        preferred_B: p, the probability in [0, 1] that best is preferred; broadcasts.
+      log_ratio_best_B: log-ratio of the preferred response of each pair.
+      log_ratio_worst_B: log-ratio of the other response.
+      beta: weight of the implied KL penalty, > 0; may be traced.
+      preferred_B: p, the probability in [0, 1] that best is preferred; broadcasts.
 
     Returns:
-        float32 losses [B] in nats, not reduced.
+      float32 losses [B] in nats, not reduced.
     """
     z_B = beta * (log_ratio_best_B.astype(jnp.float32) - log_ratio_worst_B.astype(jnp.float32))
     # p softplus(-z) + (1 - p) softplus(z), where softplus(-z) = softplus(z) - z.
@@ -37,13 +37,19 @@ def dpo_loss(
 
 
 def bonbon_beta(n: int) -> float:
-    """beta_n = 1 / (2 (n - 1) sum_{k=1}^{n-1} 1/k), Gui et al. 2024.
+    """Computes beta_n = 1 / (2 (n - 1) sum_{k=1}^{n-1} 1/k) of BoNBoN (Gui et al., 2024).
 
     1 / (2 beta_n) = (n - 1) H_{n-1} is the mean of log-ratio(best) - log-ratio(worst) under exact
     best-of-n of a continuous reward, where log-ratio = log n + (n - 1) log F.
 
+    Args:
+      n: number of draws, a whole number >= 2.
+
+    Returns:
+      beta_n, > 0.
+
     Raises:
-        ValueError: n is not a whole number >= 2 (one draw has no worst beside its best).
+      ValueError: if n is not a whole number >= 2 (with a single draw, best and worst are the same).
     """
     if not (n >= 2 and n % 1 == 0):
         raise ValueError(f"n must be a whole number >= 2 (best and worst of n draws), got n={n}")
@@ -52,17 +58,20 @@ def bonbon_beta(n: int) -> float:
 
 
 def bonbon_alpha(mean_nll: float, beta_n: float) -> float:
-    """The weight alpha at which both terms of `bonbon_loss` weigh alike while policy = ref.
+    """Computes the weight alpha that balances the two terms of ``bonbon_loss`` at policy = ref.
 
-    There the second term is (1 / (2 beta_n))^2 for every pair, so alpha solves
-    alpha mean_nll = (1 - alpha) (1 / (2 beta_n))^2.
+    There the second term is (1 / (2 beta_n))^2 for every pair, so alpha solves alpha mean_nll = (1
+    - alpha) (1 / (2 beta_n))^2.
 
     Args:
-        mean_nll: mean of -log ref(best) over the training set, nats a response, > 0.
-        beta_n: > 0, `bonbon_beta` of n.
+      mean_nll: mean of -log ref(best) over the training set, in nats per response, > 0.
+      beta_n: ``bonbon_beta`` of n, > 0.
+
+    Returns:
+      alpha, in (0, 1).
 
     Raises:
-        ValueError: mean_nll or beta_n is not positive.
+      ValueError: if mean_nll or beta_n is not positive.
     """
     if not (mean_nll > 0 and beta_n > 0):
         raise ValueError(
@@ -79,19 +88,23 @@ def bonbon_loss(
     beta_n: jax.Array | float,
     alpha: jax.Array | float,
 ) -> jax.Array:
-    """BoNBoN alignment, Gui et al. 2024, for the best and the worst of n draws:
+    """Computes the loss of BoNBoN alignment for the best and the worst of n draws.
+
+    Gui et al., 2024:
 
         alpha (-log policy(best))
           + (1 - alpha) (log-ratio(best) - log-ratio(worst) - 1 / (2 beta_n))^2
 
     Args:
-        log_policy_best_B: log policy of the best response, nats, summed over its tokens.
-        log_ratio_best_B, log_ratio_worst_B: log-ratios of best and worst.
-        beta_n: `bonbon_beta` of n; may be traced.
-        alpha: weight of the first term, in [0, 1]; may be traced.
+      log_policy_best_B: log-probability of the best response under the policy, in nats, summed over
+        its tokens.
+      log_ratio_best_B: log-ratio of the best response.
+      log_ratio_worst_B: log-ratio of the worst response.
+      beta_n: ``bonbon_beta`` of n; may be traced.
+      alpha: weight of the first term, in [0, 1]; may be traced.
 
     Returns:
-        float32 losses [B], not reduced.
+      float32 losses [B], not reduced.
     """
     gap_B = log_ratio_best_B.astype(jnp.float32) - log_ratio_worst_B.astype(jnp.float32)
     squared_B = jnp.square(gap_B - 1 / (2 * beta_n))

@@ -1,4 +1,4 @@
-"""From one reward a response to one reward a token."""
+"""Per-token rewards from one reward per response."""
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +14,24 @@ def token_rewards(
     kl_coef: jax.Array | float,
     entropy_coef: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """Spreads E[R(y)] - kl_coef KL(policy || ref) + entropy_coef H(policy) over the tokens:
+    """Distributes E[R(y)] - kl_coef KL(policy || ref) + entropy_coef H(policy) over the tokens.
 
         r_t = -kl_coef (log policy_t - log ref_t) - entropy_coef log policy_t  [+ R, last token]
 
-    The rewards of a response add up to the Monte Carlo estimate of that objective. The last token
-    is the last slot where the mask is true, so that R never falls on padding; a row without any
-    gets only zeros.
+    The rewards of a response sum to the Monte Carlo estimate of that objective. The last token is
+    the last position where the mask is True, so R is never placed on padding; a row that is masked
+    entirely gets only zeros.
 
     Args:
-        sequence_reward_B: R(y).
-        log_policy_BxT: log-probability of each token under the policy that sampled it, in nats.
-        log_ref_BxT: the same under the reference.
-        mask_BxT: true (or 1) at response tokens.
-        kl_coef: weight of the KL penalty, >= 0.
-        entropy_coef: weight of the entropy; negative to punish it.
+      sequence_reward_B: R(y).
+      log_policy_BxT: log-probability of each token under the policy that sampled it, in nats.
+      log_ref_BxT: the same under the reference.
+      mask_BxT: True (or 1) at response tokens.
+      kl_coef: weight of the KL penalty, >= 0.
+      entropy_coef: weight of the entropy; negative to penalize it.
 
     Returns:
-        rewards_BxT, float32, 0 outside the mask. No gradient flows through it.
+      float32 rewards [B, T], 0 outside the mask. No gradient flows through them.
     """
     mask_BxT = mask_BxT.astype(bool)
     log_policy_BxT = masked(log_policy_BxT, mask_BxT)

@@ -1,1 +1,102 @@
-"""The stages of a run; they alone know config and workdir."""
+"""The stages of a run; they alone know config and workdir.
+
+A stage is a record here and a file with its ``run``. What lists stages reads this tuple.
+"""
+
+from vbon_jax.stages.record import Stage
+
+_STAGES = (
+    Stage(
+        "sft",
+        "tokenizer and reference model",
+        depends=(
+            "seed", "data", "tokenizer", "reference", "sampling.stop_at_eos",
+            "memory.frozen_dtype",
+        ),
+        leaves=("tokenizer", "reference", "checkpoints/sft"),
+    ),
+    Stage(
+        "reward",
+        "reward model",
+        depends=("reward.path", "reward.function", "reward.model", "reward.fit"),
+        after=("sft",),
+        leaves=("reward", "checkpoints/reward"),
+    ),
+    Stage(
+        "evaluator",
+        "a second reward model, which only measures",
+        depends=(
+            "evaluator.train", "evaluator.path", "evaluator.function", "evaluator.model",
+            "evaluator.fit",
+        ),
+        after=("sft",),
+        leaves=("evaluator", "checkpoints/evaluator"),
+    ),
+    Stage(
+        "sample",
+        "prompts and scored reference samples",
+        depends=("reward", "prompts", "sampling", "samples", "memory.compute_dtype"),
+        after=("reward",),
+        leaves=("samples/train.jsonl", "prompts"),
+    ),
+    Stage(
+        "train",
+        "the policy, by the chosen method",
+        depends=(
+            "method", "train", "offline", "lora", "memory.param_dtype", "memory.optimizer_dtype",
+        ),
+        after=("sample",),
+        leaves=("checkpoints/train", "metrics.jsonl"),
+    ),
+    Stage(
+        "export",
+        "the trained policy as a Hugging Face directory",
+        depends=("export",),
+        after=("train",),
+        leaves=("policy",),
+        redo="asked",
+    ),
+    Stage(
+        "evaluate",
+        "reference, best-of-n and policy on held-out prompts: table and figures",
+        depends=("evaluate", "evaluator"),
+        after=("train",),
+        leaves=("evaluation.json",),
+        redo="asked",
+    ),
+    Stage(
+        "convergence",
+        "how many reference samples this task needs",
+        depends=("convergence",),
+        after=("sample",),
+        leaves=("convergence.json",),
+        redo="asked",
+    ),
+    Stage(
+        "sweep",
+        "every method over its grid; several workers may share one workdir",
+        depends=("evaluate", "evaluator", "sweep"),
+        after=("train",),
+        leaves=("sweep", "sweep.jsonl"),
+        redo="always",
+    ),
+    Stage(
+        "report",
+        "report.html: all that is there on one page",
+        depends=("evaluate", "evaluator", "sweep", "convergence"),
+        after=("train",),
+        leaves=("report.html",),
+        redo="always",
+    ),
+)  # fmt: skip
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _STAGES}
+
+# What ``vbon`` does beside the stages: none of it leaves anything in the workdir.
+COMMANDS = {
+    "run": "every stage the config lists, in order; what is complete is skipped",
+    "plan": "memory each device will need, before anything is allocated",
+    "generate": "responses to --prompt on standard output",
+    "bench": "times of log F and of the Kolmogorov-Smirnov test; needs no --config",
+}
+
+__all__ = ["COMMANDS", "STAGES", "Stage"]

@@ -1,9 +1,7 @@
-"""What a stage is, and the run it belongs to."""
+"""A run of stages, and how one is performed."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from typing import Literal
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +11,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.models.hf import CheckpointError
 from vbon_jax.progress import log
 from vbon_jax.sampling.sampler import named_key
+from vbon_jax.stages.record import Stage
 from vbon_jax.stages.workdir import Workdir
 
 
@@ -24,44 +23,17 @@ class Run:
       config: the run's configuration.
       workdir: its folder.
       mesh: the device mesh.
+      profile: iterations of training to trace, (first, last), counted from 1; None for none.
     """
 
     config: Config
     workdir: Workdir
     mesh: Mesh
+    profile: tuple[int, int] | None = None
 
     def key(self, name: str) -> jax.Array:
         """The random key of a piece of work: a function of the run's seed and the name."""
         return named_key(self.config.seed, name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A step of a run.
-
-    Attributes:
-      name: on the command line and in the config key ``stages``.
-      help: one line of ``vbon --help``.
-      run: does it.
-      depends: config keys, or groups of keys, that its results follow from.
-      after: stages whose results it reads; their keys count as well.
-      leaves: paths in the workdir that hold its results, removed to do it again.
-      redo: when a complete stage is done again: "never"; when "asked" for by name; or "always",
-        since it leaves alone what is done.
-    """
-
-    name: str
-    help: str
-    run: Callable[[Run], None]
-    depends: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    redo: Literal["never", "asked", "always"] = "never"
-
-    def follows(self, stages: "Mapping[str, Stage]") -> tuple[str, ...]:
-        """The config keys that its results follow from, those of the stages before included."""
-        before = (key for name in self.after for key in stages[name].follows(stages))
-        return tuple(dict.fromkeys([*before, *self.depends]))
 
 
 def perform(run: Run, stage: Stage, again: bool) -> None:
@@ -89,3 +61,23 @@ def perform(run: Run, stage: Stage, again: bool) -> None:
         raise
     workdir.complete(stage.name)
     log(f"{stage.name}: done in {time.monotonic() - began:.1f} s")
+
+
+def refuse_uneven(config: Config, mesh: Mesh) -> None:
+    """Raises InputError for a batch that the devices cannot share: each would do all of it."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    train = config.train
+    for key, rows in (
+        ("sampling.batch_size", config.sampling.batch_size),
+        ("train.batch_size", train.batch_size),
+        ("train.minibatch_size", train.minibatch_size),
+        (
+            "train.minibatch_size / memory.accumulate",
+            train.minibatch_size // config.memory.accumulate,
+        ),
+    ):
+        if rows % ways:
+            raise InputError(
+                f"{key}={rows} does not divide among mesh.data x mesh.fsdp = {ways} devices: "
+                f"make it a multiple of {ways}"
+            )

@@ -8,7 +8,7 @@ from vbon_jax.evaluation import convergence as study
 from vbon_jax.progress import log
 from vbon_jax.sampling import samples
 from vbon_jax.stages import loading
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 
 
 def run(run: Run) -> None:
@@ -38,14 +38,3 @@ def run(run: Run) -> None:
     run.workdir.write_json(run.workdir.root / "convergence.json", result)
     Console().print(tables.convergence_table(result))
     log(f"convergence: {result['why']}")
-
-
-STAGE = Stage(
-    name="convergence",
-    help="how many reference samples this task needs",
-    run=run,
-    depends=("convergence",),
-    after=("sample",),
-    leaves=("convergence.json",),
-    redo="asked",
-)

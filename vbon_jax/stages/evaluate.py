@@ -23,7 +23,7 @@ from vbon_jax.rewards import function
 from vbon_jax.sampling import samples
 from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages import loading
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 from vbon_jax.stages.report import looks
 
 SAMPLES_SHOWN = 5  # prompts in evaluation.md, with a response of each policy
@@ -61,9 +61,7 @@ def run(run: Run) -> None:
         console.print(tables.bon_kls(rows), highlight=False)
     if enumerable(s) and policy is not None:
         world = enumerated(run, models.reference)
-        result["exact"] = exact.figures(
-            policy.model, models.reference.model, world, s.method.n
-        )
+        result["exact"] = exact.figures(policy.model, models.reference.model, world, s.method.n)
         console.print(tables.exact_table(result["exact"]))
     workdir.write_json(workdir.evaluation, result)
     _write_text(
@@ -171,14 +169,3 @@ def _world_rewards(name: str, prompt: str, strings: Sequence[str]) -> np.ndarray
     """The reward of every response of the tabular world, float64 [S]."""
     values = function.call(name, function.load(name), [prompt] * len(strings), list(strings))
     return values.astype(np.float64)
-
-
-STAGE = Stage(
-    name="evaluate",
-    help="reference, best-of-n and policy on held-out prompts: table and figures",
-    run=run,
-    depends=("evaluate", "evaluator"),
-    after=("train",),
-    leaves=("evaluation.json",),
-    redo="asked",
-)

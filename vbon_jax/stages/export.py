@@ -1,16 +1,14 @@
 """Stage ``export``: the trained policy as a Hugging Face directory."""
 
-import dataclasses
 import shutil
 
 from vbon_jax import methods
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError
-from vbon_jax.models import trainable
 from vbon_jax.models.hf import peft
 from vbon_jax.progress import log
 from vbon_jax.stages import loading
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 from vbon_jax.training.checkpoint import Checkpointer
 
 
@@ -42,14 +40,3 @@ def run(run: Run) -> None:
         tokenizers.save(reference.tokenizer, run.workdir.policy)
         return
     loading.policy_of(reference, own).save(run.workdir.policy)
-
-
-STAGE = Stage(
-    name="export",
-    help="the trained policy as a Hugging Face directory",
-    run=run,
-    depends=("export",),
-    after=("train",),
-    leaves=("policy",),
-    redo="asked",
-)

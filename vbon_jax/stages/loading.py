@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import methods, sharding
-from vbon_jax.config import Config, Evaluator, Reward, RewardPart
+from vbon_jax.config import Config, Evaluator, Reward, RewardPart, as_dict
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tokenizer as tokenizers
@@ -206,6 +206,24 @@ def job(run: Run, reference: DecoderConfig, prompts: int) -> Job:
 def member(config: Config) -> Member:
     """The one policy of a run."""
     return Member(config.method.n, config.method.beta, config.seed, config.samples.m)
+
+
+def wandb_arguments(run: Run) -> dict[str, Any] | None:
+    """Arguments of ``wandb.init`` for the run; None where Weights & Biases is not asked for.
+
+    The id follows from the workdir, so a run that goes on is one run there too.
+    """
+    if not run.config.log.wandb:
+        return None
+    root = run.workdir.root
+    return {
+        "project": run.config.log.wandb_project,
+        "name": root.name,
+        "id": run.workdir.digest({"workdir": str(root)}),
+        "resume": "allow",
+        "dir": str(root),
+        "config": as_dict(run.config),
+    }
 
 
 # --- Rewards ------------------------------------------------------------------------------------

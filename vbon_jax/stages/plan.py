@@ -42,6 +42,7 @@ from vbon_jax.rewards import classifier, text
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.sampler import ScoredRollout, bucket_length
 from vbon_jax.stages import loading, sources
+from vbon_jax.stages.base import refuse_uneven
 from vbon_jax.stages.fitting import LABELS, decoder_config
 from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training import offline
@@ -380,9 +381,7 @@ def _batch(w: _World, rows: int) -> ScoredRollout:
     )  # fmt: skip
 
 
-def _offline(
-    w: _World, job: Job, state: Any, held: dict[str, int], phases: dict[str, int]
-) -> None:
+def _offline(w: _World, job: Job, state: Any, held: dict[str, int], phases: dict[str, int]) -> None:
     """Adds the steps of an offline method, and its pool of samples, which is held."""
     s = w.settings
     rows, new = w.prompts * s.samples.m, s.sampling.max_new_tokens
@@ -487,7 +486,7 @@ def run(config: Config, workdir: Workdir) -> None:
     if wanted > 1:  # no axis takes the rest: a mesh that need not be here
         pretend(wanted)
     mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
-    sharding.check_rows(config_rows(config), mesh)
+    refuse_uneven(config, mesh)
     limit = device_bytes(config)
     found = need(config, mesh, workdir)
     console = Console()

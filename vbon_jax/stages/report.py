@@ -3,7 +3,7 @@
 from vbon_jax import methods
 from vbon_jax.methods.base import Series
 from vbon_jax.progress import log
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 
 
 def looks() -> dict[str, Series]:
@@ -16,14 +16,3 @@ def run(run: Run) -> None:
     from vbon_jax.report import document
 
     log(f"report: {document.write(run.workdir.root, looks())}")
-
-
-STAGE = Stage(
-    name="report",
-    help="report.html: all that is there on one page",
-    run=run,
-    depends=("evaluate", "evaluator", "sweep", "convergence"),
-    after=("train",),
-    leaves=("report.html",),
-    redo="always",
-)

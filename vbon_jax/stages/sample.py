@@ -5,7 +5,7 @@ from vbon_jax.data import samples as sample_files
 from vbon_jax.progress import log
 from vbon_jax.sampling import samples
 from vbon_jax.stages import loading, sources
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 
 
 def run(run: Run) -> None:
@@ -30,13 +30,3 @@ def run(run: Run) -> None:
         workdir.train_samples, reference, run.key("sample"), prompts["train"], s.samples.m,
         s.sampling.batch_size, (score, None), "sample",
     )  # fmt: skip
-
-
-STAGE = Stage(
-    name="sample",
-    help="prompts and scored reference samples",
-    run=run,
-    depends=("reward", "prompts", "sampling", "samples", "memory.compute_dtype"),
-    after=("reward",),
-    leaves=("samples/train.jsonl", "prompts"),
-)

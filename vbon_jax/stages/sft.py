@@ -12,7 +12,7 @@ from vbon_jax.models.hf import hub
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.progress import log
 from vbon_jax.stages import fitting, sources
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 from vbon_jax.training import supervised
 from vbon_jax.training.supervised import Corpus
 
@@ -55,14 +55,3 @@ def run(run: Run) -> None:
         f"sft: {len(train)} texts, {len(tokenizer)} tokens in the vocabulary; held out "
         f"{held_out:.3f} nats a token (perplexity {np.exp(held_out):.1f})"
     )
-
-
-STAGE = Stage(
-    name="sft",
-    help="tokenizer and reference model",
-    run=run,
-    depends=(
-        "seed", "data", "tokenizer", "reference", "sampling.stop_at_eos", "memory.frozen_dtype",
-    ),
-    leaves=("tokenizer", "reference", "checkpoints/sft"),
-)  # fmt: skip

@@ -26,7 +26,7 @@ from vbon_jax.evaluation import exact, heldout
 from vbon_jax.methods import Method, Series, learning
 from vbon_jax.progress import log
 from vbon_jax.stages import claims, evaluate, loading
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 from vbon_jax.training import loop, population
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.learner import Member
@@ -57,7 +57,7 @@ class Unit(NamedTuple):
 
     @property
     def label(self) -> str:
-        """"method" in the table."""
+        """ "method" in the table."""
         return self.series.label
 
     @property
@@ -94,9 +94,7 @@ def units(s: Config) -> list[Unit]:
         else:
             pairs = [(float(n), s.method.beta) for n in values]
         members = tuple(Member(n, beta, seed, m) for n, beta in pairs for seed in seeds)
-        found.append(
-            Unit(label, method, series, "front", _options(s, method, series), members)
-        )
+        found.append(Unit(label, method, series, "front", _options(s, method, series), members))
     method, series = methods.SERIES["vbon"]
     others = [value for value in s.sweep.m if value != m or s.method.n not in s.sweep.vbon]
     members = tuple(Member(s.method.n, s.method.beta, seed, v) for v in others for seed in seeds)
@@ -107,18 +105,22 @@ def units(s: Config) -> list[Unit]:
 def folder(run: Run, unit: Unit) -> Path:
     """Where a unit's files lie: named for all that its results follow from."""
     s = run.config
-    follows = run.workdir.settled({
-        key: value
-        for key, value in run.workdir.relevant("sweep").items()
-        if not key.startswith(("method.", "sweep."))
-    })
+    follows = run.workdir.settled(
+        {
+            key: value
+            for key, value in run.workdir.relevant("sweep").items()
+            if not key.startswith(("method.", "sweep."))
+        }
+    )
     spec = [unit.method.name, unit.series.variant, unit.options.estimator]
-    digest = run.workdir.digest({
-        "settings": follows,
-        "method": [s.method.estimator, s.method.ties, s.method.n],
-        "unit": [*spec, *[list(m) for m in map(_values, unit.members)]],
-        "temperatures": [*s.sweep.temperatures, s.sweep.temperature_m],
-    })
+    digest = run.workdir.digest(
+        {
+            "settings": follows,
+            "method": [s.method.estimator, s.method.ties, s.method.n],
+            "unit": [*spec, *[list(m) for m in map(_values, unit.members)]],
+            "temperatures": [*s.sweep.temperatures, s.sweep.temperature_m],
+        }
+    )
     return run.workdir.root / "sweep" / f"{unit.name}-{digest}"
 
 
@@ -153,7 +155,7 @@ class Splits:
                     yield self.get(split, temperature)
 
 
-def sweep(run: Run) -> None:
+def run(run: Run) -> None:
     """``sweep.jsonl``: every unit trained and measured, by as many workers as come."""
     splits = Splits(run)
     todo = units(run.config)
@@ -461,14 +463,3 @@ def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-STAGE = Stage(
-    name="sweep",
-    help="every method over its grid; several workers may share one workdir",
-    run=sweep,
-    depends=("evaluate", "evaluator", "sweep"),
-    after=("train",),
-    leaves=("sweep", "sweep.jsonl"),
-    redo="always",
-)

@@ -5,7 +5,7 @@ from vbon_jax.config import as_dict
 from vbon_jax.methods import learning
 from vbon_jax.progress import log
 from vbon_jax.stages import loading
-from vbon_jax.stages.base import Run, Stage
+from vbon_jax.stages.base import Run
 from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.metrics import MetricsWriter
@@ -28,25 +28,12 @@ def run(run: Run) -> None:
         if restored is not None:
             state = restored[0]
             log(f"train: going on after iteration {start} of {total}")
-        writer = MetricsWriter(workdir.root, start, wandb=loading.wandb_run(run))
+        writer = MetricsWriter(workdir.root, start, loading.wandb_arguments(run))
         try:
             schedule = loop.Schedule("train", total, s.train.checkpoint_every, run.profile)
-            record = loop.Record(checkpointer, writer, {"config": as_dict(s)})
+            record = loop.Record(checkpointer, writer, {"config": as_dict(s)}, workdir.root)
             loop.run(state, start, step, schedule, record)
         finally:
             writer.close()
     finally:
         checkpointer.close()
-
-
-STAGE = Stage(
-    name="train",
-    help="the policy, by the chosen method",
-    run=run,
-    depends=(
-        "method", *(m.group[0] for m in methods.METHODS if m.group), "train", "offline", "lora",
-        "memory.param_dtype", "memory.optimizer_dtype",
-    ),
-    after=("sample",),
-    leaves=("checkpoints/train", "metrics.jsonl"),
-)  # fmt: skip

@@ -37,9 +37,7 @@ class Follows(Protocol):
 class Workdir:
     """Paths below one folder, and a note a stage of the settings it was done with."""
 
-    def __init__(
-        self, root: str | os.PathLike[str], settings: Config, stages: Mapping[str, Any]
-    ):
+    def __init__(self, root: str | os.PathLike[str], settings: Config, stages: Mapping[str, Any]):
         """Nothing is made or read yet; ``stages``: all there are, by name."""
         self.root = Path(root).expanduser().absolute()
         self._flat = config.flatten(config.as_dict(settings))
@@ -78,6 +76,8 @@ class Workdir:
     def relevant(self, stage: str) -> dict[str, Any]:
         """The flat settings that a stage's results follow from."""
         keys = self._stages[stage].follows(self._stages)
+        if "method" in keys:  # and the groups of their own that methods have
+            keys = (*keys, *config.METHOD_GROUPS)
 
         def counts(name: str) -> bool:
             return any(name == key or name.startswith(f"{key}.") for key in keys)
@@ -148,13 +148,14 @@ class Workdir:
         wanted = self.relevant(stage)
         # A note written before a key existed: that stage was done under what is now its default.
         done = config.defaults_flat() | note["settings"]
-        changed = [k for k, v in wanted.items() if done.get(k) != v]
+        changed = [k for k, v in wanted.items() if done.get(k, _OTHER) != v]
+        changed += [k for k in note["settings"] if k not in wanted]  # parts that were removed
         if changed:
             first = changed[0]
             results = [str(self.root / name) for name in self._stages[stage].leaves]
             raise InputError(
                 f"stage {stage} in {self.root} was done with "
-                f"{first}={done.get(first)!r}, now it is {wanted[first]!r}"
+                f"{first}={done.get(first)!r}, now it is {wanted.get(first)!r}"
                 + (f" (and {len(changed) - 1} more keys changed)" if changed[1:] else "")
                 + ": use another --workdir, or do the stage again after removing "
                 + " ".join([*results, str(self._note(stage))])

@@ -79,9 +79,7 @@ class Learner:
     def roll_out(self, state: Any, step: int) -> list[Batch]:
         """One response of each source to each of the iteration's prompts."""
         self._clock.start()
-        base = batch_requests(
-            self.task.prompts, self.program.batch_size, step, self.member.seed
-        )
+        base = batch_requests(self.task.prompts, self.program.batch_size, step, self.member.seed)
         batches = []
         for i, source in enumerate(self.program.sources):
             params = trainable.join(self.task.sampler.model.params, state.params[source])
@@ -109,9 +107,7 @@ class Learner:
             )
             rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
             placed = sharding.place((rewards, rows), self.task.sampler.mesh, "batch")
-            scored.append(
-                ScoredRollout(*batch.prompts, batch.rollout, *placed, batch.temperature)
-            )
+            scored.append(ScoredRollout(*batch.prompts, batch.rollout, *placed, batch.temperature))
         self._clock.lap("reward")
         return tuple(scored)
 

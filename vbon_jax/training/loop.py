@@ -5,14 +5,17 @@ import functools
 import math
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from vbon_jax.bon.references import References
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.progress import Stopped, StopSignal, reporting
+from vbon_jax.progress import Stopped, StopSignal, log, reporting
 from vbon_jax.rewards.base import Reward
 from vbon_jax.sampling.sampler import Request, Sampler
 from vbon_jax.training.checkpoint import Checkpointer
@@ -49,11 +52,13 @@ class Schedule:
       title: of the progress line.
       iterations: passes of the loop.
       checkpoint_every: iterations between checkpoints.
+      profile: iterations to trace, (first, last), counted from 1; None for none.
     """
 
     title: str
     iterations: int
     checkpoint_every: int = 1
+    profile: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +69,13 @@ class Record:
       checkpointer: saves the state.
       writer: writes the metrics of each iteration.
       metadata: JSON saved with every checkpoint.
+      folder: where a profiler trace goes.
     """
 
     checkpointer: Checkpointer
     writer: MetricsWriter
     metadata: dict[str, Any]
+    folder: Path = Path()
 
 
 # (state, step) -> (state one step on, what to write, a few words for the progress line)
@@ -96,9 +103,17 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
         a population ("refused" is written) only where no member's step was accepted: one that
         diverges must not stop the others.
     """
-    with reporting(schedule.title, schedule.iterations, start) as report, StopSignal() as stop:
+    trace = _Trace(schedule.profile, Path() if record is None else record.folder)
+    with (
+        reporting(schedule.title, schedule.iterations, start) as report,
+        StopSignal() as stop,
+        ExitStack() as stack,
+    ):
+        stack.callback(trace.end)
         for step in range(start, schedule.iterations):
+            trace.begin(step + 1)
             state, values, words = one(state, step)
+            trace.end(step + 1)
             if record is not None:
                 record.writer.write(step + 1, values)
             _refuse_not_finite(values, step + 1, record)
@@ -116,6 +131,31 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
     if record is not None:
         record.checkpointer.wait()
     return state
+
+
+class _Trace:
+    """A JAX profiler trace of some iterations, written below ``folder``."""
+
+    def __init__(self, profile: tuple[int, int] | None, folder: Path):
+        self._profile, self._folder, self._active = profile, folder / "profile", False
+
+    def begin(self, iteration: int) -> None:
+        """Starts the trace when ``iteration`` is the first of those asked for that is done here."""
+        if self._profile is None or self._active:
+            return
+        first, last = self._profile
+        if first <= iteration <= last:
+            jax.profiler.start_trace(str(self._folder))
+            self._active = True
+
+    def end(self, iteration: int | None = None) -> None:
+        """Stops it after the last; after whichever is done where ``iteration`` is None."""
+        if not self._active or self._profile is None:
+            return
+        if iteration is None or iteration >= self._profile[1]:
+            jax.profiler.stop_trace()
+            self._active, self._profile = False, None
+            log(f"profile: the trace is in {self._folder}; tensorboard or xprof shows it")
 
 
 def _saved(record: Record | None, step: int, total: int) -> str:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vbon_jax.models.hf import config_files
-from vbon_jax.models.hf.config_files import read_config
+from vbon_jax.models.hf.config_files import TokenIds, read_config
 from vbon_jax.models.hf.tensor_files import CheckpointError
 
 GPT2 = {
@@ -128,7 +128,7 @@ def test_what_is_written_must_describe_the_model(tmp_path):
 def test_token_ids(tmp_path):
     config = read_config(write(tmp_path, GPT2))[1]
     expected = {"bos_token_id": None, "eos_token_id": 12, "pad_token_id": 0}
-    assert config_files.token_ids(config, None, 12, 0) == expected
+    assert config_files.token_ids(config, TokenIds(None, 12, 0)) == expected
     for bad in (13, -1):
         with pytest.raises(ValueError, match=f"pad_token_id is {bad}: give None or an id below"):
-            config_files.token_ids(config, None, None, bad)
+            config_files.token_ids(config, TokenIds(None, None, bad))

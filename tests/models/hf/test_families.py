@@ -146,7 +146,7 @@ def test_an_exported_directory_gives_equal_log_probs_in_transformers(loaded, tmp
     _, model, config, params = loaded
     model.save_pretrained(tmp_path / "base")
     _, _, raw = hf.read_config(tmp_path / "base")
-    hf.save_decoder(tmp_path / "ours", config, params, bos_id=1, eos_id=2, pad_id=0, like=raw)
+    hf.save_decoder(tmp_path / "ours", config, params, ids=hf.TokenIds(1, 2, 0), like=raw)
     back, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(back) is type(model)

@@ -19,7 +19,7 @@ from vbon_jax.models.hf import tensor_files
 CONFIG = decoder.DecoderConfig(
     vocab_size=13, positions=9, layers=2, width=6, heads=3, mlp_width=10, norm_eps=1e-4
 )
-IDS = {"bos_id": None, "eos_id": 2, "pad_id": 0}
+IDS = hf.TokenIds(None, 2, 0)
 WTE = "transformer.wte.weight"
 C_ATTN = "transformer.h.1.attn.c_attn.weight"
 
@@ -32,7 +32,7 @@ def params():
 @pytest.fixture
 def saved(tmp_path):
     """A language model directory of ours."""
-    hf.save_decoder(tmp_path, CONFIG, params(), **IDS)
+    hf.save_decoder(tmp_path, CONFIG, params(), ids=IDS)
     return tmp_path
 
 
@@ -92,7 +92,7 @@ def assert_trees_equal(first, second):
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 500])
 def test_our_directory_loads_in_transformers(saved, shard_bytes):
-    hf.save_decoder(saved, CONFIG, params(), **IDS, shard_bytes=shard_bytes)
+    hf.save_decoder(saved, CONFIG, params(), ids=IDS, shard_bytes=shard_bytes)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert type(model) is transformers.GPT2LMHeadModel
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -120,7 +120,7 @@ def test_our_directory_comes_back_exactly(saved):
 def test_a_transformers_directory_comes_back_exactly(torch_lm, tmp_path):
     torch_lm().save_pretrained(tmp_path / "theirs")
     config, loaded = hf.load_decoder(tmp_path / "theirs")
-    hf.save_decoder(tmp_path / "ours", config, loaded, bos_id=1, eos_id=2, pad_id=0)
+    hf.save_decoder(tmp_path / "ours", config, loaded, ids=hf.TokenIds(1, 2, 0))
     theirs, ours = (
         safetensors.numpy.load_file(tmp_path / side / "model.safetensors")
         for side in ("theirs", "ours")
@@ -139,9 +139,7 @@ def test_a_classifier_comes_back_exactly_both_ways(torch_classifier, tmp_path):
     model = torch_classifier(id2label={0: "bad", 1: "good", 2: "neither"})
     model.save_pretrained(tmp_path / "theirs")
     config, loaded, labels = hf.load_classifier(tmp_path / "theirs")
-    hf.save_classifier(
-        tmp_path / "ours", config, loaded, labels, bos_id=None, eos_id=None, pad_id=0
-    )
+    hf.save_classifier(tmp_path / "ours", config, loaded, labels, ids=hf.TokenIds(None, None, 0))
     again, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
@@ -267,21 +265,21 @@ def test_params_that_do_not_fit_the_config_are_not_written(tmp_path):
         r" decoder/wte has shape \(12, 6\), expected \(13, 6\)"
     )
     with pytest.raises(ValueError, match=message):
-        hf.save_decoder(tmp_path, CONFIG, wrong, **IDS)
+        hf.save_decoder(tmp_path, CONFIG, wrong, ids=IDS)
     with pytest.raises(ValueError, match="eos_token_id is 13: give None or an id below"):
-        hf.save_decoder(tmp_path, CONFIG, params(), bos_id=None, eos_id=13, pad_id=None)
+        hf.save_decoder(tmp_path, CONFIG, params(), ids=hf.TokenIds(None, 13, None))
     head = heads.init_score(CONFIG, 2, jax.random.key(0))
     tree = {"decoder": params(), "score": head}
     with pytest.raises(ValueError, match=r"labels are .*: give a distinct name"):
-        hf.save_classifier(tmp_path, CONFIG, tree, ("a", "a"), **IDS)
+        hf.save_classifier(tmp_path, CONFIG, tree, ("a", "a"), ids=IDS)
     with pytest.raises(ValueError, match=r"score/kernel has shape \(6, 2\), expected \(6, 3\)"):
-        hf.save_classifier(tmp_path, CONFIG, tree, ("a", "b", "c"), **IDS)
+        hf.save_classifier(tmp_path, CONFIG, tree, ("a", "b", "c"), ids=IDS)
     assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_is_written_as_it_is(tmp_path):
     halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
-    hf.save_decoder(tmp_path, CONFIG, halved, **IDS)
+    hf.save_decoder(tmp_path, CONFIG, halved, ids=IDS)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -290,7 +288,7 @@ def test_bfloat16_is_written_as_it_is(tmp_path):
 
 def test_sharded_parameters_are_written(tmp_path):
     """The same bytes as unsharded ones, a piece at a time."""
-    hf.save_decoder(tmp_path / "whole", EVEN, even(), **IDS)
+    hf.save_decoder(tmp_path / "whole", EVEN, even(), ids=IDS)
     placed = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.device_put(
             leaf, place("decoder/" + sharding.path_of(path), leaf.shape)
@@ -298,7 +296,7 @@ def test_sharded_parameters_are_written(tmp_path):
         even(),
     )
     assert len(placed["wte"].sharding.device_set) == 8
-    hf.save_decoder(tmp_path / "sharded", EVEN, placed, **IDS)
+    hf.save_decoder(tmp_path / "sharded", EVEN, placed, ids=IDS)
     first, second = (
         (tmp_path / side / "model.safetensors").read_bytes() for side in ("whole", "sharded")
     )
@@ -316,7 +314,7 @@ def test_like_keeps_its_own_settings(tmp_path):
     before = json.dumps(raw)
     config, loaded = hf.load_decoder(tmp_path / "theirs")
     changed = dataclasses.replace(config, compute_dtype="bfloat16", remat="full")
-    hf.save_decoder(tmp_path / "ours", changed, loaded, bos_id=1, eos_id=2, pad_id=0, like=raw)
+    hf.save_decoder(tmp_path / "ours", changed, loaded, ids=hf.TokenIds(1, 2, 0), like=raw)
     assert json.dumps(raw) == before
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert "torch_dtype" not in written
@@ -337,7 +335,7 @@ def test_an_untied_head_comes_back(tmp_path):
     assert not config.tied
     np.testing.assert_array_equal(loaded["head"], model.lm_head.weight.detach())
     _, _, raw = hf.read_config(tmp_path)
-    hf.save_decoder(tmp_path / "ours", config, loaded, **IDS, like=raw)
+    hf.save_decoder(tmp_path / "ours", config, loaded, ids=IDS, like=raw)
     assert_files_equal(
         safetensors.numpy.load_file(tmp_path / "model.safetensors"),
         safetensors.numpy.load_file(tmp_path / "ours" / "model.safetensors"),
@@ -359,8 +357,8 @@ def test_classifiers_of_families_come_back(model_type, sizes, tmp_path):
     assert labels == ("LABEL_0",)
     assert "head" not in loaded.get("decoder", {})
     _, _, raw = hf.read_config(tmp_path / "theirs")
-    ids = {"bos_id": None, "eos_id": None, "pad_id": 1 if model_type == "roberta" else 0}
-    hf.save_classifier(tmp_path / "ours", config, loaded, ("reward",), **ids, like=raw)
+    ids = hf.TokenIds(None, None, 1 if model_type == "roberta" else 0)
+    hf.save_classifier(tmp_path / "ours", config, loaded, ("reward",), ids=ids, like=raw)
     again, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
@@ -396,7 +394,7 @@ def place(path, shape):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_leaves_arrive_on_their_devices(tmp_path, monkeypatch, dtype):
-    hf.save_decoder(tmp_path, EVEN, even(), **IDS, shard_bytes=1000)
+    hf.save_decoder(tmp_path, EVEN, even(), ids=IDS, shard_bytes=1000)
     monkeypatch.setattr(tensor_files, "PIECE", 48)  # some rows
     _, loaded = hf.load_decoder(tmp_path, place=place, dtype=dtype)
     assert_trees_equal(loaded, jax.tree.map(lambda leaf: leaf.astype(dtype), even()))
@@ -449,5 +447,5 @@ def test_placements_and_dtypes_we_cannot_do_are_refused(saved):
 def test_a_whole_model_takes_the_place_of_an_adapter(tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text("{}")
-    hf.save_decoder(tmp_path, CONFIG, params(), **IDS)
+    hf.save_decoder(tmp_path, CONFIG, params(), ids=IDS)
     assert not list(tmp_path.glob("adapter*"))

@@ -1,1 +1,1 @@
-"""Where texts and prompts come from: one file a format."""
+"""Sources of labelled text and prompts, one module each."""

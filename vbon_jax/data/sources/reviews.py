@@ -1,8 +1,8 @@
-"""The embedded corpus: a small grammar that writes labelled movie reviews.
+"""The embedded corpus: labelled movie reviews sampled from a small grammar.
 
-A review is an opening that says little, two to four clauses of which each praises or blames to some
-degree, and sometimes a verdict. The sum of the degrees decides the label, with chance where they
-nearly balance, so sentiment is graded and a review is not classified by any one of its words.
+A review is a mostly neutral opening, two to four clauses that each praise or blame to some degree,
+and sometimes a verdict. The label is drawn with log odds proportional to the sum of the degrees, so
+that sentiment is graded and no single word determines the label.
 """
 
 import math
@@ -26,7 +26,7 @@ GENRES = _list(
     "comedy|drama|thriller|western|musical|sequel|remake|mystery|romance|documentary|picture|movie|"
     "film|horror film|crime story|war film|road movie|love story|fairy tale"
 )
-# Genres that only the split out of the distribution speaks of; no other phrase has these words.
+# Genres that only the out-of-distribution split names; no other phrase has these words.
 HELD_OUT_GENRES = ("western", "musical", "documentary")
 SEEN_GENRES = tuple(genre for genre in GENRES if genre not in HELD_OUT_GENRES)
 
@@ -238,19 +238,20 @@ def examples(
     genres: Sequence[str] = SEEN_GENRES,
     must_name_genre: bool = False,
 ) -> list[Example]:
-    """Writes labelled reviews, all different; the first k of more are the same as k.
+    """Samples labelled reviews, all different.
 
-    The label is 1 with probability 1 / (1 + exp(-2 s)), s being the sum of the clauses' degrees.
+    The label is 1 with probability 1 / (1 + exp(-2 s)), where s is the sum of the degrees of the
+    clauses and the verdict.
 
     Args:
-      seed: decides everything.
+      seed: seed of the reviews; the first k do not depend on count.
       count: number of reviews.
-      exclude: texts not to write.
-      genres: the film genres spoken of, in an order that matters.
-      must_name_genre: write only reviews that name one of the genres; else about a third do.
+      exclude: texts to leave out.
+      genres: the film genres to name; their order matters.
+      must_name_genre: keep only reviews that name one of the genres; else about a third do.
 
     Returns:
-      Lower-case reviews of 8 to 28 words, punctuation set off by spaces.
+      Lower-case reviews of 8 to 28 words, punctuation separated by spaces.
     """
     rng = random.Random(f"reviews {seed}")  # a string is hashed by SHA-512, the same everywhere
     seen = set(exclude)
@@ -270,19 +271,21 @@ def examples(
 def load(
     data_dir: str | os.PathLike[str], seed: int, train: int, test: int, ood: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """The three splits of the corpus: prepared on disk with TFDS once, then read from there.
+    """Loads the three splits of the corpus, prepared with TFDS unless they are on disk.
 
     Args:
-      data_dir: where TFDS keeps the prepared files.
-      seed: decides the reviews.
-      train, test, ood: numbers of reviews; no text is in two splits. Each review of ood, and none
-        of the others, names one of HELD_OUT_GENRES: it is out of the training distribution.
+      data_dir: the directory of the prepared files.
+      seed: seed of the reviews.
+      train: number of training reviews.
+      test: number of test reviews.
+      ood: number of out-of-distribution reviews: each of them, and none of the others, names one of
+        HELD_OUT_GENRES.
 
     Returns:
-      (train examples, test examples, ood examples).
+      (train examples, test examples, ood examples); no text is in two splits.
 
     Raises:
-      InputError: see `reviews_builder.load`.
+      InputError: as `reviews_builder.load`.
     """
     from vbon_jax.data.sources import reviews_builder  # imports tensorflow_datasets, which is slow
 

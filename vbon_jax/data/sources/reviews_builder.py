@@ -1,4 +1,7 @@
-"""The embedded corpus as a TFDS dataset; imported only where it is read, for it imports TFDS."""
+"""The embedded corpus as a TFDS data set.
+
+Import it only where it is used: importing tensorflow_datasets takes seconds.
+"""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +17,14 @@ from vbon_jax.errors import InputError
 
 @dataclass(kw_only=True)
 class ReviewsConfig(tfds.core.BuilderConfig):
-    """A corpus of its own for each seed and size: TFDS keeps each in a directory of its name."""
+    """The configuration of a corpus; TFDS keeps each in a directory of its name.
+
+    Attributes:
+      seed: seed of the reviews.
+      train: number of training reviews.
+      test: number of test reviews.
+      ood: number of out-of-distribution reviews.
+    """
 
     seed: int
     train: int
@@ -23,7 +33,7 @@ class ReviewsConfig(tfds.core.BuilderConfig):
 
 
 class EmbeddedReviews(tfds.core.GeneratorBasedBuilder):
-    """Reviews of the grammar in `reviews`, in splits train, test and ood that share no text."""
+    """Reviews sampled from the grammar in `reviews`; splits train, test and ood do not overlap."""
 
     VERSION = tfds.core.Version("2.0.0")  # raise it when the grammar changes
     # TFDS would find this path with importlib_resources, which it does not require.
@@ -40,18 +50,18 @@ class EmbeddedReviews(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             supervised_keys=("text", "label"),
-            disable_shuffling=True,  # the grammar's order is random already, and so it is kept
+            disable_shuffling=True,  # the order is random already, and is kept this way
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager
         config = self.builder_config
-        # Three seeds a corpus, so that no split of any seed is another split of another.
+        # Three seeds a corpus, so that no two splits share one, whatever the corpora's seeds.
         seed = 3 * config.seed
         train = reviews.examples(seed, config.train)
         written = {example.text for example in train}
         test = reviews.examples(seed + 1, config.test, exclude=written)
-        # The held-out genres tell it from both.
+        # The held-out genres keep it apart from both.
         ood = reviews.examples(
             seed + 2, config.ood, genres=reviews.HELD_OUT_GENRES, must_name_genre=True
         )
@@ -66,10 +76,20 @@ class EmbeddedReviews(tfds.core.GeneratorBasedBuilder):
 def load(
     data_dir: str | os.PathLike[str], seed: int, train: int, test: int, ood: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """Prepares the corpus under data_dir unless it is there, and reads it; see `reviews.load`.
+    """Prepares the corpus under data_dir unless it is there, and reads it.
 
-    TFDS writes to a directory named `incomplete.*` and renames it when all is written, so what an
-    interrupted preparation leaves is never read.
+    TFDS writes to a directory named `incomplete.*` and renames it when done, so the files of an
+    interrupted preparation are never read.
+
+    Args:
+      data_dir: the directory of the prepared files.
+      seed: seed of the reviews, not negative.
+      train: number of training reviews, at least 1.
+      test: number of test reviews, at least 1.
+      ood: number of out-of-distribution reviews, at least 1.
+
+    Returns:
+      (train examples, test examples, ood examples).
 
     Raises:
       InputError: seed, train, test or ood is out of range, or the prepared files are damaged.

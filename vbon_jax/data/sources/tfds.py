@@ -1,7 +1,8 @@
-"""Labelled text of TensorFlow Datasets, read without TensorFlow; import it only where it is read.
+"""Labelled text of TensorFlow Datasets, read without TensorFlow.
 
-A data set here has the features text and label and is kept as array_record, the one format that can
-be read at random and without TensorFlow.
+A data set must have the features text and label, and be prepared as array_record, the one format
+with random access that can be read without TensorFlow. Import this module only where it is used:
+importing tensorflow_datasets takes seconds.
 """
 
 import os
@@ -23,11 +24,11 @@ IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 with tfds.core.registered.skip_registration():  # tfds.builder keeps giving its own
 
     class ImdbReviews(tfds.core.GeneratorBasedBuilder):
-        """`imdb_reviews/plain_text` of TFDS, in its place on disk and with its keys.
+        """`imdb_reviews/plain_text` of TFDS, prepared without TensorFlow.
 
-        The one of TFDS unpacks the archive with TensorFlow; this one prepares the same without.
-        Maas et al. 2011: 25,000 reviews in train, 25,000 in test, 50,000 without a label in
-        unsupervised. Markup (`<br />`) is part of the text.
+        The builder of TFDS reads the archive with TensorFlow; this one writes the same examples
+        with the same keys to the same directory. Maas et al. 2011: 25,000 reviews in train, 25,000
+        in test, 50,000 without a label in unsupervised. Markup (`<br />`) is part of the text.
         """
 
         name = "imdb_reviews"
@@ -89,7 +90,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The builder of a data set that is on disk, downloaded and prepared if it was not."""
+    """Returns the builder of a data set, downloaded and prepared unless it is on disk."""
     place = data_dir or "the default directory of TensorFlow Datasets"
     try:
         if name in IMDB:
@@ -116,11 +117,12 @@ def _prepared(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None, split: str) -> list[Example]:
-    """Reads one split of a data set, downloading and preparing it the first time.
+    """Loads one split of a data set, which is downloaded and prepared unless it is on disk.
 
     Args:
-      name: as TFDS has it, such as "imdb_reviews"; a config and a version may follow. The data set
-        has the features text (Text) and label (ClassLabel of 2 classes, the second preferred).
+      name: the name in TFDS, such as "imdb_reviews", or "name/config" or "name/config:version". The
+        data set has the features text (Text) and label (ClassLabel of 2 classes, of which the
+        second is preferred).
       data_dir: where TFDS keeps it (`data_dir/name/config/version`); None or "" for the default
         of TFDS, `~/tensorflow_datasets`.
       split: "train", or any slice that TFDS can read, such as "train[:1000]".

@@ -1,6 +1,6 @@
-"""Reddit posts with summaries: the public TL;DR data (Stiennon et al. 2020), and its prompts.
+"""Prompts of the public TL;DR data set: Reddit posts with summaries (Stiennon et al. 2020).
 
-Files: one {"id", "subreddit", "title", "post", "summary"} a line, as in OpenAI's
+A file has one {"id", "subreddit", "title", "post", "summary"} a line, as OpenAI's
 `tldr_3_filtered/{train,valid,test}.jsonl`.
 """
 
@@ -20,7 +20,15 @@ from vbon_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Post:
-    """A post: `subreddit` without "r/", `post` its body, `summary` what its author wrote."""
+    """A Reddit post.
+
+    Attributes:
+      id: the id on Reddit.
+      subreddit: the subreddit, without "r/".
+      title: the title.
+      post: the body.
+      summary: the summary by the post's author.
+    """
 
     id: str
     subreddit: str
@@ -34,11 +42,17 @@ def _bare(subreddit: str) -> str:
 
 
 def read(path: str | os.PathLike[str]) -> list[Post]:
-    """Reads the posts of a file, in its order; other keys than the five are ignored.
+    """Reads the posts of a .jsonl file; other keys than the five are ignored.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The posts in file order.
 
     Raises:
-      InputError: the file is missing or empty, or a line lacks a key, has a value that is no
-        string, or an empty subreddit or post; names the file and the line.
+      InputError: the file is missing or empty, a line lacks a key or has a value that is no string,
+        or a subreddit or post is empty; names the file and the line.
     """
     posts = []
     for where, record in jsonl.read(path):
@@ -56,14 +70,17 @@ def read(path: str | os.PathLike[str]) -> list[Post]:
 
 
 def split(posts: Sequence[Post], subreddits: Sequence[str]) -> tuple[list[Post], list[Post]]:
-    """Parts posts into those of the subreddits, which are in distribution, and all others.
+    """Splits posts into in-distribution and out-of-distribution ones, by subreddit.
 
     Args:
-      posts: any posts.
-      subreddits: names, with or without "r/", in any case.
+      posts: the posts.
+      subreddits: names of those in distribution, with or without "r/", in any case.
+
+    Returns:
+      (posts of the subreddits, all others), in order.
 
     Raises:
-      InputError: no post is of any of the subreddits; names those that most posts are of.
+      InputError: no post is of any of the subreddits; names the most common ones.
     """
     wanted = {_bare(name).casefold() for name in subreddits}
     inside = [post for post in posts if post.subreddit.casefold() in wanted]
@@ -77,13 +94,16 @@ def split(posts: Sequence[Post], subreddits: Sequence[str]) -> tuple[list[Post],
 
 
 def prompt_text(post: Post, gap: str = "\n") -> str:
-    """What a model is given to summarize: subreddit, title, post, and "TL;DR:" at the end.
+    """Formats a post as the prompt of its summary: subreddit, title, post and "TL;DR:".
 
     Args:
       post: the post.
-      gap: what is between the parts. One newline is CarperAI's `openai_summarize_tldr` and the
-        code of the vBoN paper; two are OpenAI's own (`summarize-from-feedback`), TRL's `tldr` and
-        Huang et al. 2024 (`summarize_from_feedback_details`, the `cleanrl/*__tldr` checkpoints).
+      gap: the separator of the parts. CarperAI's `openai_summarize_tldr` and the code of the vBoN
+        paper have one newline; OpenAI's own `summarize-from-feedback`, TRL's `tldr` and Huang et
+        al. 2024 (`summarize_from_feedback_details`, the `cleanrl/*__tldr` checkpoints) have two.
+
+    Returns:
+      The text of the prompt.
     """
     return gap.join(
         (f"SUBREDDIT: r/{post.subreddit}", f"TITLE: {post.title}", f"POST: {post.post}", "TL;DR:")
@@ -105,22 +125,23 @@ def prompts(
 ) -> tuple[list[Prompt], int]:
     """Makes prompts of posts, in random order and without replacement.
 
-    As in OpenAI's code, a prompt that is too long loses the last line of its post, again and again
-    until it fits, and where one line is left, its last characters.
+    As in OpenAI's code, lines are removed from the end of a post until the prompt fits, and of the
+    last line that is left, characters.
 
     Args:
       posts: the posts to choose from.
-      tokenizer: counts the tokens; no special token is added.
-      max_tokens: most tokens of a prompt (OpenAI: 512).
+      tokenizer: encodes the prompts; no special token is added.
+      max_tokens: greatest length of a prompt in tokens (OpenAI: 512).
       count: number of prompts, or 0 for all.
-      seed: decides the choice and the order; the first k of more are the same as k.
+      seed: seed of the choice and the order; the first k prompts do not depend on count.
       gap: see `prompt_text`.
 
     Returns:
-      (prompts with ids 0, 1, ..., how many of them were cut).
+      (prompts with ids 0, 1, ..., the number of them that were truncated).
 
     Raises:
-      InputError: there are fewer posts than asked for, or one does not fit even without its text.
+      InputError: there are fewer posts than prompts asked for, or a prompt does not fit even
+        without the body of its post.
     """
     if not 0 <= count <= len(posts) or not posts:
         raise InputError(

@@ -1,4 +1,4 @@
-"""config.json: read strictly into our configurations, and written for what they describe."""
+"""config.json: read strictly into our configurations, and written to describe them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vbon_jax.models.config import DecoderConfig
 from vbon_jax.models.encoder import EncoderConfig
@@ -22,8 +22,22 @@ Config = DecoderConfig | EncoderConfig
 _NOT_IN_FILES = ("compute_dtype", "remat", "lora_alpha")
 
 
+class TokenIds(NamedTuple):
+    """The ids of a model's special tokens.
+
+    Attributes:
+      bos: the id that starts a text; None if there is none.
+      eos: the id that ends a text; None if there is none.
+      pad: the id of padding; None if there is none.
+    """
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
 class _Read:
-    """transformers' config, and the values of the keys that were read from it."""
+    """A transformers config that records the values of the keys that are read from it."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -33,9 +47,9 @@ class _Read:
         return self.values.setdefault(key, getattr(self._config, key))
 
     def explain(self, fault: str) -> str:
-        """The fault, with the file's name of the field of ours that it starts with.
+        """Adds to a fault about a field of ours the name of the corresponding key in the file.
 
-        That is the key that was read and has the value which the fault gives.
+        That is the key that was read and has the value that the fault gives.
         """
         match = re.match(r"(\w+) is (.+?):", fault)
         if match is None or match[1] in self.values:
@@ -45,7 +59,11 @@ class _Read:
 
 
 def _parse(raw: Mapping[str, Any]) -> tuple[Family, Config]:
-    """Raises ValueError naming the key and its value, if we do not compute what raw describes."""
+    """Parses a config.json.
+
+    Raises:
+      ValueError: naming the key and its value, if it describes something that is not supported.
+    """
     from transformers import AutoConfig  # slow to import
 
     model_type = raw.get("model_type")
@@ -70,14 +88,18 @@ def _parse(raw: Mapping[str, Any]) -> tuple[Family, Config]:
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[Family, Config, dict[str, Any]]:
-    """Reads config.json of a directory, without network.
+    """Reads the config.json of a model directory, without network access.
+
+    Args:
+      path: a local directory.
 
     Returns:
-      (the family of its model_type, our configuration with compute_dtype float32, the file as it
-      is).
+      (the family of its model_type, our configuration with compute_dtype float32, the file's
+      contents unchanged).
 
     Raises:
-      CheckpointError: if the file is absent or unreadable, or asks for what we do not compute.
+      CheckpointError: if the file is absent or unreadable, or describes something that is not
+        supported.
     """
     file = Path(path) / "config.json"
     raw = read_json(file)
@@ -88,9 +110,18 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Family, Config, dict[str,
 
 
 def labels(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The label names of a config.json; LABEL_0 and so on where it only counts them, or not even.
+    """Returns the label names of a classifier's config.json.
 
-    Raises CheckpointError, starting with `where`, if they are not numbered 0, 1, ...
+    Args:
+      raw: contents of the file. Without id2label, or with only a count of labels, the names are
+        LABEL_0 and so on, as in transformers.
+      where: path of the file, with which messages start.
+
+    Returns:
+      The names in the order of the scores.
+
+    Raises:
+      CheckpointError: if the labels are not numbered 0, 1, ...
     """
     count = raw.get("num_labels")
     id2label = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count or 2)}
@@ -106,7 +137,17 @@ def labels(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def check_architecture(raw: Mapping[str, Any], fits: bool, needed: str, where: str) -> None:
-    """Raises CheckpointError, starting with `where`, if the architecture does not fit."""
+    """Checks the ``architectures`` of a config.json.
+
+    Args:
+      raw: contents of the file.
+      fits: whether they fit.
+      needed: the class name that is needed, for the message.
+      where: path of the file, with which the message starts.
+
+    Raises:
+      CheckpointError: if they do not fit.
+    """
     if not fits:
         raise CheckpointError(
             f"{where}: architectures is {raw.get('architectures')!r}: a {needed} is needed here"
@@ -114,7 +155,7 @@ def check_architecture(raw: Mapping[str, Any], fits: bool, needed: str, where: s
 
 
 def _gpt2_json(config: Config) -> dict[str, Any]:
-    """The config.json of a GPT-2 made from scratch."""
+    """Returns the config.json of a GPT-2 trained from scratch."""
     if not isinstance(config, DecoderConfig):
         raise ValueError("like is None, which is for a GPT-2 from scratch: give a config.json")
     return {
@@ -143,15 +184,19 @@ def _gpt2_json(config: Config) -> dict[str, Any]:
 def describe(
     like: Mapping[str, Any] | None, config: Config, changes: Mapping[str, Any]
 ) -> tuple[Family, dict[str, Any]]:
-    """The family and the config.json to write, but for ``architectures``.
+    """Composes the config.json of a model that is to be written.
 
     Args:
-      like: the config.json of the directory that the model came from; None: of a GPT-2.
-      config: what it must describe.
-      changes: keys that are written in place of those of `like`.
+      like: the config.json of the directory that the model came from; None for a GPT-2 from
+        scratch.
+      config: the configuration that the result must describe.
+      changes: keys written in place of those of ``like``.
+
+    Returns:
+      The family, and the config.json except for ``architectures``.
 
     Raises:
-      ValueError: if it would not describe `config`.
+      ValueError: if the result would not describe ``config``.
     """
     value = copy.deepcopy(dict(_gpt2_json(config) if like is None else like))
     for key in ("torch_dtype", "auto_map", "num_labels"):  # dtype's old name; code we do not copy
@@ -176,14 +221,20 @@ def describe(
     return family, value
 
 
-def token_ids(
-    config: Config, bos_id: int | None, eos_id: int | None, pad_id: int | None
-) -> dict[str, int | None]:
-    """The keys of token ids. Raises ValueError if one is outside the vocabulary."""
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    for name, token_id in ids.items():
+def token_ids(config: Config, ids: TokenIds) -> dict[str, int | None]:
+    """Returns the config.json keys of special tokens.
+
+    Args:
+      config: the model's configuration.
+      ids: the ids of the special tokens.
+
+    Raises:
+      ValueError: if an id is outside the vocabulary.
+    """
+    keys = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    for name, token_id in keys.items():
         if token_id is not None and not 0 <= token_id < config.vocab_size:
             raise ValueError(
                 f"{name} is {token_id}: give None or an id below vocab_size, {config.vocab_size}"
             )
-    return ids  # None too is written: where the key is absent transformers assumes its default
+    return keys  # None too is written: where the key is absent transformers assumes its default

@@ -1,4 +1,4 @@
-"""What a family of checkpoints is: a reader of its configs and a table of its tensors."""
+"""What defines a family of checkpoints: a reader of its configs and a table of its tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from vbon_jax.models.hf.layouts import Layout
 
 
 class Tensor(NamedTuple):
-    """One row of a family's table.
+    """One row of a family's table: a tensor of the file and the leaves of our tree that it holds.
 
-    name: of the file, the family's prefix left out; "{i}" stands for the layer.
-    paths: "/"-joined paths of the leaves in our tree; leaves of a name with "{i}" have a leading
-      layer axis, which the layout does not see.
+    Attributes:
+      name: name in the file, without the family's prefix; "{i}" stands for the layer.
+      paths: "/"-joined paths of the leaves in our tree. Leaves of a name with "{i}" have a leading
+        layer axis, which the layout does not see.
+      layout: how the leaves are stored in the tensor.
     """
 
     name: str
@@ -25,15 +27,22 @@ class Tensor(NamedTuple):
 class Family(NamedTuple):
     """How checkpoints of one ``model_type`` are read and written.
 
-    config: transformers' config object (which fills in its own defaults) -> ours: a DecoderConfig
-      or an EncoderConfig. Raises ValueError naming the key and its value where the file asks for
-      something we do not compute.
-    tensors: our config -> the table of the bare model, without any head; paths from its root.
-    prefix: of the bare model's names in files with a head; may be absent in files without.
-    head: the name of the untied output matrix, [V, D]; "" for encoders.
-    classifier: the rows of a sequence classifier's head, without prefix; paths below "score/".
-    buffers: a regular expression of names (prefix left out) that old files carry and nobody needs.
-    causal, sequence: transformers' class names, for ``architectures``.
+    Attributes:
+      config: maps transformers' config object, which fills in its own defaults, to a DecoderConfig
+        or an EncoderConfig. It raises ValueError, naming the key and its value, if the file
+        describes something that is not supported.
+      tensors: maps our configuration to the table of the model without any head, its paths starting
+        at the model's root.
+      prefix: prefix of the model's tensor names in files with a head; files without one may omit
+        it.
+      head: name of the untied output matrix, [V, D]; "" for encoders.
+      classifier: the rows of a sequence classifier's head, without prefix, with paths below
+        "score/".
+      buffers: regular expression of names, without prefix, of tensors in old files that are
+        ignored.
+      causal: class name of transformers' causal language model, for ``architectures``; "" for
+        encoders.
+      sequence: class name of transformers' sequence classifier, for ``architectures``.
     """
 
     config: Callable[[Any], Any]
@@ -47,9 +56,15 @@ class Family(NamedTuple):
 
 
 def only(hf: Any, **supported: Any) -> None:
-    """Refuses settings we do not compute: each must have the value given, or one of a tuple.
+    """Checks that settings have supported values.
 
-    Raises ValueError naming the key, its value and what is supported.
+    Args:
+      hf: transformers' config object.
+      **supported: for each key the supported value, or a tuple of supported values. A key that the
+        object lacks counts as supported.
+
+    Raises:
+      ValueError: naming the key, its value and what is supported.
     """
     for key, allowed in supported.items():
         values = allowed if isinstance(allowed, tuple) else (allowed,)
@@ -59,9 +74,16 @@ def only(hf: Any, **supported: Any) -> None:
 
 
 def rotary(rope: dict[str, Any]) -> Rotary:
-    """``rope_parameters`` of a transformers config.
+    """Reads the ``rope_parameters`` of a transformers config.
 
-    Raises ValueError on a rope_type other than default, linear and llama3.
+    Args:
+      rope: the dictionary of parameters.
+
+    Returns:
+      The rotary position embedding.
+
+    Raises:
+      ValueError: if rope_type is none of default, linear and llama3.
     """
     kind = rope.get("rope_type", "default")
     base = {"theta": rope["rope_theta"], "fraction": rope.get("partial_rotary_factor", 1.0)}

@@ -1,4 +1,4 @@
-"""Models by their names on the Hugging Face hub: a name becomes a local directory."""
+"""Models on the Hugging Face hub: a model's name is resolved to a local directory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ _UNWANTED = ("*/*", "consolidated*")
 
 
 def resolve(name: str) -> Path:
-    """The local directory of a model.
+    """Returns the local directory of a model, downloading it from the Hugging Face hub if need be.
 
     Args:
-      name: an existing directory, or "owner/name" or "name" on the hub, "@revision" behind it if it
-        is not to be the newest. The hub's files go to huggingface_hub's cache, from where they are
-        taken the next time.
+      name: an existing directory, or a name on the hub: "owner/name" or "name", followed by
+        "@revision" for a revision other than the latest. Downloads are kept in huggingface_hub's
+        cache and reused.
+
+    Returns:
+      The directory.
 
     Raises:
-      CheckpointError: if there is no such directory, or the hub does not give the files: naming
-        what happened and what to do.
+      CheckpointError: if there is no such directory, or the hub does not provide the files; the
+        message says why and what to do.
     """
     path = Path(name)
     if name and path.is_dir():

@@ -1,6 +1,6 @@
-"""How a tensor lies in a Hugging Face file, and how it lies in ours: both ways, one place.
+"""How leaves of our parameter tree are stored as tensors in Hugging Face files.
 
-Each layout knows the shape of the file's tensor, and turns it into our leaves and back.
+Each layout knows the shape of the file's tensor, and converts it into our leaves and back.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """One way of storing leaves.
+    """One way of storing one or several leaves as a tensor.
 
-    shape: (shapes of the leaves) -> shape of the file's tensor.
-    read: (the file's tensor, shapes of the leaves) -> the leaves, views where that is possible.
-    write: the leaves -> the file's tensor.
-    rows: slices of the file's first axis are slices of the leaf's first axis, so a large tensor can
-      be read piece by piece.
+    Attributes:
+      shape: maps the shapes of the leaves to the shape of the file's tensor.
+      read: maps the file's tensor and the shapes of the leaves to the leaves, as views if possible.
+      write: maps the leaves to the file's tensor.
+      rows: whether slices of the tensor's first axis are slices of the leaf's first axis, so that a
+        large tensor can be read piece by piece.
     """
 
     shape: Callable[[Sequence[Shape]], Shape]
@@ -31,8 +32,10 @@ class Layout(NamedTuple):
 
 
 def _linear(in_axes: int) -> Layout:
-    """torch.nn.Linear: [out, in], its axes ours after a transposition; the leaf is
-    [*in (``in_axes`` of them), *out]."""
+    """Returns the layout of a torch.nn.Linear weight [out, in].
+
+    The leaf is [*in, *out] with ``in_axes`` input axes, the transpose of the file's tensor.
+    """
 
     def shape(leaves: Sequence[Shape]) -> Shape:
         (leaf,) = leaves
@@ -46,7 +49,10 @@ def _linear(in_axes: int) -> Layout:
 
 
 def _conv1d(in_axes: int) -> Layout:
-    """transformers' Conv1D of GPT-2: [in, out], ours after a reshape."""
+    """Returns the layout of GPT-2's Conv1D weight [in, out].
+
+    The leaf is [*in, *out] with ``in_axes`` input axes, a reshape of the file's tensor.
+    """
 
     def shape(leaves: Sequence[Shape]) -> Shape:
         (leaf,) = leaves

@@ -1,9 +1,10 @@
-"""Low-rank adapters as directories that the package peft loads, and back.
+"""Reading and writing of low-rank adapters as directories that the peft package loads.
 
-Where one torch module holds several of our projections (``c_attn`` of GPT-2, ``query_key_value``
-of GPT-NeoX) those that have adapters become one of as many times the rank: A one above the other,
-B zero but in the outputs of its own projection. That is the same sum, and the scaling alpha / r of
-the module is kept the same by ``rank_pattern`` and ``alpha_pattern``.
+Where one torch module holds several of our projections (``c_attn`` of GPT-2, ``query_key_value`` of
+GPT-NeoX), the adapters of those projections become a single one whose rank is the sum of theirs:
+the A matrices are stacked, and B is zero except in the outputs of its own projection. This computes
+the same function. ``rank_pattern`` and ``alpha_pattern`` keep the module's scaling alpha / r the
+same.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ _SAME = (
 class _Module(NamedTuple):
     """A torch module with an adapter.
 
-    name: of the module, with "{i}" for the layer. short: its end, unique among the model's modules.
-    row: of its weight. outs: for each of the row's leaves the shape of its outputs.
-    parts: the indices of those leaves that have adapters, in the order of the stack.
+    Attributes:
+      name: name of the module, with "{i}" for the layer.
+      short: end of the name, unique among the model's modules.
+      row: row of the family's table for the module's weight.
+      outs: for each leaf of the row the shape of its outputs.
+      parts: indices of the leaves that have adapters, in the order in which they are stacked.
     """
 
     name: str
@@ -56,11 +60,11 @@ class _Module(NamedTuple):
     parts: tuple[int, ...]
 
     def path(self, part: int) -> str:
-        """The path of a leaf's adapter in our tree, up to "lora_a" and "lora_b"."""
+        """Returns the path of a leaf's adapter in our tree, up to "lora_a" and "lora_b"."""
         return self.row.paths[part].removesuffix("kernel")
 
     def leaf_shapes(self, rank: int) -> list[Shape]:
-        """B as the row's layout sees it: kernels whose input is the rank."""
+        """Returns the shapes of B as the row's layout sees it: kernels whose input is the rank."""
         inner = (1,) if self.row.paths[0].endswith("/out/kernel") else ()  # two axes, as H and K
         return [(rank, *inner, *out) for out in self.outs]
 
@@ -88,7 +92,11 @@ def _shapes(config: DecoderConfig) -> Params:
 
 
 def _expected(config: DecoderConfig, rank: int, targets: tuple[str, ...]) -> dict[str, Shape]:
-    """Shapes of the adapters' tree, by path. Raises ValueError on an unknown target."""
+    """Returns the shapes of the adapters' tree, by path.
+
+    Raises:
+      ValueError: if a target is unknown.
+    """
     what = trainable.Trainable(rank=rank, targets=targets)
     tree = jax.eval_shape(
         lambda base, key: trainable.start(base, what, key), _shapes(config), jax.random.key(0)
@@ -97,7 +105,11 @@ def _expected(config: DecoderConfig, rank: int, targets: tuple[str, ...]) -> dic
 
 
 def _family(base: str | os.PathLike[str], config: DecoderConfig) -> Family:
-    """Raises ValueError if the directory of the base is that of another model."""
+    """Returns the family of the base model, after checking that its directory describes ``config``.
+
+    Raises:
+      ValueError: if the directory is that of another model.
+    """
     family, described, _ = hf.read_config(base)
     theirs, ours = dataclasses.asdict(described), dataclasses.asdict(config)
     computed = ("compute_dtype", "remat", "lora_alpha")  # files say nothing of these
@@ -119,7 +131,7 @@ def _number(value: float) -> float:
 
 
 def _described(modules: list[_Module], rank: int, alpha: float) -> dict[str, Any]:
-    """adapter_config.json, but for the name of the base."""
+    """Returns adapter_config.json, except for the name of the base model."""
     stacked = {m.short: len(m.parts) for m in modules if len(m.parts) > 1}
     return {
         "peft_type": "LORA",
@@ -153,21 +165,21 @@ def save(
 ) -> None:
     """Writes adapters as a directory that ``peft.PeftModel.from_pretrained`` loads.
 
-    adapter_config.json and adapter_model.safetensors, each under a temporary name that then takes
-    the final one.
+    The files are adapter_config.json and adapter_model.safetensors, each written under a temporary
+    name and then renamed.
 
     Args:
       path: the directory, made if absent.
-      own: the adapters of ``trainable.start``, of JAX or NumPy arrays, float32 or bfloat16, which
-        are written in their own dtype.
-      alpha: they are added with the factor alpha / r.
-      base: the directory of the model that they stand on, under which name peft will look for it.
-      config: the configuration of that model.
+      own: the adapters, as ``trainable.start`` creates them, of JAX or NumPy arrays. They are
+        written in their own dtype, float32 or bfloat16.
+      alpha: adapters of rank r are added with the factor alpha / r.
+      base: directory of the base model, under whose name peft will look for it.
+      config: configuration of the base model.
 
     Raises:
-      CheckpointError: if the base's config.json cannot be read, or path holds a whole model.
-      ValueError: if base is not what config describes, own are not adapters of it, or alpha is not
-        positive.
+      CheckpointError: if the config.json of the base cannot be read, or path holds a whole model.
+      ValueError: if the base is not what config describes, ``own`` are not adapters of it, or alpha
+        is not positive.
     """
     directory = Path(path)
     if (directory / "config.json").exists():
@@ -199,7 +211,11 @@ def save(
 
 
 def _adapters(flat: Mapping[str, np.ndarray], config: DecoderConfig) -> tuple[int, tuple[str, ...]]:
-    """(rank, targets) of adapters; raises ValueError where they do not fit the model."""
+    """Returns the (rank, targets) of adapters.
+
+    Raises:
+      ValueError: if they do not fit the model.
+    """
     ranks = {leaf.shape[-1] for name, leaf in flat.items() if name.endswith("/lora_a")}
     if len(ranks) != 1:
         raise ValueError(
@@ -226,7 +242,7 @@ def _adapters(flat: Mapping[str, np.ndarray], config: DecoderConfig) -> tuple[in
 def _stacked(
     module: _Module, flat: Mapping[str, np.ndarray], layer: int, rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One layer's A [count * r, in] and B [out, count * r] of a module, as torch has them."""
+    """Returns A [count * r, in] and B [out, count * r] of one layer of a module, as in torch."""
     a = [flat[f"{module.path(part)}lora_a"][layer].T for part in module.parts]
     b = [flat[f"{module.path(part)}lora_b"][layer] for part in module.parts]
     leaves = [np.zeros(shape, b[0].dtype) for shape in module.leaf_shapes(len(b) * rank)]
@@ -244,19 +260,20 @@ def load(
     *,
     base: str | os.PathLike[str] | None = None,
 ) -> tuple[Params, float]:
-    """Reads back what ``save`` wrote, bit for bit.
+    """Reads adapters that ``save`` wrote, bit for bit.
 
     Args:
       path: the directory.
-      config: the configuration of the model that the adapters stand on.
-      base: its directory, of which only config.json is read; None: where the file says it is.
+      config: configuration of the base model.
+      base: directory of the base model, of which only config.json is read; None for the one that
+        adapter_config.json names.
 
     Returns:
-      (the adapters, for ``trainable.join``, of JAX arrays; alpha, for ``config.lora_alpha``).
+      (the adapters as JAX arrays, for ``trainable.join``; alpha, for ``config.lora_alpha``).
 
     Raises:
       CheckpointError: if a file is absent or unreadable, is not what ``save`` writes, or a tensor
-        is missing, unexpected, misshapen, or of another dtype.
+        is missing, unexpected, or of another shape or dtype.
       ValueError: if the base is not what config describes.
     """
     file = Path(path) / CONFIG
@@ -305,7 +322,7 @@ def _unstack(
     a: np.ndarray,
     b: np.ndarray,
 ) -> None:
-    """Writes one layer of a module into our tree; the inverse of ``_stacked``."""
+    """Copies one layer of a module into our tree; the inverse of ``_stacked``."""
     weight = b.T if module.row.layout in _CONV1D else b
     leaves = module.row.layout.read(weight, module.leaf_shapes(b.shape[1]))
     for place, part in enumerate(module.parts):
@@ -337,7 +354,7 @@ def _check_config(file: Path, raw: Mapping[str, Any], expected: Mapping[str, Any
 
 
 def _read_weights(file: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The tensors, and the targets that the metadata names."""
+    """Returns the tensors, and the targets that the metadata names."""
     try:
         with safetensors.safe_open(file, framework="np") as opened:
             names = (opened.metadata() or {}).get("targets")

@@ -1,4 +1,4 @@
-"""Arrays on their devices, filled and fetched a part at a time: the host never holds one whole."""
+"""Arrays on their devices, written and read in pieces so that the host never holds a whole one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ def _zeros(shape: Shape, dtype: str, sharding: Where) -> Callable[[], jax.Array]
 
 
 def zeros(shape: Shape, dtype: str, sharding: Where) -> jax.Array:
-    """An array of zeros that never was anywhere else; sharding None: on the default device."""
+    """Creates an array of zeros directly on its devices.
+
+    Args:
+      shape: shape of the array.
+      dtype: its dtype.
+      sharding: where it is placed; None for the default device.
+    """
     return _zeros(shape, dtype, sharding)()
 
 
 @functools.lru_cache(maxsize=4096)
 def _updater(sharding: Where) -> Callable[..., jax.Array]:
-    """(leaf, piece, at) -> leaf with the piece at that index of every device's own shard.
+    """Returns a jitted (leaf, piece, at) -> leaf that writes the piece at an index of each shard.
 
-    The leaf is donated. The same index on every device: no device needs another's data.
+    The leaf is donated. The index is the same on every device, so no device needs another's data.
     """
 
     def update(leaf: jax.Array, piece: jax.Array, at: jax.Array) -> jax.Array:
@@ -53,18 +59,21 @@ def fill(
     layer: int | None,
     rows: Callable[[int, int], np.ndarray],
 ) -> jax.Array:
-    """The leaf, which is donated, with `rows` written to one layer of it (None: to all of it).
+    """Writes rows to one layer of a leaf, or to all of it.
 
-    About ``tensor_files.PIECE`` bytes are on their way at a time.
+    About ``tensor_files.PIECE`` bytes are transferred at a time.
 
     Args:
-      leaf: [L, N, ...] or, without a layer, [N, ...].
-      sharding: the leaf's; None for the default device.
-      layer: the index on the leading axis.
-      rows: (start, stop) -> [stop - start, ...] of the N rows, in any float dtype.
+      leaf: array [L, N, ...] or, if layer is None, [N, ...]. It is donated.
+      sharding: the leaf's sharding; None for the default device.
+      layer: the index on the leading axis; None if there is no axis of layers.
+      rows: maps (start, stop) to the rows [stop - start, ...] of the N, in any float dtype.
+
+    Returns:
+      The updated leaf.
 
     Raises:
-      ValueError: if there is a layer, and the axis of the layers is sharded.
+      ValueError: if there is a layer, and the axis of layers is sharded.
     """
     axis = 0 if layer is None else 1
     local = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
@@ -80,7 +89,7 @@ def fill(
     dtype, shared = leaf.dtype, functools.lru_cache(maxsize=shards)(rows)  # by several devices
 
     def part(start: int, index: Any) -> np.ndarray:
-        """What lies at an index of the piece whose first row is `start` in every shard."""
+        """Returns the piece's data at an index, ``start`` being its first row within each shard."""
         first = (index[axis].start or 0) // step * count + start
         values = shared(first, first + step)[(slice(None), *index[axis + 1 :])]
         values = np.ascontiguousarray(values, dtype)
@@ -103,9 +112,14 @@ _copy = jax.jit(jnp.copy)
 
 
 def fetch(leaf: Any, layer: int | None) -> np.ndarray:
-    """One layer of a leaf (None: all of it) on the host.
+    """Copies one layer of a leaf, or all of it, to the host.
 
-    JAX keeps the host's copy with the array it was made from: so fetch from arrays that go at once.
+    JAX caches the host copy with the array it was made from. The copy here is therefore made from a
+    temporary array, so that it is freed with it.
+
+    Args:
+      leaf: a JAX array, or any object that is indexed like a NumPy array.
+      layer: the index on the leading axis; None for the whole leaf.
     """
     if isinstance(leaf, jax.Array):
         return np.asarray(_copy(leaf) if layer is None else _layer(leaf, np.int32(layer)))

@@ -1,7 +1,7 @@
 """Reading models from Hugging Face directories, by the tables of ``models.hf.families``.
 
-Tensors are read one at a time into arrays that already lie on their devices: beside the arrays
-themselves the host holds about one tensor. Every tensor of the files must be accounted for.
+Tensors are read one at a time into arrays that are already on their devices, so the host holds
+about one tensor at a time. Every tensor in the files must be accounted for.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _fill(
     found: tensor_files.Found,
     shapes: list[Shape],
 ) -> None:
-    """Reads one tensor into its leaves. What it holds on the host is let go when it returns."""
+    """Reads one tensor into its leaves; host memory is released on return."""
     rows = functools.partial(tensor_files.read_rows, found)
     if entry.row.layout.rows:
         getters: list[Callable[[int, int], np.ndarray]] = [rows]
@@ -83,22 +83,24 @@ def _load(
 def load_decoder(
     path: str | os.PathLike[str], *, place: Place | None = None, dtype: str = "float32"
 ) -> tuple[DecoderConfig, Params]:
-    """Reads the directory of a causal language model.
+    """Reads a causal language model from a Hugging Face directory.
 
     Args:
-      path: a local directory with config.json and model.safetensors, or the shards that
-        model.safetensors.index.json names; tensor names with or without the family's prefix.
-      place: (path of a leaf, such as "decoder/wte", its shape) -> where it lives; the axis of the
-        layers must not be sharded. None: on the default device.
-      dtype: of all parameters, float32 or bfloat16; the file's may be float32, float16 or
-        bfloat16.
+      path: a local directory with config.json and model.safetensors, or with the shards that
+        model.safetensors.index.json lists. Tensor names may have the family's prefix or not.
+      place: maps the path of a leaf, such as "decoder/wte", and its shape to its sharding; the axis
+        of layers must not be sharded. None places all leaves on the default device.
+      dtype: dtype of all parameters, "float32" or "bfloat16". That of the files may be float32,
+        float16 or bfloat16.
 
     Returns:
-      (config with compute_dtype float32, the decoder's tree of JAX arrays).
+      (configuration with compute_dtype float32, the decoder's tree of JAX arrays).
 
     Raises:
       CheckpointError: if a file is absent or unreadable, a setting is not supported, a tensor is
-        missing, unexpected, duplicate, misshapen or of another dtype, or a tied head differs.
+        missing, unexpected, duplicate, or of another shape or dtype, or a tied output matrix
+        differs from the embedding.
+      ValueError: if dtype is not supported, or ``place`` shards the axis of layers.
     """
     family, config, raw = read_config(path)
     where = str(Path(path) / "config.json")
@@ -115,19 +117,24 @@ def load_decoder(
 def load_classifier(
     path: str | os.PathLike[str], *, place: Place | None = None, dtype: str = "float32"
 ) -> tuple[Config, Params, tuple[str, ...]]:
-    """Reads the directory of a sequence classifier: a decoder with a score head, or an encoder.
+    """Reads a sequence classifier from a Hugging Face directory.
+
+    It is a decoder with a score head, or an encoder.
 
     Args:
-      path, place, dtype: as of load_decoder; paths start with "decoder/", "encoder/" or "score/".
+      path: a local directory, as for ``load_decoder``.
+      place: as for ``load_decoder``, with paths that start with "decoder/", "encoder/" or "score/".
+      dtype: as for ``load_decoder``.
 
     Returns:
-      (config, {"decoder" or "encoder", "score"} of JAX arrays, the label names in the order of the
-      scores). Without id2label they are LABEL_0 and LABEL_1, transformers' default. A scalar
-      reward model has one label.
+      (configuration, tree {"decoder" or "encoder", "score"} of JAX arrays, label names in the order
+      of the scores). Without id2label the names are LABEL_0, LABEL_1, ..., as in transformers. A
+      scalar reward model has one label.
 
     Raises:
-      CheckpointError: as load_decoder, if id2label does not number its labels 0, 1, ..., or if
-        `architectures` names another kind of model.
+      CheckpointError: as ``load_decoder`` does, if id2label does not number its labels 0, 1, ...,
+        or if ``architectures`` names another kind of model.
+      ValueError: as ``load_decoder`` does.
     """
     family, config, raw = read_config(path)
     where = str(Path(path) / "config.json")

@@ -1,7 +1,7 @@
-"""The tensors of a model's files beside the leaves of its parameter tree, for one configuration.
+"""The tensors of a model's files and the leaves of its parameter tree, for a given configuration.
 
-A family's table (``models.hf.families``) says what holds for every model of the family; here it is
-expanded for one: a row for each layer, and the head or classifier that this model has.
+The table of a family (``models.hf.families``) is the same for every model of the family. Here it is
+expanded for one model: one entry for each layer, plus the head or classifier that the model has.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Entry(NamedTuple):
     """One tensor of a model's files.
 
     Attributes:
-      name: its name in the file, without the family's prefix.
-      row: the row of the family's table that it comes from.
-      layer: the index of its layer; None outside the blocks.
+      name: name in the file, without the family's prefix.
+      row: the row of the family's table that it belongs to.
+      layer: index of its layer; None for a tensor outside the blocks.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Entry(NamedTuple):
 
 
 def leaf_shapes(config: Config, num_labels: int | None) -> dict[str, Shape]:
-    """Returns the shape of every leaf of a model's parameter tree, making no array.
+    """Returns the shape of every leaf of a model's parameter tree, without creating arrays.
 
     Args:
       config: the configuration of the decoder or encoder.
-      num_labels: columns of the classifier's score; None for a causal language model.
+      num_labels: number of labels of a classifier; None for a causal language model.
 
     Returns:
       Shapes by path, such as "decoder/wte".
@@ -66,7 +66,7 @@ def entries(
     Args:
       family: the model's family.
       config: its configuration.
-      num_labels: columns of the classifier's score; None for a causal language model.
+      num_labels: number of labels of a classifier; None for a causal language model.
       shapes: ``leaf_shapes`` of the same model.
 
     Returns:

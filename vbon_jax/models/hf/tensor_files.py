@@ -1,7 +1,7 @@
-"""The files of a model directory: JSON, and safetensors found, read by rows and written in shards.
+"""The files of a model directory: JSON, and safetensors read by rows and written in shards.
 
-Only the host's side: what a tensor's name means, and on which devices it ends, is ``models.hf``'s
-and ``models.pieces``' matter.
+Only the host side: what the name of a tensor means is defined in ``models.hf.tables``, and on which
+devices it is placed in ``models.hf.pieces``.
 """
 
 from __future__ import annotations
@@ -36,11 +36,19 @@ PIECE = 4 * 2**20
 
 
 class CheckpointError(InputError):
-    """A model directory that cannot be used: the text names the file, the fault and the remedy."""
+    """A model directory that cannot be used; the message names file, fault and remedy."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError if there is no file, or none that holds a JSON object."""
+    """Reads a file that holds a JSON object.
+
+    Args:
+      path: path of the file.
+
+    Raises:
+      CheckpointError: if the file is absent, unreadable, or holds something other than a JSON
+        object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -55,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in order, for a message."""
+    """Joins names in sorted order, for a message."""
     return ", ".join(sorted(names))
 
 
@@ -63,7 +71,14 @@ def listed(names: Iterable[str]) -> str:
 
 
 class Found(NamedTuple):
-    """A tensor in a file, not yet read; offset in bytes from the start of the file."""
+    """The location of a tensor in a file.
+
+    Attributes:
+      file: path of the file.
+      offset: offset of the tensor's data in bytes from the start of the file.
+      shape: shape of the tensor.
+      dtype: its dtype as safetensors names it, such as "F32".
+    """
 
     file: Path
     offset: int
@@ -72,16 +87,19 @@ class Found(NamedTuple):
 
 
 def scan(directory: Path, prefix: str, buffers: str) -> dict[str, Found]:
-    """All tensors of a directory's files, by name without prefix.
+    """Locates all tensors of a directory's weight files, without reading their data.
 
     Args:
-      directory: with model.safetensors, or the shards that model.safetensors.index.json names.
-      prefix: left out of names that have it.
-      buffers: a regular expression of names, prefix left out, that are skipped.
+      directory: contains model.safetensors, or the shards named in model.safetensors.index.json.
+      prefix: removed from the names that start with it.
+      buffers: regular expression of names, without prefix, that are ignored.
+
+    Returns:
+      The tensors by name without prefix.
 
     Raises:
-      CheckpointError: if there are no such files, one is unreadable, two have tensors of one name,
-        or the index names others than there are.
+      CheckpointError: if there are no such files, one is unreadable, a name occurs twice, or the
+        index does not list exactly the tensors that exist.
     """
     files, promised = _weight_files(directory)
     found: dict[str, Found] = {}
@@ -106,7 +124,7 @@ def scan(directory: Path, prefix: str, buffers: str) -> dict[str, Found]:
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], set[str] | None]:
-    """The safetensors files, and the tensor names that a sharded index promises."""
+    """Returns the safetensors files and, if there is an index of shards, the names in it."""
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS], None
     if (directory / INDEX).exists():
@@ -151,7 +169,17 @@ def _header(file: Path) -> dict[str, Found]:
 
 
 def check(found: Mapping[str, Found], wanted: Mapping[str, Shape], where: Path) -> None:
-    """Raises CheckpointError listing all that is missing, unexpected, misshapen or mistyped."""
+    """Checks that the tensors found are those that are wanted.
+
+    Args:
+      found: tensors by name, from ``scan``.
+      wanted: shapes by name.
+      where: the directory, for the message.
+
+    Raises:
+      CheckpointError: listing all tensors that are missing, unexpected, of another shape, or of a
+        dtype that is not supported.
+    """
     faults = []
     if missing := wanted.keys() - found.keys():
         faults.append(f"missing: {listed(missing)}")
@@ -176,13 +204,22 @@ def check(found: Mapping[str, Found], wanted: Mapping[str, Shape], where: Path) 
 
 
 def read_rows(found: Found, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a tensor, in the file's dtype.
+    """Reads rows [start, stop) of a tensor.
 
-    The file is read, not mapped: its pages would count as ours for as long as it is open. The
-    memory is the system's own, because malloc keeps what it is given back of this size.
+    The file is read and not memory-mapped: mapped pages would count towards this process for as
+    long as the file is open. The buffer is allocated by mmap, because malloc would not return
+    blocks of this size to the system.
+
+    Args:
+      found: the tensor, from ``scan``.
+      start: first row.
+      stop: row after the last.
+
+    Returns:
+      Array [stop - start, ...] in the file's dtype.
 
     Raises:
-      CheckpointError: if the file ends before them.
+      CheckpointError: if the file ends before the last row.
     """
     dtype, shape = DTYPES[found.dtype], (stop - start, *found.shape[1:])
     row_bytes = dtype.itemsize * math.prod(shape[1:])
@@ -198,7 +235,7 @@ def read_rows(found: Found, start: int, stop: int) -> np.ndarray:
 
 
 def equal(first: Found, second: Found) -> bool:
-    """Whether two tensors of one shape hold equal numbers; a piece of each is held at a time."""
+    """Returns whether two tensors of the same shape are equal, comparing them piece by piece."""
     step = max(1, PIECE // (4 * math.prod(first.shape[1:])))
     for start in range(0, first.shape[0], step):
         stop = min(start + step, first.shape[0])
@@ -212,9 +249,13 @@ def equal(first: Found, second: Found) -> bool:
 
 
 class TensorToWrite(NamedTuple):
-    """A tensor to be written: its full name, what it will be, and what gives it when asked.
+    """A tensor that is to be written.
 
-    dtype: a key of DTYPES; ``array`` may be of another.
+    Attributes:
+      name: full name in the file.
+      shape: shape in the file.
+      dtype: dtype in the file, a key of ``DTYPES``.
+      array: returns the data, in ``shape`` and any float dtype, when its turn comes.
     """
 
     name: str
@@ -224,14 +265,20 @@ class TensorToWrite(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Size of the data in the file, in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def write(directory: Path, tensors: Sequence[TensorToWrite], shard_bytes: int) -> None:
-    """Writes model.safetensors, or shards of it and their index; removes those of another split.
+    """Writes model.safetensors, or several shards and their index.
 
-    The directory is made if absent. Each file is written under a temporary name that then takes
-    the final one. A tensor larger than shard_bytes has a file of its own.
+    Each file is written under a temporary name and then renamed. Weight files of another split,
+    left from an earlier write, are removed.
+
+    Args:
+      directory: made if absent.
+      tensors: in the order in which they are distributed over the shards.
+      shard_bytes: maximum size of a shard in bytes; a larger tensor has a shard of its own.
     """
     files = _split(tensors, shard_bytes)
     n = len(files)
@@ -257,7 +304,12 @@ def write(directory: Path, tensors: Sequence[TensorToWrite], shard_bytes: int) -
 
 
 def write_jsons(directory: Path, values: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes JSON files, by name: all of them, or where one cannot be written none."""
+    """Writes several JSON files; if one cannot be written, none is replaced.
+
+    Args:
+      directory: where they are written.
+      values: contents by file name.
+    """
     replace_all({directory / name: _json_writer(value) for name, value in values.items()})
 
 
@@ -271,9 +323,9 @@ def _split(tensors: Sequence[TensorToWrite], shard_bytes: int) -> list[list[Tens
 
 
 def _write_file(path: Path, tensors: list[TensorToWrite]) -> None:
-    """A safetensors file: length of the header, header as JSON, the tensors one after the other.
+    """Writes a safetensors file: length of the header, header as JSON, data of all tensors.
 
-    safetensors' own writer wants all of a file in memory, and copies it.
+    The writer of the safetensors package would need all of it in memory, and copies it.
     """
     tensors = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)  # that keeps all aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -300,9 +352,12 @@ def _json_writer(value: Mapping[str, Any]) -> Callable[[Path], object]:
 
 
 def replace_all(files: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Writes all files beside their names, then renames: each is the old one or the new one whole.
+    """Writes files under temporary names and then renames them, so that each is either old or new.
 
     If one cannot be written, none is replaced.
+
+    Args:
+      files: for each path a function that writes the file at the path it is given.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:

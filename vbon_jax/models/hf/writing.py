@@ -1,7 +1,7 @@
 """Writing models as Hugging Face directories, by the tables of ``models.hf.families``.
 
-Tensors are fetched from their devices and written one at a time: beside the arrays themselves the
-host holds about one tensor.
+Tensors are copied from their devices and written one at a time, so the host holds about one tensor
+at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from vbon_jax.models.config import DecoderConfig, Params
 from vbon_jax.models.hf import config_files, pieces, tables, tensor_files
-from vbon_jax.models.hf.config_files import Config
+from vbon_jax.models.hf.config_files import Config, TokenIds
 from vbon_jax.models.hf.family import Family
 from vbon_jax.models.hf.layouts import Shape
 from vbon_jax.models.hf.tables import Entry
@@ -44,7 +44,11 @@ def _to_write(
 
 
 def _leaves(params: Params, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Raises ValueError if params are not a tree of these shapes."""
+    """Returns the leaves of params by path.
+
+    Raises:
+      ValueError: if params are not a tree of these shapes.
+    """
     leaves = flatten_dict(params, sep="/")
     faults = [f"{path} missing" for path in shapes.keys() - leaves.keys()]
     faults += [f"{path} unexpected" for path in leaves.keys() - shapes.keys()]
@@ -85,38 +89,37 @@ def save_decoder(
     config: DecoderConfig,
     params: Params,
     *,
-    bos_id: int | None,
-    eos_id: int | None,
-    pad_id: int | None,
+    ids: TokenIds,
     temperature: float = 1.0,
     like: Mapping[str, Any] | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a directory that transformers.AutoModelForCausalLM loads.
 
-    config.json, generation_config.json and the weights, each under a temporary name that then takes
-    the final one. Existing files of these names are replaced, weights of another split removed.
+    The files are config.json, generation_config.json and the weights, each written under a
+    temporary name and then renamed. Existing files of these names are replaced, and weights of
+    another split and adapters removed.
 
     Args:
       path: the directory, made if absent.
       config: the decoder's configuration.
-      params: the decoder's tree, of JAX arrays (sharded ones too) or NumPy arrays; bfloat16 leaves
-        are written as they are, all others as float32.
-      bos_id: the token id that starts a text, or None; likewise eos_id and pad_id.
-      temperature: what `generate` of transformers samples at by default, from the whole
-        distribution (its own default keeps the 50 likeliest tokens: another distribution).
-      like: the config.json of the directory that the model came from, written back with its own
-        settings. None: a GPT-2 made from scratch.
-      shard_bytes: weights above this many bytes are split into several files.
+      params: the decoder's tree, of JAX arrays (which may be sharded) or NumPy arrays. bfloat16
+        leaves are written as they are, all others as float32.
+      ids: the ids of the special tokens.
+      temperature: the temperature at which transformers' ``generate`` samples by default, from the
+        whole distribution. (By its own default it would keep the 50 likeliest tokens only.)
+      like: the config.json of the directory that the model came from, whose other settings are
+        written back; None for a GPT-2 trained from scratch.
+      shard_bytes: maximum size of a weight file in bytes; larger models are written in several.
 
     Raises:
-      ValueError: if params do not fit the config, config is not what `like` describes, or an id is
-        outside the vocabulary.
+      ValueError: if params do not fit the config, config is not what ``like`` describes, or an id
+        is outside the vocabulary.
     """
-    ids = config_files.token_ids(config, bos_id, eos_id, pad_id)
-    family, value = config_files.describe(like, config, {"dtype": _dtype_of(params), **ids})
+    keys = config_files.token_ids(config, ids)
+    family, value = config_files.describe(like, config, {"dtype": _dtype_of(params), **keys})
     value["architectures"] = [family.causal]
-    generation = {**ids, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    generation = {**keys, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     jsons = {"generation_config.json": generation, "config.json": value}
     _save(Path(path), family, config, {"decoder": params}, None, jsons, shard_bytes)
     # transformers would put an adapter it finds beside the weights on top of its own base.
@@ -130,36 +133,35 @@ def save_classifier(
     params: Params,
     labels: tuple[str, ...],
     *,
-    bos_id: int | None,
-    eos_id: int | None,
-    pad_id: int | None,
+    ids: TokenIds,
     like: Mapping[str, Any] | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a directory that transformers.AutoModelForSequenceClassification loads.
 
-    Of a decoder, transformers scores a row at its last token that is not pad_id, we at the last
-    True of a mask: the same where pad_id never ends a text. Without a pad_id it takes only batches
-    of one.
+    With a decoder, transformers scores a row at its last token that is not the padding id, while
+    ``heads.score`` uses the last True of the mask. They agree if the padding id never ends a text.
+    Without a padding id transformers accepts only batches of one.
 
     Args:
       path: the directory, made if absent.
       config: the configuration of the decoder or encoder.
-      params: {"decoder" or "encoder", "score"}, of arrays as save_decoder takes them.
+      params: {"decoder" or "encoder", "score"}, of arrays as for ``save_decoder``.
       labels: a distinct name for each column of the score.
-      bos_id: the token id that starts a text, or None; likewise eos_id and pad_id.
-      like, shard_bytes: as of save_decoder.
+      ids: the ids of the special tokens.
+      like: as for ``save_decoder``.
+      shard_bytes: as for ``save_decoder``.
 
     Raises:
       ValueError: if params do not fit the config and labels, labels repeat, config is not what
-        `like` describes, or an id is outside the vocabulary.
+        ``like`` describes, or an id is outside the vocabulary.
     """
     if len(set(labels)) != len(labels):
         raise ValueError(f"labels are {labels!r}: give a distinct name for each")
-    ids = config_files.token_ids(config, bos_id, eos_id, pad_id)
+    keys = config_files.token_ids(config, ids)
     changes = {
         "dtype": _dtype_of(params),
-        **ids,
+        **keys,
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }

@@ -1,4 +1,4 @@
-"""Families of checkpoints: one module a ``model_type``, of that name, each with a ``FAMILY``."""
+"""Families of checkpoints: one module per ``model_type``, of that name, with a ``FAMILY``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ MODEL_TYPES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path
 
 
 def family(model_type: str) -> Family:
-    """The family of a config.json's ``model_type``.
+    """Returns the family of a ``model_type``.
+
+    Args:
+      model_type: as in config.json.
 
     Raises:
-      ValueError: if there is none, naming those there are.
+      ValueError: if it is not supported; the message lists those that are.
     """
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model_type is {model_type!r}: supported are {', '.join(MODEL_TYPES)}")

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019), as a sequence classifier; RoBERTa keeps its names."""
+"""BERT (Devlin et al., 2019) as a sequence classifier; RoBERTa uses the same tensor names."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from vbon_jax.models.hf.layouts import AS_IS, FLAT, LINEAR, LINEAR_HEADS
 
 
 def fields(hf: Any) -> dict[str, Any]:
-    """What the configs of BERT and RoBERTa say under the same names."""
+    """Reads the fields that configs of BERT and RoBERTa have in common."""
     only(hf, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     return {
         "vocab_size": hf.vocab_size,
@@ -24,11 +24,12 @@ def fields(hf: Any) -> dict[str, Any]:
 
 
 def config(hf: Any) -> EncoderConfig:
+    """Reads our configuration from transformers' ``BertConfig``."""
     return EncoderConfig(**fields(hf), positions=hf.max_position_embeddings, head="bert")
 
 
 def linear(name: str, path: str) -> list[Tensor]:
-    """The rows of a torch Linear with a bias."""
+    """Returns the rows of a torch Linear with a bias, given its name and our path."""
     return [
         Tensor(f"{name}.weight", (f"{path}/kernel",), LINEAR),
         Tensor(f"{name}.bias", (f"{path}/bias",), AS_IS),
@@ -36,7 +37,7 @@ def linear(name: str, path: str) -> list[Tensor]:
 
 
 def attention(names: dict[str, str]) -> list[Tensor]:
-    """The rows of attention, from what the files call our q, k, v and out."""
+    """Returns the rows of the attention projections, given their names for our q, k, v and out."""
     rows = []
     for ours, name in names.items():
         path = f"blocks/attention/{ours}"
@@ -47,7 +48,7 @@ def attention(names: dict[str, str]) -> list[Tensor]:
 
 
 def norm(name: str, path: str) -> list[Tensor]:
-    """The rows of a torch LayerNorm."""
+    """Returns the rows of a torch LayerNorm, given its name and our path."""
     return [
         Tensor(f"{name}.weight", (f"{path}/scale",), AS_IS),
         Tensor(f"{name}.bias", (f"{path}/bias",), AS_IS),
@@ -55,6 +56,7 @@ def norm(name: str, path: str) -> list[Tensor]:
 
 
 def tensors(config: EncoderConfig) -> list[Tensor]:
+    """Returns the table of the model without its head."""
     layer = "encoder.layer.{i}."
     rows = [
         Tensor("embeddings.word_embeddings.weight", ("wte",), AS_IS),

@@ -1,4 +1,4 @@
-"""DistilBERT (Sanh et al. 2019): BERT's block under names of its own, without token types."""
+"""DistilBERT (Sanh et al., 2019): BERT's block under other names, without token types."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from vbon_jax.models.hf.layouts import AS_IS
 
 def config(hf: Any) -> EncoderConfig:
     # sinusoidal_pos_embds only says how the position embedding was initialised: it is in the file.
+    """Reads our configuration from transformers' ``DistilBertConfig``."""
     return EncoderConfig(
         vocab_size=hf.vocab_size,
         positions=hf.max_position_embeddings,
@@ -25,6 +26,7 @@ def config(hf: Any) -> EncoderConfig:
 
 
 def tensors(config: EncoderConfig) -> list[Tensor]:
+    """Returns the table of the model without its head."""
     del config  # one table for all sizes
     layer = "transformer.layer.{i}."
     return [

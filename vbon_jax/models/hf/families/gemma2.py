@@ -1,4 +1,4 @@
-"""Gemma 2 (Gemma Team 2024): norms on both sides, soft caps, every other layer windowed."""
+"""Gemma 2 (Gemma Team, 2024): sandwich norms, soft caps, and a window in every other layer."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from vbon_jax.models.hf.family import only, rotary
 
 
 def fields(hf: Any) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common."""
+    """Reads the fields that configs of Gemma 2 and 3 have in common."""
     only(hf, use_bidirectional_attention=(None, False))
     return {
         **llama.fields(hf),
@@ -27,6 +27,7 @@ def fields(hf: Any) -> dict[str, Any]:
 
 
 def config(hf: Any) -> DecoderConfig:
+    """Reads our configuration from transformers' ``Gemma2Config``."""
     return DecoderConfig(**fields(hf), rotary=rotary(hf.rope_parameters))
 
 

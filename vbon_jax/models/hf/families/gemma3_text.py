@@ -1,4 +1,4 @@
-"""Gemma 3, text only (Gemma Team 2025): norms of queries and keys, two rotary bases."""
+"""Gemma 3, text only (Gemma Team, 2025): norms of queries and keys, two rotary bases."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from vbon_jax.models.hf.family import rotary
 
 
 def config(hf: Any) -> DecoderConfig:
+    """Reads our configuration from transformers' ``Gemma3TextConfig``."""
     return DecoderConfig(
         **gemma2.fields(hf),
         rotary=rotary(hf.rope_parameters["full_attention"]),

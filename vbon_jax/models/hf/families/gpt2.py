@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019)."""
+"""GPT-2 (Radford et al., 2019)."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ _QKV = tuple(f"blocks/attention/{name}" for name in "qkv")
 
 
 def config(hf: Any) -> DecoderConfig:
+    """Reads our configuration from transformers' ``GPT2Config``."""
     only(
         hf,
         scale_attn_weights=True,
@@ -32,6 +33,7 @@ def config(hf: Any) -> DecoderConfig:
 
 
 def tensors(config: DecoderConfig) -> list[Tensor]:
+    """Returns the table of the model without its head."""
     del config  # one table for all sizes
     return [
         Tensor("wte.weight", ("wte",), AS_IS),

@@ -1,4 +1,4 @@
-"""GPT-NeoX, the family of Pythia (Black et al. 2022; Biderman et al. 2023)."""
+"""GPT-NeoX, the family of Pythia (Black et al., 2022; Biderman et al., 2023)."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ _QKV = tuple(f"blocks/attention/{name}" for name in "qkv")
 
 
 def config(hf: Any) -> DecoderConfig:
+    """Reads our configuration from transformers' ``GPTNeoXConfig``."""
     return DecoderConfig(
         vocab_size=hf.vocab_size,
         positions=hf.max_position_embeddings,
@@ -29,6 +30,7 @@ def config(hf: Any) -> DecoderConfig:
 
 
 def tensors(config: DecoderConfig) -> list[Tensor]:
+    """Returns the table of the model without its head."""
     layer = "layers.{i}."
     rows = [
         Tensor("embed_in.weight", ("wte",), AS_IS),

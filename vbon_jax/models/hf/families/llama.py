@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (Grattafiori et al. 2024), and the tensor names that its descendants keep."""
+"""Llama 2 and 3 (Grattafiori et al., 2024), whose tensor names its descendants keep."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from vbon_jax.models.hf.layouts import AS_IS, FLAT, LINEAR, LINEAR_HEADS
 
 
 def fields(hf: Any) -> dict[str, Any]:
-    """What the configs of Llama's descendants say under the same names."""
+    """Reads the fields that configs of Llama and its descendants have in common."""
     return {
         "vocab_size": hf.vocab_size,
         "positions": hf.max_position_embeddings,
@@ -30,7 +30,7 @@ def fields(hf: Any) -> dict[str, Any]:
 
 
 def window(hf: Any) -> dict[str, Any]:
-    """The sliding window of the layers that ``layer_types`` names."""
+    """Reads the sliding window, and from ``layer_types`` which layers have it."""
     windowed = tuple(kind == "sliding_attention" for kind in hf.layer_types)
     if not any(windowed):
         return {}
@@ -38,6 +38,7 @@ def window(hf: Any) -> dict[str, Any]:
 
 
 def config(hf: Any) -> DecoderConfig:
+    """Reads our configuration from transformers' ``LlamaConfig``."""
     biases = {"qkv_bias": hf.attention_bias, "out_bias": hf.attention_bias}
     return DecoderConfig(
         **fields(hf) | biases | {"mlp_bias": hf.mlp_bias},
@@ -47,6 +48,7 @@ def config(hf: Any) -> DecoderConfig:
 
 
 def tensors(config: DecoderConfig) -> list[Tensor]:
+    """Returns the table of the model without its head."""
     attention, mlp = "layers.{i}.self_attn.", "layers.{i}.mlp."
     norms = {
         "norm.weight": "ln_f",

@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama with a sliding window."""
+"""Mistral (Jiang et al., 2023): Llama with a sliding window."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from vbon_jax.models.hf.family import rotary
 
 
 def config(hf: Any) -> DecoderConfig:
+    """Reads our configuration from transformers' ``MistralConfig``."""
     return DecoderConfig(
         **llama.fields(hf),
         rotary=rotary(hf.rope_parameters),

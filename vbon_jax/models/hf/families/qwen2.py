@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5 (Yang et al. 2024): Llama with biases on queries, keys and values."""
+"""Qwen 2 and 2.5 (Yang et al., 2024): Llama with biases on queries, keys and values."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from vbon_jax.models.hf.family import rotary
 
 
 def config(hf: Any) -> DecoderConfig:
+    """Reads our configuration from transformers' ``Qwen2Config``."""
     return DecoderConfig(
         **llama.fields(hf) | {"qkv_bias": True} | llama.window(hf),
         rotary=rotary(hf.rope_parameters),

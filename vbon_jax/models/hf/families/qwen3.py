@@ -1,4 +1,4 @@
-"""Qwen 3 (Yang et al. 2025): Llama with an RMS norm over each head's queries and keys."""
+"""Qwen 3 (Yang et al., 2025): Llama with an RMS norm over the queries and keys of each head."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from vbon_jax.models.hf.family import rotary
 
 
 def config(hf: Any) -> DecoderConfig:
+    """Reads our configuration from transformers' ``Qwen3Config``."""
     biases = {"qkv_bias": hf.attention_bias, "out_bias": hf.attention_bias}
     return DecoderConfig(
         **llama.fields(hf) | biases | llama.window(hf),

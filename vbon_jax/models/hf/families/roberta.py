@@ -1,4 +1,4 @@
-"""RoBERTa (Liu et al. 2019): BERT with another head and the first positions left out."""
+"""RoBERTa (Liu et al., 2019): BERT with another head, its first position embeddings unused."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from vbon_jax.models.hf.families import bert
 
 
 def config(hf: Any) -> EncoderConfig:
+    """Reads our configuration from transformers' ``RobertaConfig``."""
     if hf.pad_token_id is None:
         raise ValueError("pad_token_id is None: positions are counted from it, so it must be set")
     offset = hf.pad_token_id + 1

@@ -1,0 +1,419 @@
+"""The Python API: plain functions over plain objects, without workdir or config file.
+
+They call what the stages call, and the same seed gives the same numbers.
+"""
+
+import dataclasses
+import io
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vbon_jax import keys, methods, sharding
+from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import samples as sample_files
+from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.samples import PromptSamples
+from vbon_jax.errors import InputError
+from vbon_jax.evaluation import heldout
+from vbon_jax.evaluation.heldout import Models, Protocol
+from vbon_jax.methods import learning
+from vbon_jax.methods.learning import Job
+from vbon_jax.models import hf, lm, trainable
+from vbon_jax.models.hf import hub, tokenizers
+from vbon_jax.rewards.base import Reward
+from vbon_jax.rewards.classifier import Classifier
+from vbon_jax.rewards.function import FunctionReward
+from vbon_jax.rewards.text import TextFormat, TextReward
+from vbon_jax.sampling import samples as sampling
+from vbon_jax.sampling.sampler import Sampler, Sampling, named_key
+from vbon_jax.training import loop, options
+from vbon_jax.training.learner import Member
+from vbon_jax.training.loop import Task
+from vbon_jax.training.options import Lora, Memory, Offline, Train, Training
+from vbon_jax.training.references import references
+
+# (prompts, responses) -> rewards, a float each
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+# --- Models and rewards -------------------------------------------------------------------------
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    stop_at_eos: bool = True,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    **arithmetic: Any,
+) -> Sampler:
+    """Loads a language model with its tokenizer, ready to respond.
+
+    Args:
+      path: a Hugging Face directory, or a name on the hub, "owner/name" or "owner/name@revision".
+      temperature: divides the logits, > 0: of the model's responses and of every log-prob.
+      max_new_tokens: longest response in tokens, EOS included.
+      stop_at_eos: False for responses of exactly ``max_new_tokens`` tokens.
+      mesh: of ``make_mesh``; None for the first device alone.
+      dtype: of the parameters, "float32" or "bfloat16".
+      **arithmetic: ``compute_dtype`` ("float32", "bfloat16") and ``remat`` ("none", "dots", "full")
+        of the forward pass.
+
+    Returns:
+      The model: ``generate(texts)`` responds, ``save(path)`` writes a Hugging Face directory.
+
+    Raises:
+      CheckpointError: the directory or the hub gives no model that is supported.
+      InputError: it has no tokenizer, or no EOS to stop at.
+    """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    model = lm.load(path, place=partial(sharding.sharding_of, mesh), dtype=dtype, **arithmetic)
+    settings = Sampling(
+        temperature, max_new_tokens, lm.eos_id(model.tokenizer, stop_at_eos),
+        lm.pad_id(model.tokenizer),
+    )  # fmt: skip
+    return Sampler(model, mesh, settings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RewardModel:
+    """A sequence classifier that scores texts; call it with prompts and responses.
+
+    Attributes:
+      classifier: the model and the score that is taken of it.
+      text_format: its tokenizer and template.
+      mesh: of its parameters.
+    """
+
+    classifier: Classifier
+    text_format: TextFormat
+    mesh: Mesh
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Float32 rewards [B] of responses to prompts."""
+        return score(self, prompts, responses)
+
+    def reward(self, model: Sampler) -> TextReward:
+        """The reward of token ids of a model."""
+        decode, end = _decode(model), model.settings.eos_id
+        return TextReward(self.classifier, self.text_format, decode, end, self.mesh)
+
+
+def load_reward(
+    path: str | os.PathLike[str],
+    *,
+    label: str = "POSITIVE",
+    score: str | None = None,
+    template: str = "{prompt}{response}",
+    max_tokens: int = 0,
+    mesh: Mesh | None = None,
+) -> RewardModel:
+    """Loads a sequence classifier as a reward.
+
+    Args:
+      path: a Hugging Face directory, or a name on the hub.
+      label: the label whose score is the reward.
+      score: "prob", "log_odds" or "logit" of the label, or "scalar" for a reward model with one
+        output; None takes "scalar" where there is one output, else "log_odds".
+      template: the text it reads, of {prompt} and {response}; "chat" for its chat template.
+      max_tokens: longer texts are truncated on the left; 0 for the model's context length.
+      mesh: of ``make_mesh``; None for the first device alone.
+
+    Raises:
+      CheckpointError: the directory or the hub gives no classifier that is supported.
+      InputError: the label, score or template does not fit it.
+    """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    directory = hub.resolve(os.fspath(path))
+    config, params, labels = hf.load_classifier(
+        directory, place=partial(sharding.sharding_of, mesh)
+    )
+    kind = score or ("scalar" if len(labels) == 1 else "log_odds")
+    found = Classifier(params, config, labels, label, kind)
+    found.label_index("load_reward")  # refuses what does not fit
+    return RewardModel(found, TextFormat(tokenizers.load(directory), template, max_tokens), mesh)
+
+
+def score(
+    reward: RewardFunction | RewardModel, prompts: Sequence[str], responses: Sequence[str]
+) -> np.ndarray:
+    """Float32 rewards [B] of responses to prompts, each a text.
+
+    Raises:
+      InputError: a reward is not a number.
+    """
+    if isinstance(reward, RewardModel):
+        found = TextReward(
+            reward.classifier, reward.text_format, lambda rows: [], None, reward.mesh
+        )
+        rows = found.tokenized([Prompt(i, p, ()) for i, p in enumerate(prompts)], responses)
+        return found.score_ids(rows)
+    from vbon_jax.rewards import function
+
+    name = getattr(reward, "__qualname__", type(reward).__name__)
+    return function.call(name, reward, list(prompts), list(responses))
+
+
+def _decode(model: Sampler) -> Callable[[list[list[int]]], list[str]]:
+    return partial(model.tokenizer.batch_decode, skip_special_tokens=False)
+
+
+def _reward(reward: RewardFunction | RewardModel | Reward, model: Sampler) -> Any:
+    """A reward of a model's token ids: those that read texts are given the model's decoding."""
+    if isinstance(reward, RewardModel):
+        return reward.reward(model)
+    if hasattr(reward, "take_counts") or hasattr(reward, "positions"):
+        return reward  # it reads ids already
+    return FunctionReward(reward, _decode(model), model.settings.eos_id)
+
+
+# --- Prompts and samples ------------------------------------------------------------------------
+
+
+def prompts(texts: Sequence[str] | str | os.PathLike[str], model: Sampler) -> list[Prompt]:
+    """Tokenizes prompts.
+
+    Args:
+      texts: prompts; or the path of a .jsonl, .csv, .tsv or .parquet file with a column "prompt".
+      model: whose tokenizer counts.
+
+    Raises:
+      InputError: a prompt has no token, or does not fit the model's context with a response.
+    """
+    if isinstance(texts, str | os.PathLike):
+        found = prompt_files.read_texts(texts, model.tokenizer)
+    else:
+        found = prompt_files.from_texts(list(texts), model.tokenizer)
+    model.check_lengths(found)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """Scored responses of a reference model.
+
+    Attributes:
+      prompts: P prompts.
+      samples: one ``PromptSamples`` a prompt: responses, rewards, token ids and log-probs.
+    """
+
+    prompts: Sequence[Prompt]
+    samples: Sequence[PromptSamples]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Float32 rewards [P, M] in the order drawn."""
+        return sample_files.rewards(self.samples)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a line a prompt, as ``vbon sample`` does."""
+        Path(path).unlink(missing_ok=True)
+        with sample_files.SampleWriter(path) as writer:
+            for samples in self.samples:
+                writer.append(samples)
+
+
+def sample(
+    model: Sampler,
+    prompts: Sequence[Prompt],
+    *,
+    m: int,
+    reward: RewardFunction | RewardModel,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Samples:
+    """Draws and scores m responses to each prompt.
+
+    Args:
+      model: the reference.
+      prompts: of ``prompts``.
+      m: responses a prompt; log F is estimated from them.
+      reward: (prompts, responses) -> floats, or of ``load_reward``.
+      seed: of the draws.
+      batch_size: responses drawn at once.
+
+    Raises:
+      InputError: a reward is not a number.
+    """
+    with jax.set_mesh(model.mesh):
+        found = sampling.draw(
+            model, named_key(seed, "sample"), prompts, m, batch_size, _reward(reward, model)
+        )
+    return Samples(prompts, found)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def train(
+    reference: Sampler,
+    samples: Samples,
+    *,
+    method: Any,
+    reward: RewardFunction | RewardModel | None = None,
+    seed: int = 0,
+    lora: Lora | None = None,
+    memory: Memory | None = None,
+    **settings: Any,
+) -> Sampler:
+    """Fine-tunes a copy of the reference.
+
+    Args:
+      reference: the model to start from; it stays as it is.
+      samples: its scored responses.
+      method: the options of a method: ``VBoN(n=8)``, ``PPO(beta=0.1)``, ``DPO()``, ...
+      reward: of responses; not needed by the methods that learn from stored samples.
+      seed: of the training.
+      lora: low-rank adapters in place of the whole model; they are merged into the policy.
+      memory: dtypes, microbatches and rematerialisation.
+      **settings: keys of the config group ``train`` (iterations, batch_size, minibatch_size,
+        learning_rate, ...), or of ``offline`` (epochs, pairs, batch_size, learning_rate, ...) for
+        the methods that learn from stored samples.
+
+    Returns:
+      The policy. (After Ctrl-C, the policy so far.)
+
+    Raises:
+      InputError: a setting is out of range, or the loss or a reward stops being finite.
+    """
+    record = methods.of_options(method)
+    training = _training(record, lora, memory, settings)
+    member = Member(method.n, getattr(method, "beta", 1.0), seed, samples.rewards.shape[1])
+    for wrong in (record.check(method), record.check_n(method.n)):
+        if wrong:
+            raise InputError(f"{method}: {wrong}")
+    if record.online and reward is None:
+        raise InputError(f"reward is not given: {type(method).__name__} learns from rollouts")
+    sampler = _prepared(reference, training)
+    with jax.set_mesh(reference.mesh):
+        table = references(samples.samples, member.m, method.estimator, method.ties, sampler)
+        scorer = None if reward is None else _reward(reward, sampler)
+        task = Task(samples.prompts, table, scorer, sampler)
+        job = Job(record, method, training, sampler.model.config, len(samples.prompts))
+        state, step = learning.single(job, task, member, samples.samples)
+        state = loop.run(state, 0, step, loop.Schedule("train", job.iterations))
+        own = trainable.join(sampler.model.params, state.params["decoder"])
+        return reference.with_params(trainable.merged(own, training.lora.alpha))
+
+
+def _training(
+    record: methods.Method, lora: Lora | None, memory: Memory | None, settings: dict[str, Any]
+) -> Training:
+    cls: type = Train if record.online else Offline
+    names = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(settings) - names)
+    if unknown:
+        raise InputError(
+            f"{unknown[0]}={settings[unknown[0]]!r}: {record.name} has no such setting; it has "
+            + ", ".join(sorted(names))
+        )
+    if settings.get("value_network", "head") != "head":
+        raise InputError("value_network='reward' needs a run: vbon run --config=...; set 'head'")
+    own = cls(**settings)
+    keys.check(own)
+    groups = {"train": own} if record.online else {"offline": own}
+    training = Training(**groups, lora=lora or Lora(), memory=memory or Memory())
+    options.check(training.train, training.lora, training.memory)
+    return training
+
+
+def _prepared(reference: Sampler, training: Training) -> Sampler:
+    """The reference as training reads it: its upper blocks apart where only these are trained."""
+    model = reference.model
+    try:
+        params = trainable.divide(model.params, training.trained, model.config.layers)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    config = dataclasses.replace(
+        model.config, remat=training.memory.remat, lora_alpha=training.lora.alpha
+    )
+    return dataclasses.replace(
+        reference, model=dataclasses.replace(model, config=config, params=params)
+    )
+
+
+# --- Evaluation ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Reference, best-of-n and policy on prompts; prints as a table.
+
+    Attributes:
+      rows: a dict of figures each, as in ``evaluation.json``.
+    """
+
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        """The table of reward, win rate and KLs."""
+        from rich.console import Console
+
+        from vbon_jax.report import tables
+
+        text = io.StringIO()
+        Console(file=text, width=100).print(tables.results_table(self.rows))
+        return text.getvalue().rstrip()
+
+    def __getitem__(self, policy: str) -> dict[str, Any]:
+        """The row of "reference", "bon" or "policy"."""
+        return next(row for row in self.rows if row["policy"] == policy)
+
+
+def evaluate(
+    policy: Sampler,
+    reference: Sampler,
+    prompts: Sequence[Prompt],
+    *,
+    reward: RewardFunction | RewardModel,
+    n: float = 8.0,
+    m: int = 64,
+    seed: int = 0,
+    **protocol: Any,
+) -> Evaluation:
+    """Measures a policy against the reference and against true best-of-n.
+
+    Fresh responses of the reference, m a prompt, are the opponents of the win rate; others are the
+    pool that best-of-n is read off.
+
+    Args:
+      policy: the model to measure, at the reference's temperature.
+      reference: it was trained from.
+      prompts: at least two, better hundreds and none of the training prompts.
+      reward: of the comparison.
+      n: of best-of-n.
+      m: reference responses a prompt, opponents and pool each.
+      seed: of the draws.
+      **protocol: of ``evaluation.heldout.Protocol``: ``each`` (responses a prompt of the policy),
+        ``batch_size``, ``estimator`` and ``ties``.
+
+    Raises:
+      InputError: fewer than two prompts, or a reward is not a number.
+    """
+    if len(prompts) < 2:
+        raise InputError(f"{len(prompts)} prompt: intervals are over prompts and need at least 2")
+    how = Protocol(n=float(n), m=m, seed=seed, **protocol)
+    if how.each > m:
+        raise InputError(f"each={how.each} is more than m={m} reference responses a prompt")
+    models = Models(reference, _reward(reward, reference))
+    temperature = reference.settings.temperature
+
+    def draw(role: str, sampler: Sampler, key: jax.Array) -> list[PromptSamples]:
+        return sampling.draw(sampler, key, prompts, m, how.batch_size, models.reward, role)
+
+    with jax.set_mesh(reference.mesh):
+        held = heldout.open_split(models, prompts, "test", temperature, how, draw)
+        rows = [held.reference()]
+        if float(n).is_integer() and n <= m:
+            rows.append(held.bon(int(n)))
+        rows.append(held.policy("policy", float(n), policy, "policy", seed)[0])
+    return Evaluation(rows)
