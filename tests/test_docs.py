@@ -17,7 +17,7 @@ from tests import standins
 from vbon_jax import config, keys
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.sources import reviews
-from vbon_jax.models import decoder, hf
+from vbon_jax.models import decoder, lm
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "pages"
@@ -47,9 +47,8 @@ def local_models(tmp_path_factory) -> dict[str, str]:
         vocab_size=len(tokenizer), positions=96, layers=1, width=16, heads=2, mlp_width=32
     )
     params = decoder.init(small, jax.random.key(0))
-    eos = tokenizer.eos_token_id
-    hf.save_decoder(folder / "model", small, params, bos_id=None, eos_id=eos, pad_id=eos)
-    tokenizer.save_pretrained(folder / "model")
+    model = lm.LanguageModel(small, params, tokenizer)
+    lm.save(model, folder / "model", temperature=1.0, eos_id=tokenizer.eos_token_id)
     standins.distilbert(folder / "reward", texts)
     return {HUB_MODEL: str(folder / "model"), HUB_REWARD: str(folder / "reward")}
 
@@ -85,7 +84,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
         if cell.cell_type == "code"
     ]
     (evaluation,) = [text for text in printed if "win rate" in text]
-    assert all(name in evaluation for name in ("reference", "BoN", "vbon"))
+    assert all(name in evaluation for name in ("reference", "BoN", "policy"))
     assert sum(text.count("policy  ") for text in printed) == 3, "three generated responses"
 
 
