@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vbon_jax import cli
+from vbon_jax import cli, methods
 from vbon_jax import config as st
-from vbon_jax import methods
 from vbon_jax.errors import InputError
 from vbon_jax.keys import rows
 
