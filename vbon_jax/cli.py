@@ -245,12 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(version())
         return 0
     # Only now: what these import takes seconds, and --help should not.
-    from vbon_jax.models.hf import CheckpointError
     from vbon_jax.progress import Stopped
 
     try:
         execute(argv)
-    except (InputError, CheckpointError) as error:
+    except InputError as error:
         print(f"vbon: {error}", file=sys.stderr)
         return 2
     except Stopped as error:

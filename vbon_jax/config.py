@@ -377,11 +377,6 @@ def defaults_flat() -> dict[str, Any]:
     return flatten(as_dict(Config()))
 
 
-def reference_rows() -> list[tuple[str, str]]:
-    """Returns (dotted key, documentation) of every key, in order."""
-    return [(name, doc) for name, doc, _ in rows(Config)]
-
-
 def template_arguments(text: str) -> dict[str, Any]:
     """Reads ``prompts.template_arguments``.
 

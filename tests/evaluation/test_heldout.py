@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from vbon_jax.sampling.responses import Response
 
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
@@ -11,7 +12,6 @@ from vbon_jax.bon import theory
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.evaluation import heldout, measure
-from vbon_jax.sampling.responses import Response
 from vbon_jax.sampling.sampler import Request, Sampling
 
 PROMPTS, M, EACH = 60, 300, 5

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vbon_jax.sampling.responses import Response
 
 from vbon_jax.bon import references, theory
 from vbon_jax.data.samples import PromptSamples
@@ -13,7 +14,6 @@ from vbon_jax.evaluation import measure
 from vbon_jax.models import decoder
 from vbon_jax.sampling import decode
 from vbon_jax.sampling import sampler as engine
-from vbon_jax.sampling.responses import Response
 from vbon_jax.sampling.sampler import Request
 
 T = 3

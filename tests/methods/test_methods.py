@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vbon_jax.methods.build import Spec
+from vbon_jax.stages.inputs import Run
 
 from vbon_jax import config as settings
 from vbon_jax import sharding
@@ -19,11 +21,9 @@ from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.samples import PromptSamples, SampleWriter
 from vbon_jax.errors import InputError
 from vbon_jax.methods import build as methods
-from vbon_jax.methods.build import Spec
 from vbon_jax.models import decoder, hf
 from vbon_jax.rl import preference
 from vbon_jax.stages import inputs, workdir
-from vbon_jax.stages.inputs import Run
 from vbon_jax.training import offline, population
 from vbon_jax.training.population import Member
 
@@ -60,7 +60,7 @@ def root(tmp_path_factory):
         vocab_size=6, positions=8, layers=1, width=16, heads=2, mlp_width=64, initializer_range=0.3
     )
     params = jax.device_get(jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0)))
-    hf.save_decoder(place.reference, config, params, bos_id=None, eos_id=None, pad_id=None)
+    hf.save_decoder(place.reference, config, params, ids=hf.TokenIds(None, None, None))
     prompts = prompt_files.from_texts(list(PROMPTS), tokenizer)
     place.prompts("train").parent.mkdir()
     prompt_files.write_jsonl(place.prompts("train"), prompts)

@@ -17,6 +17,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vbon_jax.methods.build import Spec
+from vbon_jax.stages.inputs import Run
 
 from vbon_jax import cli, sharding
 from vbon_jax import config as settings
@@ -24,10 +26,8 @@ from vbon_jax.data import samples as reference_files
 from vbon_jax.data import tabular
 from vbon_jax.errors import InputError
 from vbon_jax.methods import build as methods
-from vbon_jax.methods.build import Spec
 from vbon_jax.report import results
 from vbon_jax.stages import claims, inputs, sweep, workdir
-from vbon_jax.stages.inputs import Run
 from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training.population import Member
 

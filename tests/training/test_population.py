@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vbon_jax.methods.build import Spec
+from vbon_jax.stages.inputs import Run
 
 from vbon_jax import config as settings
 from vbon_jax import sharding
@@ -17,11 +19,9 @@ from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.methods import build as methods
-from vbon_jax.methods.build import Spec
 from vbon_jax.models import decoder
 from vbon_jax.sampling import sampler as engine
 from vbon_jax.stages import inputs, workdir
-from vbon_jax.stages.inputs import Run
 from vbon_jax.training import loop, offline, population
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.loop import World

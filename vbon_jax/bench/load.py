@@ -74,7 +74,7 @@ def random_checkpoint(
         for seed, leaf in enumerate(leaves)
     ]
     hf.save_decoder(
-        path, config, jax.tree.unflatten(tree, noise), bos_id=None, eos_id=None, pad_id=None,
+        path, config, jax.tree.unflatten(tree, noise), ids=hf.TokenIds(None, None, None),
         like=like, shard_bytes=shard_bytes,
     )  # fmt: skip
 

@@ -94,8 +94,7 @@ def make_models(root: Path, policy: DecoderConfig = POLICY, reward: DecoderConfi
     body = jax.jit(decoder.init, static_argnums=0)(reward, jax.random.key(0))
     score = heads.init_score(reward, len(LABELS), jax.random.key(1))
     hf.save_classifier(
-        root / "reward", reward, {"decoder": body, "score": score}, LABELS, bos_id=0, eos_id=0,
-        pad_id=1,
+        root / "reward", reward, {"decoder": body, "score": score}, LABELS, ids=hf.TokenIds(0, 0, 1),
     )  # fmt: skip
     for name in ("policy", "reward"):
         tokenizers.save(tokenizer, root / name)

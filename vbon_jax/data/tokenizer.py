@@ -1,13 +1,14 @@
 """Tokenizers: trained on a corpus, or loaded from a Hugging Face directory."""
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from vbon_jax.errors import InputError
+from vbon_jax.models.hf.tokenizers import eos_id, load, same, save
+
+__all__ = ["build", "encode", "eos_id", "load", "same", "save"]
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"  # not EOS: padding must never look like a sampled end
@@ -81,73 +82,6 @@ def build(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokeniz
     if kind == "characters":
         return _characters(texts, vocab_size)
     raise InputError(f"tokenizer kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-
-
-def load(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
-    """Loads the tokenizer of a Hugging Face directory, without network access.
-
-    Args:
-      path: the directory.
-
-    Returns:
-      The tokenizer.
-
-    Raises:
-      InputError: the directory is missing or holds no tokenizer that transformers can load.
-    """
-    path = Path(path)
-    if not path.is_dir():  # from_pretrained would take the name for one on the hub
-        raise InputError(f"tokenizer directory {path} does not exist; check the path")
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, local_files_only=True, clean_up_tokenization_spaces=False
-        )
-    except Exception as error:  # a broken file surfaces as whatever its parser raises
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"no tokenizer could be loaded from {path} ({type(error).__name__}: {reason}); it "
-            "needs tokenizer.json or the vocabulary files that go with its config.json"
-        ) from error
-
-
-def save(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str]) -> None:
-    """Saves a tokenizer in the format of Hugging Face.
-
-    Args:
-      tokenizer: the tokenizer.
-      path: the directory.
-    """
-    tokenizer.save_pretrained(path)
-
-
-def same(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Compares the vocabularies of two tokenizers.
-
-    Args:
-      one: a tokenizer.
-      other: another.
-
-    Returns:
-      Whether both have the same tokens with the same ids.
-    """
-    return one.get_vocab() == other.get_vocab()
-
-
-def eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Returns the id of the end-of-sequence token.
-
-    Args:
-      tokenizer: the tokenizer.
-
-    Raises:
-      InputError: the tokenizer has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"tokenizer without EOS: {tokenizer.name_or_path or 'the one built here'} sets no "
-            'eos_token; add "eos_token" to its tokenizer_config.json'
-        )
-    return int(tokenizer.eos_token_id)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from vbon_jax.bon.ks import ks_test
 from vbon_jax.bon.log_f import log_f
 from vbon_jax.errors import InputError
-from vbon_jax.report.tables import MISSING
 
 TOLERATED = 0.001  # share of prompts that may differ from all M samples where m is enough
 TOP_SAMPLES = 10  # reference samples wanted among the top 1/n of rewards
@@ -169,27 +166,3 @@ def _examples(
             curves.append({"m": m, "rewards": grid_G.tolist(), "log_f": estimate_G.tolist()})
         examples.append({"prompt": prompts[order[place]], "kind": kind, "curves": curves})
     return examples
-
-
-def convergence_table(result: dict[str, Any]) -> Table:
-    """Table 1 of the paper for the screen, from what `convergence` returns.
-
-    Means over the rejected prompts in the columns "statistic" and "p-value", "n/a" where none was.
-    """
-    table = Table(
-        title=f"m samples a prompt against all {result['m_full']}, {result['prompts']:,} prompts, "
-        f"T = {result['temperature']:g}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for column in ("m", "rejected", "statistic", "p-value", "statistic, all prompts"):
-        table.add_column(column, justify="right")
-    for row in result["rows"]:
-        means = [row["statistic"], row["p_value"], row["mean_statistic"]]
-        table.add_row(
-            str(row["m"]),
-            f"{row['rejected']:.2%}",
-            *(MISSING if mean is None else f"{mean:.3f}" for mean in means),
-            style="bold" if row["m"] == result["recommended"] else None,
-        )
-    return table

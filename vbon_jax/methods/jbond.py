@@ -90,7 +90,7 @@ def _rows(batch: ScoredRollout) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _log_prob(params: Any, rows: tuple, setup: Setup, temperature: float) -> jax.Array:
-    """log p(response) in nats, [B]."""
+    """Log p(response) in nats, [B]."""
     tokens, mask, response_mask = rows
     found = log_probs.log_probs(
         params, setup.config, tokens, mask, response_mask.shape[1], temperature, setup.memory.chunk
@@ -101,7 +101,7 @@ def _log_prob(params: Any, rows: tuple, setup: Setup, temperature: float) -> jax
 def _against(
     policy: Any, base: Any, rows: tuple, batch: ScoredRollout, setup: Setup
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log pi and log pi_ref of the responses, and KL(policy || ref) along them, nats [B] each."""
+    """Log pi and log pi_ref of the responses, and KL(policy || ref) along them, nats [B] each."""
     tokens, mask, response_mask = rows
     config, length = setup.config, response_mask.shape[1]
     found = log_probs.against(

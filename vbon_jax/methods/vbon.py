@@ -101,7 +101,7 @@ def update(
 def best_of_n_density(
     table: References, batch: ScoredRollout, log_ref_B: jax.Array, n: jax.Array, estimator: str
 ) -> references.Density:
-    """log F and log(pi_bon / pi_ref) of each response, by its rank among the reference rewards."""
+    """Log F and log(pi_bon / pi_ref) of each response, by its rank among the reference rewards."""
     rollout = batch.rollout
     with jax.named_scope("log_f"):
         by_order = table.order_PxM is not None

@@ -66,7 +66,7 @@ def results_table(rows: Sequence[Row]) -> Table:
     """Returns the rows of ``evaluation.json`` as a table, grouped by temperature.
 
     After "±" stands half the width of the 95% interval over prompts; "n/a" is a number that was not
-    measured (null in the file).
+    measured (null in the file). The columns of speed are left out where no row has one.
 
     Args:
         rows: The rows of a split, in the order of the file.
@@ -93,8 +93,11 @@ def results_table(rows: Sequence[Row]) -> Table:
                 number(value("tokens_per_second"), ",.0f"),
             )
         )
+    columns = RESULTS_COLUMNS
+    if all(row["responses_per_second"] is None for row in rows):  # speed was not measured
+        columns, cells = columns[:-2], [cell[:-2] for cell in cells]
     return Table(
-        columns=RESULTS_COLUMNS,
+        columns=columns,
         rows=tuple(cells),
         title="Held-out prompts (±: half the 95% interval)",
         caption="Held-out prompts; after ± half the 95% interval over prompts; KL in nats per "

@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 
 from vbon_jax.config import Config, as_dict
 from vbon_jax.errors import InputError
-from vbon_jax.models.hf import CheckpointError
 from vbon_jax.progress import log
 from vbon_jax.sampling.sampler import named_key
 from vbon_jax.stages.record import Stage
@@ -56,7 +55,7 @@ def perform(run: Run, stage: Stage, again: bool) -> None:
     try:
         with jax.set_mesh(run.mesh):
             stage.run(run)
-    except (InputError, CheckpointError):
+    except InputError:
         workdir.abandon(stage.name)
         raise
     workdir.complete(stage.name)

@@ -95,7 +95,7 @@ def classifier(run: Run, stage: str, r: Reward | Evaluator, path: Path, seed: in
     loss = partial(supervised.classifier_loss, config=config)
     params, held_out = fit(run, stage, params, loss, options, data)
     hf.save_classifier(
-        path, config, params, LABELS, bos_id=tokenizer.bos_token_id, eos_id=end, pad_id=pad
+        path, config, params, LABELS, ids=hf.TokenIds(bos=tokenizer.bos_token_id, eos=end, pad=pad)
     )
     tokenizers.save(tokenizer, path)
     accuracy = supervised.accuracy(

@@ -1,0 +1,210 @@
+"""The Python API on a tiny model: every step, and what it says of bad input."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import vbon_jax as vbon
+from tests import standins
+from vbon_jax.data.sources import reviews
+from vbon_jax.errors import InputError
+
+TEXTS = ("the film is", "i think the acting", "a drama of", "this comedy")
+SMALL = {"batch_size": 16, "minibatch_size": 8, "ppo_epochs": 1, "learning_rate": 3e-3}
+
+
+def length(prompts, responses):
+    return [len(response) / 10 for response in responses]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    where = tmp_path_factory.mktemp("api")
+    standins.gpt2(where / "gpt2", [e.text for e in reviews.examples(0, 200)])
+    return where
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    return vbon.load_model(place / "gpt2", max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def prompts(reference):
+    return vbon.prompts(TEXTS, reference)
+
+
+@pytest.fixture(scope="module")
+def samples(reference, prompts):
+    return vbon.sample(reference, prompts, m=8, reward=length)
+
+
+def test_the_package_is_imported_lazily():
+    code = "import sys, vbon_jax; print(sorted({'jax', 'transformers', 'flax'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_every_name_of_the_api_is_there_and_no_other():
+    for name in vbon.__all__:
+        assert getattr(vbon, name) is not None
+    assert sorted(vbon.__all__) == dir(vbon)
+    with pytest.raises(AttributeError, match="no attribute 'VBON'"):
+        vbon.VBON  # noqa: B018
+
+
+def test_the_maths_is_arrays_in_arrays_out():
+    ratio = vbon.bon.distribution.log_bon_ratio(np.log(0.5), np.log(0.1), 1.0)
+    np.testing.assert_allclose(ratio, 0.0, atol=1e-6)
+
+
+def test_samples_are_those_of_the_reward_and_the_seed(reference, prompts, samples):
+    assert samples.rewards.shape == (4, 8)
+    one = samples.samples[0]
+    assert samples.rewards[0].tolist() == pytest.approx(length([], one.responses))
+    again = vbon.sample(reference, prompts, m=8, reward=length, batch_size=5)
+    assert [x.response_tokens for x in again.samples] == [
+        x.response_tokens for x in samples.samples
+    ]
+    other = vbon.sample(reference, prompts, m=8, reward=length, seed=1)
+    assert other.samples[0].response_tokens != one.response_tokens
+
+
+def test_saved_samples_are_read_back(samples, tmp_path):
+    from vbon_jax.data import samples as sample_files
+
+    samples.save(tmp_path / "samples.jsonl")
+    samples.save(tmp_path / "samples.jsonl")  # and replaced
+    assert sample_files.read(tmp_path / "samples.jsonl") == list(samples.samples)
+
+
+def test_vbon_moves_towards_the_reward_and_leaves_the_reference_alone(
+    reference, prompts, samples, tmp_path
+):
+    before = jax.device_get(reference.model.params)
+    policy = vbon.train(
+        reference, samples, reward=length, method=vbon.VBoN(n=4), iterations=30,
+        **SMALL | {"learning_rate": 1e-2},
+    )  # fmt: skip
+    after = jax.device_get(reference.model.params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    found = vbon.evaluate(policy, reference, prompts, reward=length, n=4, m=16, each=8)
+    assert found["policy"]["reward"] > found["reference"]["reward"]
+    assert found["policy"]["kl_ref"] > 0.01
+    assert found["bon"]["win_rate"] > found["reference"]["win_rate"]
+    shown = str(found)
+    assert "win rate" in shown and "n/a" not in shown
+    # Saved, it is the same model to transformers.
+    policy.save(tmp_path / "policy")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    ids = torch.tensor([prompts[0].tokens])
+    from vbon_jax.models import decoder
+
+    hidden = decoder.hidden(
+        policy.model.params, policy.model.config, np.array(ids), np.ones(ids.shape, bool)
+    )
+    ours = decoder.logits(policy.model.params, policy.model.config, hidden)
+    np.testing.assert_allclose(ours, theirs(ids).logits.detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (vbon.PPO(beta=0.3), SMALL | {"iterations": 1}),
+        (vbon.BOND(n=4), SMALL | {"iterations": 1}),
+        (vbon.JBOND(), SMALL | {"iterations": 1}),
+        (vbon.DPO(beta=0.3), {"epochs": 1, "pairs": 2, "batch_size": 8}),
+        (vbon.BoNBoN(n=4), {"epochs": 1, "pairs": 2, "batch_size": 8}),
+        (vbon.BoNSFT(n=4), {"epochs": 1, "pairs": 2, "batch_size": 8}),
+    ],
+    ids=lambda x: type(x).__name__ if not isinstance(x, dict) else "",
+)
+def test_every_method_trains(reference, samples, method, settings):
+    policy = vbon.train(
+        reference, samples, reward=length, method=method, **settings | {"learning_rate": 1e-2}
+    )
+    moved = jax.tree.map(
+        lambda a, b: float(np.max(np.abs(a - b))), policy.model.params, reference.model.params
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    assert len(policy.generate(TEXTS[:1], count=2)[0]) == 2
+
+
+def test_adapters_and_upper_layers_are_merged(reference, samples):
+    common = SMALL | {"iterations": 1, "reward": length, "method": vbon.VBoN(n=4)}
+    lora = vbon.train(reference, samples, lora=vbon.Lora(rank=2), **common)
+    upper = vbon.train(reference, samples, num_layers_unfrozen=1, **common)
+    shapes = jax.tree.map(np.shape, reference.model.params)
+    for policy in (lora, upper):
+        assert jax.tree.map(np.shape, policy.model.params) == shapes
+    kernel = ("blocks", "mlp", "up", "kernel")
+
+    def weight(sampler):
+        tree = sampler.model.params
+        for name in kernel:
+            tree = tree[name]
+        return np.asarray(tree)
+
+    assert np.array_equal(weight(upper)[:-1], weight(reference)[:-1])
+    assert not np.array_equal(weight(upper)[-1], weight(reference)[-1])
+
+
+def test_a_classifier_as_the_reward(place, reference, prompts):
+    texts = [e.text for e in reviews.examples(0, 200)]
+    standins.distilbert(place / "distilbert", texts)
+    reward = vbon.load_reward(place / "distilbert", score="prob")
+    samples = vbon.sample(reference, prompts[:2], m=3, reward=reward)
+    one = samples.samples[1]
+    np.testing.assert_allclose(
+        reward([prompts[1].text] * 3, one.responses), samples.rewards[1], atol=1e-6
+    )
+    assert ((samples.rewards > 0) & (samples.rewards < 1)).all()
+    with pytest.raises(InputError, match="knows NEGATIVE, POSITIVE"):
+        vbon.load_reward(place / "distilbert", label="GOOD")
+
+
+def test_generation_is_a_function_of_its_seed(reference):
+    first = reference.generate(TEXTS, count=2)
+    assert first == reference.generate(TEXTS, count=2, batch_size=3)
+    assert first != reference.generate(TEXTS, count=2, seed=1)
+    assert all(len(row) == 2 for row in first)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"iteration": 3}, "iteration=3: vbon has no such setting; it has adam_eps, batch_size"),
+        ({"minibatch_size": 7}, "train.batch_size=128 is not a multiple of"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0: must be above 0"),
+        ({"value_network": "reward"}, "value_network='reward' needs a run"),
+        ({"reward": None}, "reward is not given: VBoN learns from rollouts"),
+        ({"method": vbon.BOND(n=1)}, "so n must be above 1"),
+        ({"num_layers_unfrozen": 9}, "num_layers_unfrozen=9"),
+    ],
+)
+def test_bad_settings_are_named(reference, samples, wrong, message):
+    with pytest.raises(InputError) as error:
+        vbon.train(reference, samples, **{"reward": length, "method": vbon.VBoN(n=4)} | wrong)
+    assert message in str(error.value)
+
+
+def test_other_bad_input_is_named(reference, prompts, samples):
+    with pytest.raises(InputError, match=r"VBoN.n=0.5: must be at least 1"):
+        vbon.VBoN(n=0.5)
+    with pytest.raises(TypeError, match="give the options of a method, one of VBoN, PPO"):
+        vbon.train(reference, samples, reward=length, method="vbon")
+    with pytest.raises(InputError, match="need at least 2"):
+        vbon.evaluate(reference, reference, prompts[:1], reward=length)
+    with pytest.raises(InputError, match="is more than m=2 reference responses"):
+        vbon.evaluate(reference, reference, prompts, reward=length, m=2)
+    with pytest.raises(InputError, match="returned NaN for"):
+        vbon.sample(reference, prompts, m=2, reward=lambda p, r: [float("nan")] * len(r))
+    with pytest.raises(InputError, match="has no token"):
+        vbon.prompts(["the film", ""], reference)
+    with pytest.raises(InputError, match="positions and the model has 48"):
+        vbon.prompts(["the film " * 40], reference)
