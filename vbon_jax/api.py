@@ -361,7 +361,9 @@ class Evaluation:
         from vbon_jax.report import tables
 
         text = io.StringIO()
-        Console(file=text, width=100).print(tables.results_table(self.rows))
+        # In a notebook, rich would display the table itself and leave the text empty.
+        console = Console(file=text, width=100, force_jupyter=False)
+        console.print(tables.results_table(self.rows))
         return text.getvalue().rstrip()
 
     def __getitem__(self, policy: str) -> dict[str, Any]:
