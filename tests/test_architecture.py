@@ -17,8 +17,10 @@ def modules_imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            # "from a import b" may import the module a.b.
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            # "from a import b" may import the module a.b: of a package of ours, it says which room.
+            inside = (ROOT / (node.module or "").replace(".", "/")).is_dir()
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= set() if inside else {node.module}
     return names
 
 

@@ -24,7 +24,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.evaluation import heldout
 from vbon_jax.evaluation.heldout import Models, Protocol
 from vbon_jax.methods import learning
-from vbon_jax.methods.learning import Job
+from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.hf import hub, tokenizers
 from vbon_jax.rewards.base import Reward
@@ -36,7 +36,7 @@ from vbon_jax.sampling.sampler import Sampler, Sampling, named_key
 from vbon_jax.training import loop, options
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
-from vbon_jax.training.options import Lora, Memory, Offline, Train, Training
+from vbon_jax.training.options import Lora, Memory, Offline, Train
 from vbon_jax.training.references import references
 
 # (prompts, responses) -> rewards, a float each

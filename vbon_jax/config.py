@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from vbon_jax import keys, methods, stages
 from vbon_jax.data import tokenizer
 from vbon_jax.errors import InputError
-from vbon_jax.keys import as_dict, flatten, group, key, named, rows
-from vbon_jax.methods.base import beta_key, estimator_key, n_key, ties_key
+from vbon_jax.keys import as_dict, flatten, group, key, named
+from vbon_jax.methods.base import beta_key
 from vbon_jax.methods.vbon import objective_key
 from vbon_jax.rewards import classifier
 from vbon_jax.rewards.combined import MISSING_EOS
@@ -179,16 +179,13 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(methods.Options):
     """The training method and the best-of-n it aims at."""
 
     name: str = key("vbon", "Training method; bon is best-of-n itself, without training.",
                     choices=methods.NAMES)  # fmt: skip
     objective: str = objective_key()
-    n: float = n_key()
     beta: float = beta_key()
-    estimator: str = estimator_key()
-    ties: str = ties_key()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vbon_jax.methods import bon_sft, bonbon, bond, dpo, jbond, ppo, vbon
-from vbon_jax.methods.base import BEST_OF_N, Method, Series
+from vbon_jax.methods.base import BEST_OF_N, Method, Options, Series
 
 METHODS: tuple[Method, ...] = (
     vbon.METHOD,
@@ -36,4 +36,7 @@ def of_options(options: Any) -> Method:
     raise TypeError(f"method={options!r}: give the options of a method, one of {known}")
 
 
-__all__ = ["BEST_OF_N", "METHODS", "NAMES", "SERIES", "Method", "Series", "of_config", "of_options"]
+__all__ = [
+    "BEST_OF_N", "METHODS", "NAMES", "SERIES", "Method", "Options", "Series", "of_config",
+    "of_options",
+]  # fmt: skip

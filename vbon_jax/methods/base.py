@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vbon_jax import keys
 from vbon_jax.bon.log_f import ESTIMATORS, TIES
 from vbon_jax.keys import key
 from vbon_jax.training.learner import Member, Update
@@ -22,29 +23,33 @@ from vbon_jax.training.ppo import Setup
 BEST_OF_N = "bon"  # as `method.name`: best-of-n itself, which trains nothing
 
 
-# Keys that several methods have. The config group `method` is made of them.
-def n_key(default: float = 8.0) -> Any:
-    """The n of best-of-n."""
-    return key(default, "n of best-of-n: any real number of at least 1; a whole number for bon_sft "
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every method is told: the best-of-n that it aims at or, having no n, is compared with.
+
+    Attributes:
+      n: of best-of-n.
+      estimator: of log F.
+      ties: how best-of-n chooses among equal rewards.
+    """
+
+    n: float = key(8.0, "The n of best-of-n: any real number of at least 1, a whole one for bon_sft "
                         "and bonbon.", least=1)  # fmt: skip
+    estimator: str = key("interval", "Estimator of log F from the reference samples; interval "
+                         "estimates the density ratio of best-of-n directly.",
+                         choices=ESTIMATORS)  # fmt: skip
+    ties: str = key("random", "Choice of best-of-n among equal rewards: random, or by a fixed "
+                    "order of responses (pairs of dpo and bonbon: always random).",
+                    choices=TIES)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Raises InputError on a value that is out of range."""
+        keys.check(self, type(self).__name__)
 
 
-def beta_key(default: float = 1 / 7) -> Any:
+def beta_key() -> Any:
     """The coefficient of KL(policy || reference)."""
-    return key(default, "Of ppo and dpo: KL coefficient; 1/(n-1) matches best-of-n.", above=0)
-
-
-def estimator_key(default: str = "interval") -> Any:
-    """The estimator of log F."""
-    return key(default, "Estimator of log F from the reference samples; interval estimates the "
-                        "density ratio of best-of-n directly.", choices=ESTIMATORS)  # fmt: skip
-
-
-def ties_key(default: str = "random") -> Any:
-    """How best-of-n breaks ties."""
-    return key(default, "Choice of best-of-n among equal rewards: random, or by a fixed order of "
-                        "responses (pairs of dpo and bonbon: always random).",
-               choices=TIES)  # fmt: skip
+    return key(1 / 7, "Of ppo and dpo: KL coefficient; 1/(n-1) matches best-of-n.", above=0)
 
 
 def taken(cls: type, *groups: Any) -> Any:

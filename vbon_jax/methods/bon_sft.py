@@ -4,16 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from vbon_jax import keys
 from vbon_jax.bon import enumeration, pool
 from vbon_jax.methods.base import (
     Method,
     Offline,
+    Options,
     Series,
-    estimator_key,
-    n_key,
     taken,
-    ties_key,
 )
 from vbon_jax.training import offline
 from vbon_jax.training.learner import Member
@@ -21,7 +18,7 @@ from vbon_jax.training.options import Offline as OfflineKeys
 
 
 @dataclasses.dataclass(frozen=True)
-class BoNSFT:
+class BoNSFT(Options):
     """Options of maximum likelihood on best-of-n's winners.
 
     Attributes:
@@ -29,14 +26,6 @@ class BoNSFT:
       estimator: of log F, for the KL to best-of-n in the evaluation.
       ties: how best-of-n chooses among equal rewards.
     """
-
-    n: float = n_key()
-    estimator: str = estimator_key()
-    ties: str = ties_key()
-
-    def __post_init__(self) -> None:
-        """Raises InputError on a value that is out of range."""
-        keys.check(self, "BoNSFT")
 
 
 def choose(
@@ -69,7 +58,8 @@ METHOD = Method(
     whole_n=True,
     series=(
         Series(
-            label="bon_sft", name="BoN-SFT", color="#1a1a1a", marker="X", doc="Values of n of bon_sft.",
+            label="bon_sft", name="BoN-SFT", color="#1a1a1a", marker="X",
+            doc="Values of n of bon_sft.",
             in_front=False,
             optimum=lambda log_ref, rewards, n, *_: enumeration.log_bon(log_ref, rewards, n),
             formula="pi_bon",

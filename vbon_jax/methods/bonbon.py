@@ -5,16 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 
-from vbon_jax import keys
 from vbon_jax.bon import enumeration, pool, targets
 from vbon_jax.methods.base import (
     Method,
     Offline,
+    Options,
     Series,
-    estimator_key,
-    n_key,
     taken,
-    ties_key,
 )
 from vbon_jax.rl import preference
 from vbon_jax.training import offline
@@ -23,7 +20,7 @@ from vbon_jax.training.options import Offline as OfflineKeys
 
 
 @dataclasses.dataclass(frozen=True)
-class BoNBoN:
+class BoNBoN(Options):
     """Options of BoNBoN.
 
     Attributes:
@@ -31,14 +28,6 @@ class BoNBoN:
       estimator: of log F, for the KL to best-of-n in the evaluation.
       ties: how the best-of-n of the evaluation chooses among equal rewards.
     """
-
-    n: float = n_key()
-    estimator: str = estimator_key()
-    ties: str = ties_key()
-
-    def __post_init__(self) -> None:
-        """Raises InputError on a value that is out of range."""
-        keys.check(self, "BoNBoN")
 
 
 def choose(
@@ -105,7 +94,8 @@ METHOD = Method(
     check_n=lambda n: "" if n >= 2 else "bonbon needs a best and a worst, n of at least 2",
     series=(
         Series(
-            label="bonbon", name="BoNBoN", color="#e69f00", marker="D", doc="Values of n of bonbon.",
+            label="bonbon", name="BoNBoN", color="#e69f00", marker="D",
+            doc="Values of n of bonbon.",
             optimum=optimum, formula="argmin of its loss",
         ),
     ),

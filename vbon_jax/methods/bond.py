@@ -1,24 +1,21 @@
-"""BOND in its backward form (Sessa et al., 2024): PPO on log p_<=(y) with the KL coefficient 1/(n-1)."""
+"""BOND, backward form (Sessa et al., 2024): PPO on log p_<=(y), KL coefficient 1/(n-1)."""
 
 import dataclasses
 from functools import partial
 
-from vbon_jax import keys
 from vbon_jax.bon import targets
 from vbon_jax.methods import vbon
 from vbon_jax.methods.base import (
     Method,
     Online,
+    Options,
     Series,
-    estimator_key,
-    n_key,
     taken,
-    ties_key,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class BOND:
+class BOND(Options):
     """Options of BOND's backward form.
 
     Attributes:
@@ -26,14 +23,6 @@ class BOND:
       estimator: of log F.
       ties: how best-of-n chooses among equal rewards.
     """
-
-    n: float = n_key()
-    estimator: str = estimator_key()
-    ties: str = ties_key()
-
-    def __post_init__(self) -> None:
-        """Raises InputError on a value that is out of range."""
-        keys.check(self, "BOND")
 
 
 def check_n(n: float) -> str:

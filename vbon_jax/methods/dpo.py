@@ -6,18 +6,15 @@ import itertools
 import jax
 import numpy as np
 
-from vbon_jax import keys
 from vbon_jax.bon import targets
 from vbon_jax.errors import InputError
 from vbon_jax.methods.base import (
     Method,
     Offline,
+    Options,
     Series,
     beta_key,
-    estimator_key,
-    n_key,
     taken,
-    ties_key,
 )
 from vbon_jax.rl import preference
 from vbon_jax.training import offline
@@ -26,7 +23,7 @@ from vbon_jax.training.options import Offline as OfflineKeys
 
 
 @dataclasses.dataclass(frozen=True)
-class DPO:
+class DPO(Options):
     """Options of DPO.
 
     Attributes:
@@ -37,13 +34,6 @@ class DPO:
     """
 
     beta: float = beta_key()
-    n: float = n_key()
-    estimator: str = estimator_key()
-    ties: str = ties_key()
-
-    def __post_init__(self) -> None:
-        """Raises InputError on a value that is out of range."""
-        keys.check(self, "DPO")
 
 
 def choose(
@@ -121,7 +111,8 @@ METHOD = Method(
     check_samples=_check_samples,
     series=(
         Series(
-            label="dpo", name="DPO", color="#cc79a7", marker="^", doc="Values of beta of dpo.", varies="beta",
+            label="dpo", name="DPO", color="#cc79a7", marker="^",
+            doc="Values of beta of dpo.", varies="beta",
             optimum=optimum, formula="pi_ref exp(r / beta) / Z",
         ),
     ),

@@ -1,4 +1,4 @@
-"""J-BOND (Sessa et al., 2024, Algorithm 2): distil best-of-2 of a moving anchor, again and again."""
+"""J-BOND (Sessa et al., 2024, Algorithm 2): distil best-of-2 of a moving anchor, repeatedly."""
 
 import dataclasses
 from functools import partial
@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vbon_jax import keys, sharding
+from vbon_jax import sharding
 from vbon_jax.bon.references import References
 from vbon_jax.keys import key
 from vbon_jax.methods import bond as backward
-from vbon_jax.methods.base import Method, Online, estimator_key, n_key, taken, ties_key
+from vbon_jax.methods.base import Method, Online, Options, taken
 from vbon_jax.methods.vbon import best_of_n_density
 from vbon_jax.models import decoder, log_probs, trainable
 from vbon_jax.rl import bond, kl
@@ -49,7 +49,7 @@ class Bond:
 
 
 @dataclasses.dataclass(frozen=True)
-class JBOND:
+class JBOND(Options):
     """Options of J-BOND.
 
     Attributes:
@@ -65,13 +65,6 @@ class JBOND:
     jeffreys: float = _jeffreys_key()
     anchor_rate: float = _anchor_rate_key()
     beta: float = _beta_key()
-    n: float = n_key()
-    estimator: str = estimator_key()
-    ties: str = ties_key()
-
-    def __post_init__(self) -> None:
-        """Raises InputError on a value that is out of range."""
-        keys.check(self, "JBOND")
 
 
 def iteration(learner: Any, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:

@@ -27,12 +27,39 @@ from vbon_jax.sampling.sampler import named_key
 from vbon_jax.training import loop, offline, population, state
 from vbon_jax.training.learner import Learner, Member, Program, prompt_length
 from vbon_jax.training.loop import Step, Task
-from vbon_jax.training.options import Training
+from vbon_jax.training.options import Lora, Memory, Train
+from vbon_jax.training.options import Offline as OfflineKeys
 from vbon_jax.training.population import PopulationLearner
 from vbon_jax.training.ppo import Setup
 from vbon_jax.training.references import orders
 
 STEPS = 10  # gradient steps of an offline method between two looks at the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a policy is trained, whatever the method.
+
+    Attributes:
+      train: hyperparameters of PPO and of the loop.
+      offline: of the methods that learn from stored samples.
+      lora: adapters.
+      memory: dtypes and microbatches.
+      score_batch: responses whose log pi_ref is computed at once, where stored samples lack it.
+    """
+
+    train: Train = Train()
+    offline: OfflineKeys = OfflineKeys()
+    lora: Lora = Lora()
+    memory: Memory = Memory()
+    score_batch: int = 64
+
+    @property
+    def trained(self) -> trainable.Trainable:
+        """What of the model is trained."""
+        return trainable.Trainable(
+            self.train.num_layers_unfrozen, self.lora.rank, self.lora.targets
+        )
 
 
 class ValueNetwork(NamedTuple):

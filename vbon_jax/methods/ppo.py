@@ -3,23 +3,20 @@
 import dataclasses
 from functools import partial
 
-from vbon_jax import keys
 from vbon_jax.bon import targets
 from vbon_jax.methods import vbon
 from vbon_jax.methods.base import (
     Method,
     Online,
+    Options,
     Series,
     beta_key,
-    estimator_key,
-    n_key,
     taken,
-    ties_key,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class PPO:
+class PPO(Options):
     """Options of PPO.
 
     Attributes:
@@ -30,13 +27,6 @@ class PPO:
     """
 
     beta: float = beta_key()
-    n: float = n_key()
-    estimator: str = estimator_key()
-    ties: str = ties_key()
-
-    def __post_init__(self) -> None:
-        """Raises InputError on a value that is out of range."""
-        keys.check(self, "PPO")
 
 
 METHOD = Method(
@@ -52,7 +42,8 @@ METHOD = Method(
     ),
     series=(
         Series(
-            label="ppo", name="PPO", color="#009e73", marker="s", doc="Values of beta of ppo.", varies="beta",
+            label="ppo", name="PPO", color="#009e73", marker="s",
+            doc="Values of beta of ppo.", varies="beta",
             optimum=lambda log_ref, rewards, n, beta, _: targets.tilted(log_ref, rewards, beta),
             formula="pi_ref exp(r / beta) / Z",
         ),

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vbon_jax import keys
 from vbon_jax.bon import distribution, enumeration, references, targets
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon.references import References
@@ -15,11 +14,9 @@ from vbon_jax.keys import key
 from vbon_jax.methods.base import (
     Method,
     Online,
+    Options,
     Series,
-    estimator_key,
-    n_key,
     taken,
-    ties_key,
 )
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import ppo
@@ -35,7 +32,7 @@ def objective_key() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class VBoN:
+class VBoN(Options):
     """Options of vBoN.
 
     Attributes:
@@ -45,14 +42,7 @@ class VBoN:
       ties: how best-of-n chooses among equal rewards.
     """
 
-    n: float = n_key()
     objective: str = objective_key()
-    estimator: str = estimator_key()
-    ties: str = ties_key()
-
-    def __post_init__(self) -> None:
-        """Raises InputError on a value that is out of range."""
-        keys.check(self, "VBoN")
 
 
 def iteration(learner: Any, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:

@@ -18,7 +18,7 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation.heldout import Models
-from vbon_jax.methods.learning import Job, ValueNetwork
+from vbon_jax.methods.learning import Job, Training, ValueNetwork
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.hf import hub, peft
@@ -30,7 +30,6 @@ from vbon_jax.sampling.sampler import Sampler, Sampling
 from vbon_jax.stages.base import Run
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
-from vbon_jax.training.options import Training
 from vbon_jax.training.references import references
 
 RewardModel = ClassifierReward | TextReward | FunctionReward

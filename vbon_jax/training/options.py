@@ -145,29 +145,3 @@ def check(train: Train, lora: Lora, memory: Memory) -> None:
     ):
         if not holds:
             raise InputError(text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """How a policy is trained, whatever the method.
-
-    Attributes:
-      train: hyperparameters of PPO and of the loop.
-      offline: of the methods that learn from stored samples.
-      lora: adapters.
-      memory: dtypes and microbatches.
-      score_batch: responses whose log pi_ref is computed at once, where stored samples lack it.
-    """
-
-    train: Train = Train()
-    offline: Offline = Offline()
-    lora: Lora = Lora()
-    memory: Memory = Memory()
-    score_batch: int = 64
-
-    @property
-    def trained(self) -> trainable.Trainable:
-        """What of the model is trained."""
-        return trainable.Trainable(
-            self.train.num_layers_unfrozen, self.lora.rank, self.lora.targets
-        )
