@@ -155,7 +155,7 @@ def table(times: Mapping[str, float], members: int = 8) -> Table:
       One row per quantity.
     """
     title = f"A population of {members} policies against {members} single runs"
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, min_width=len(title))  # or the title would be wrapped
     shown.add_column("quantity")
     shown.add_column("value", justify="right")
     for name, value in times.items():
