@@ -1,9 +1,12 @@
 """Host memory and seconds of loading a checkpoint, measured in a process of its own.
 
-``python -m vbon_jax.bench.load`` writes a random checkpoint of 2 GB to a temporary directory, loads
-it in several ways, prints the table and removes it. Linux only: it reads /proc.
+    python -m vbon_jax.bench.load
+
+writes a random checkpoint of 1.8 GB to a temporary directory, loads it in several dtypes and
+meshes, prints the table and removes it. Linux only: it reads /proc.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -11,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from vbon_jax import sharding
@@ -32,7 +36,7 @@ SIZES = DecoderConfig(
 
 @dataclasses.dataclass(frozen=True)
 class _Noise:
-    """A leaf of normal numbers that are drawn when they are asked for, a layer at a time."""
+    """A leaf of normal numbers, drawn a layer at a time when they are read."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -60,9 +64,9 @@ def random_checkpoint(
     Args:
       path: the directory, made if absent.
       config: the decoder's configuration.
-      like: the config.json to write; None for a GPT-2, as of ``hf.save_decoder``.
-      dtype: of the weights, float32 or bfloat16.
-      shard_bytes: the largest size of one file of weights.
+      like: the config.json to write, as of ``hf.save_decoder``; None for a GPT-2.
+      dtype: dtype of the weights, "float32" or "bfloat16".
+      shard_bytes: largest size of one file of weights.
 
     Raises:
       ValueError: if `like` does not describe config.
@@ -87,21 +91,23 @@ def measure(
     fsdp: int = 1,
     tensor: int = 1,
 ) -> dict[str, float]:
-    """Loads a decoder on CPU devices in a fresh process and says what that took.
+    """Measures loading a decoder on CPU devices, in a fresh process.
 
     Args:
-      directory: of the checkpoint.
-      dtype: of the loaded parameters.
-      devices: how many CPU devices to feign; fsdp and tensor: axes of the mesh over them.
+      directory: directory of the checkpoint.
+      dtype: dtype of the loaded parameters.
+      devices: number of CPU devices to emulate.
+      fsdp: size of the mesh axis "fsdp".
+      tensor: size of the mesh axis "tensor".
 
     Returns:
-      {"arrays_bytes": of all parameters, copies on several devices counted each, "largest_bytes":
-      the largest tensor, as it lies in memory (a layer of a stacked leaf), "beyond_bytes": the peak
-      of resident memory while loading, less what was resident before and less the arrays,
-      "ratio": beyond_bytes / largest_bytes, "seconds": of loading}.
+      "arrays_bytes": size of all parameters, copies on several devices counted each;
+      "largest_bytes": size in memory of the largest tensor (one layer of a stacked leaf);
+      "beyond_bytes": peak resident memory while loading, less what was resident before and less the
+      arrays; "ratio": beyond_bytes / largest_bytes; "seconds": of loading.
 
     Raises:
-      RuntimeError: the process failed, with what it wrote.
+      RuntimeError: if the process failed, with what it wrote.
     """
     arguments = {"directory": str(directory), "dtype": dtype, "fsdp": fsdp, "tensor": tensor}
     flags = f"--xla_force_host_platform_device_count={devices}"
@@ -116,12 +122,24 @@ def measure(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _resident(key: str) -> int:
-    """VmRSS or VmHWM, its peak since it was reset, in bytes."""
+def resident_bytes(key: str) -> int:
+    """Reads this process's resident memory.
+
+    Args:
+      key: "VmRSS" for what is resident now, "VmHWM" for its peak since it was reset.
+
+    Raises:
+      RuntimeError: if /proc/self/status does not say it.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def reset_peak() -> None:
+    """Lets the peak of resident memory, "VmHWM", start again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _measure_here(directory: str, dtype: str, fsdp: int, tensor: int) -> dict[str, float]:
@@ -130,16 +148,16 @@ def _measure_here(directory: str, dtype: str, fsdp: int, tensor: int) -> dict[st
     def place(path: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
         return jax.sharding.NamedSharding(mesh, sharding.spec_for(path, shape, mesh))
 
-    # Libraries and the runtime are there before and after: not what loading takes.
+    # Libraries and the runtime are resident before and after: not what loading takes.
     hf.read_config(directory)
     jax.jit(jnp.zeros, static_argnums=0, out_shardings=place("", (1,)))(1).block_until_ready()
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = resident_bytes("VmRSS")
+    reset_peak()
     start = time.perf_counter()
     _, params = hf.load_decoder(directory, place=place if mesh.size > 1 else None, dtype=dtype)
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
-    peak = _resident("VmHWM")
+    peak = resident_bytes("VmHWM")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     arrays = sum(shard.data.nbytes for _, x in leaves for shard in x.addressable_shards)
     largest = max(
@@ -157,7 +175,14 @@ def _measure_here(directory: str, dtype: str, fsdp: int, tensor: int) -> dict[st
 
 
 def table(results: Mapping[str, Mapping[str, float]]) -> Table:
-    """{what: a result of `measure`} as a table for the screen."""
+    """Makes the table of results for the screen.
+
+    Args:
+      results: what `measure` returned, by the name of the row.
+
+    Returns:
+      One row per result, sizes in MB.
+    """
     shown = Table("load", title="Loading a checkpoint: host memory beyond the arrays")
     for column in ("arrays, MB", "largest tensor, MB", "beyond, MB", "beyond / largest", "s"):
         shown.add_column(column, justify="right")
@@ -169,13 +194,19 @@ def table(results: Mapping[str, Mapping[str, float]]) -> Table:
     return shown
 
 
-def main(arguments: Iterable[str]) -> None:
-    """Without arguments the whole table; with the JSON of one measurement, that one."""
-    for argument in arguments:
-        print(json.dumps(_measure_here(**json.loads(argument))))
-        return
-    from rich.console import Console
+def main(argv: Sequence[str]) -> None:
+    """Prints the whole table; in the measuring process, one measurement as JSON.
 
+    Args:
+      argv: the command line's arguments; for the measuring process, one JSON object.
+    """
+    if len(argv) == 1 and argv[0].startswith("{"):
+        print(json.dumps(_measure_here(**json.loads(argv[0]))))
+        return
+    argparse.ArgumentParser(
+        prog="python -m vbon_jax.bench.load",
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
+    ).parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         random_checkpoint(directory)
         Console().print(

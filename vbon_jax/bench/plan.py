@@ -1,14 +1,15 @@
-"""``vbon plan`` held against the memory that stage ``train`` takes, in processes of its own.
+"""The memory that ``vbon plan`` predicts for stage ``train``, against the measured peak.
 
-``python -m vbon_jax.bench.plan`` makes random models in a temporary directory, trains two
-iterations under each of ``SETTINGS`` on CPU, prints the table and removes them. Linux only: it
-reads /proc.
+    python -m vbon_jax.bench.plan
 
-The figure is the peak of resident memory during the stage, less what was resident before it. The
-stage is done once before in the same process: what libraries, compiled programs and the compiler
-itself keep (0.2 to 0.4 GB, whatever the model) is there by then, programs come from JAX's
-compilation cache, and the figure is what arrays and temporaries take, as a GPU's
-``peak_bytes_in_use``. The allocator is told to give back at once what is freed.
+makes random models in a temporary directory, trains two iterations under each of ``SETTINGS`` on
+CPU, in processes of their own, prints the table and removes them. Linux only: it reads /proc.
+
+Measured is the peak of resident memory during the stage, less what was resident before it. The
+stage is run once before in the same process. So what libraries, compiled programs and the compiler
+itself keep (0.2 to 0.4 GB, whatever the model) is resident by then, programs come from JAX's
+compilation cache, and what is measured is arrays and temporaries, like a GPU's
+``peak_bytes_in_use``. The allocator is told to return freed memory at once.
 """
 
 import argparse
@@ -29,10 +30,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vbon_jax.bench import load as bench_load
+from vbon_jax import cli, sharding
+from vbon_jax.bench import load
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.models import decoder, heads, hf
 from vbon_jax.models.config import DecoderConfig
+from vbon_jax.stages import STAGES, base, plan, train
+from vbon_jax.stages.workdir import Workdir
+from vbon_jax.training.checkpoint import Checkpointer
 
 CONFIG = "configs/reviews.py"
 # GPT-2's vocabulary; an iteration takes seconds on two cores.
@@ -53,8 +58,13 @@ CLASSIFIER = ("reward.function=", "reward.path={root}/reward")
 
 
 class Setting(NamedTuple):
-    """flags: of ``vbon``, without --config., after BASE; {root} is where the models are.
-    devices: CPU devices to feign; they share the process."""
+    """A configuration to be compared.
+
+    Attributes:
+      flags: config keys and values, "train.penalty=full", applied after ``BASE``; {root} stands for
+        the directory of the models.
+      devices: number of CPU devices to emulate; they share the process's memory.
+    """
 
     flags: tuple[str, ...]
     devices: int = 1
@@ -81,20 +91,36 @@ SETTINGS = {
 
 
 def length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A reward that holds nothing."""
+    """A reward that takes no memory: the length of the response in characters.
+
+    Args:
+      prompts: not used.
+      responses: texts.
+
+    Returns:
+      One reward per response.
+    """
     del prompts
     return [float(len(response)) for response in responses]
 
 
 def make_models(root: Path, policy: DecoderConfig = POLICY, reward: DecoderConfig = REWARD) -> None:
-    """Random models ``policy`` and ``reward`` with a small tokenizer, prompts and samples."""
+    """Writes random models with a small tokenizer, prompts and samples.
+
+    Args:
+      root: an existing directory. Afterwards it has the models ``policy`` and ``reward``,
+        ``prompts.jsonl`` and ``samples.jsonl``.
+      policy: configuration of the policy.
+      reward: configuration of the reward model.
+    """
     texts = [f"the {word} film of number {i}" for word in ("good", "bad") for i in range(200)]
     tokenizer = tokenizers.build(texts, "bpe", 400)
-    bench_load.random_checkpoint(root / "policy", policy)
+    load.random_checkpoint(root / "policy", policy)
     body = jax.jit(decoder.init, static_argnums=0)(reward, jax.random.key(0))
     score = heads.init_score(reward, len(LABELS), jax.random.key(1))
     hf.save_classifier(
-        root / "reward", reward, {"decoder": body, "score": score}, LABELS, ids=hf.TokenIds(0, 0, 1),
+        root / "reward", reward, {"decoder": body, "score": score}, LABELS,
+        ids=hf.TokenIds(0, 0, 1),
     )  # fmt: skip
     for name in ("policy", "reward"):
         tokenizers.save(tokenizer, root / name)
@@ -109,7 +135,16 @@ def make_models(root: Path, policy: DecoderConfig = POLICY, reward: DecoderConfi
 
 
 def flags(root: Path, setting: Setting, config: str = CONFIG) -> list[str]:
-    """The command line's flags for a setting, on what ``make_models`` made in ``root``."""
+    """Makes the flags of ``vbon`` for a setting.
+
+    Args:
+      root: where `make_models` wrote the models.
+      setting: what differs from ``BASE``.
+      config: config file that gives all keys not set here.
+
+    Returns:
+      --config and a flag per key.
+    """
     paths = (
         "reference.path={root}/policy", "prompts.path={root}/prompts.jsonl",
         "prompts.test_path={root}/prompts.jsonl", "samples.path={root}/samples.jsonl",
@@ -119,14 +154,20 @@ def flags(root: Path, setting: Setting, config: str = CONFIG) -> list[str]:
 
 
 def compare(root: Path, setting: Setting, config: str = CONFIG) -> dict[str, Any]:
-    """Plans and measures one setting, each in a fresh process, on what ``make_models`` made.
+    """Predicts and measures one setting, each in a fresh process.
+
+    Args:
+      root: where `make_models` wrote the models.
+      setting: what differs from ``BASE``.
+      config: config file that gives all keys not set here.
 
     Returns:
-      Bytes of all devices together in stage ``train``: "held", there all the time; "planned" and
-      "measured", the peak before a checkpoint is saved (on an accelerator that is all of it), and
-      "phase", the greediest of the plan; "planned_saving" and "measured_saving", while one is.
+      Bytes of all devices together in stage ``train``: "held" throughout; "planned" and "measured",
+      the peak before a checkpoint is saved (on an accelerator, the peak); "planned_saving" and
+      "measured_saving", the peak while one is saved. And "phase", the largest of the plan.
 
-    Raises RuntimeError with what a process wrote that failed.
+    Raises:
+      RuntimeError: if a process failed, with what it wrote.
     """
     line = flags(root, setting, config)
     planned = _in_a_process("plan", root, line, setting.devices)
@@ -153,12 +194,9 @@ def _in_a_process(what: str, root: Path, line: list[str], devices: int) -> dict[
 
 
 def _plan_here(root: Path, line: list[str]) -> dict[str, Any]:
-    from vbon_jax import cli, sharding
-    from vbon_jax.stages import plan
-
-    s = cli.parse(["plan", *line]).settings
-    mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
-    found = plan.need(s, mesh, root / "workdir")
+    c = cli.parse(["plan", *line]).config
+    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    found = plan.need(c, mesh, Workdir(root / "workdir", c, STAGES))
     held, phases = sum(found.held.values()), dict(found.phases)
     saving = phases.pop("checkpoint")
     phase = max(phases, key=phases.__getitem__)
@@ -167,45 +205,46 @@ def _plan_here(root: Path, line: list[str]) -> dict[str, Any]:
 
 
 def _train_here(root: Path, line: list[str]) -> dict[str, Any]:
-    from vbon_jax import cli, sharding
-    from vbon_jax.stages import all_stages as stages
-    from vbon_jax.stages import inputs, workdir
-    from vbon_jax.training.checkpoint import Checkpointer
-
-    s = cli.parse(["train", *line]).settings
-    mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
+    c = cli.parse(["train", *line]).config
     folder = root / "workdir"
     shutil.rmtree(folder, ignore_errors=True)
-    run = inputs.Run(s, workdir.Workdir(folder, s), mesh)
+    mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    run = base.Run(c, Workdir(folder, c, STAGES), mesh)
     for stage in ("sft", "reward", "sample", "train"):
-        stages.perform(run, stage, again=False)
-    shutil.rmtree(folder / "checkpoints")
+        base.perform(run, STAGES[stage], again=False)
+    shutil.rmtree(run.workdir.checkpoints("train"))
     run.workdir.forget("train")
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before, peaks = bench_load._resident("VmRSS"), {}
-
-    def peak_of(name: str) -> None:
-        peaks[name] = bench_load._resident("VmHWM") - before
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before, peaks = load.resident_bytes("VmRSS"), {}
 
     class Marked(Checkpointer):
-        def save(self, *args: Any) -> None:
-            peak_of("measured")
-            super().save(*args)
-            peak_of("measured_saving")
+        """Notes the peak of memory before a checkpoint is saved, and while it is."""
 
-    peak_of("start")
-    stages.Checkpointer = Marked  # type: ignore[misc]
-    stages.perform(run, "train", again=False)
-    return {name: size for name, size in peaks.items() if name != "start"}
+        def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+            peaks["measured"] = load.resident_bytes("VmHWM") - before
+            load.reset_peak()
+            super().save(step, state, metadata)
+            peaks["measured_saving"] = load.resident_bytes("VmHWM") - before
+
+    train.Checkpointer = Marked  # type: ignore[misc]
+    load.reset_peak()
+    base.perform(run, STAGES["train"], again=False)
+    return peaks
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """{setting: a result of `compare`} as a table for the screen."""
+    """Makes the table of results for the screen.
+
+    Args:
+      results: what `compare` returned, by setting.
+
+    Returns:
+      One row per setting, sizes in MB.
+    """
     shown = Table(title="vbon plan against measured memory, MB")
     shown.add_column("setting", no_wrap=True)
-    shown.add_column("greediest phase", no_wrap=True)
+    shown.add_column("largest phase", no_wrap=True)
     columns = ("held", "planned", "measured", "ratio", "saving: planned", "measured", "ratio")
     for column in columns:
         shown.add_column(column, justify="right")
@@ -218,17 +257,29 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     return shown
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Without arguments, or with --config, the whole table; with the JSON of one process, that."""
-    if len(arguments) == 1 and arguments[0].startswith("["):
-        what, root, line = json.loads(arguments[0])
+def main(argv: Sequence[str]) -> None:
+    """Prints the table of the settings; in a process of `compare`, one result as JSON.
+
+    Args:
+      argv: the command line's arguments; for a process of `compare`, one JSON list.
+    """
+    if len(argv) == 1 and argv[0].startswith("["):
+        what, root, line = json.loads(argv[0])
         here = {"plan": _plan_here, "train": _train_here}[what]
         print(json.dumps(here(Path(root), line)))
         return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--config", default=CONFIG, help="which gives all keys not set here")
-    parser.add_argument("--only", action="append", choices=SETTINGS, help="a setting; repeatable")
-    given = parser.parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m vbon_jax.bench.plan",
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
+    )
+    parser.add_argument(
+        "--config", default=CONFIG, help="config file of all keys not set here (%(default)s)"
+    )
+    parser.add_argument(
+        "--only", action="append", choices=SETTINGS, metavar="SETTING",
+        help="may be repeated; without it all: " + "; ".join(SETTINGS),
+    )  # fmt: skip
+    given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         make_models(Path(directory))
         results = {}

@@ -1,29 +1,31 @@
-"""Seconds of a population of policies beside as many single runs, measured in one process."""
+"""Seconds of training a population of policies, against as many single runs, in one process."""
 
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.table import Table
 
 from vbon_jax import sharding
 from vbon_jax.bon import references
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.models import decoder, heads
-from vbon_jax.sampling.sampler import Sampling
-from vbon_jax.training import loop, population, ppo, state
-from vbon_jax.training.population import Member
+from vbon_jax.methods import learning, vbon
+from vbon_jax.methods.learning import Job
+from vbon_jax.models import decoder
+from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.models.lm import LanguageModel
+from vbon_jax.sampling.sampler import Sampler, Sampling
+from vbon_jax.training import population
+from vbon_jax.training.learner import Member
+from vbon_jax.training.loop import Step, Task
+from vbon_jax.training.options import Train, Training
+from vbon_jax.training.state import TrainState
 
-TEMPERATURE = 1.0
-
-
-def _reward(vocabulary: int, prompts: Any, *batch: Any) -> np.ndarray:
-    """A fixed reward that a policy can raise: small ids are good."""
-    del prompts
-    tokens, mask = jax.device_get(batch[2:])
-    return np.where(mask, 1 - 2 * tokens / vocabulary, 0).mean(axis=1, dtype=np.float32)
+PROMPTS, SAMPLES = 64, 64
 
 
 def population_times(
@@ -36,100 +38,48 @@ def population_times(
     vocabulary: int = 1300,
     new_tokens: int = 32,
 ) -> dict[str, float]:
-    """Times PPO iterations of vBoN for K values of n: one population, and one run after another.
+    """Times vBoN for K values of n: trained as one population, and one run after another.
 
     Args:
-      members: K. iterations: timed, after one that compiles. at_once: as ``sweep.at_once``.
-      batch_size: responses an iteration and member, four minibatches, two PPO epochs.
-      layers, width, vocabulary, new_tokens: of the model and its responses; random weights.
+      members: K, the number of policies.
+      iterations: iterations timed, after one that compiles.
+      batch_size: responses per iteration and policy, in four minibatches; two PPO epochs.
+      at_once: policies vmapped side by side, as config key ``sweep.at_once``.
+      layers: of the model, whose weights are random.
+      width: of the model, a multiple of its 4 heads.
+      vocabulary: tokens of the vocabulary.
+      new_tokens: tokens per response.
 
     Returns:
-      "singles_s" and "population_s": seconds of K x iterations, medians of an iteration times their
-      number; "ratio" of the two; "singles_compile_s", "population_compile_s": the first iteration's
-      extra seconds (K single commands pay it K times); "difference": the largest difference in
-      log-probs between the members and their single runs after all iterations, nats.
+      "singles_s" and "population_s": seconds of K x ``iterations`` iterations, the median iteration
+      times their number; "ratio": singles_s / population_s; "singles_compile_s" and
+      "population_compile_s": extra seconds of the first iteration, which compiles (K runs of their
+      own pay it K times); "difference": the largest absolute difference between next-token
+      log-probs of a policy trained in the population and of its single run, nats.
     """
-    mesh = sharding.make_mesh()
-    config = decoder.DecoderConfig(
+    config = DecoderConfig(
         vocab_size=vocabulary, positions=64, layers=layers, width=width, heads=4,
         mlp_width=4 * width, initializer_range=0.1,
     )  # fmt: skip
-    reference = {"decoder": jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))}
     rng = np.random.default_rng(0)
-    prompts = [Prompt(i, str(i), tuple(rng.integers(1, vocabulary, 8).tolist())) for i in range(64)]
-    world = loop.World(
-        prompts,
-        references.references(rng.normal(0, 0.1, (64, 64)).astype(np.float32), "interval"),
-        partial(_reward, vocabulary),
-        str,
-        Sampling(TEMPERATURE, new_tokens, 0, 0),
-        mesh,
-        sharding.place(reference, mesh),
-        config,
+    task = _task(config, new_tokens, rng)
+    train = Train(
+        batch_size=batch_size, minibatch_size=batch_size // 4, ppo_epochs=2, learning_rate=3e-4
     )
-    plan = ppo.PPOPlan(
-        epochs=2, minibatch_size=batch_size // 4, penalty="full", temperature=TEMPERATURE
-    )
-    optimizer = state.adamw(lambda step: 3e-4, 1e-5, 0.0, 1.0)
-
-    def iteration(train_state, ref, batches, table, n, beta):
-        return ppo.iteration(
-            train_state, ref, batches[0], table, n, beta, config=config, plan=plan,
-            optimizer=optimizer,
-        )  # fmt: skip
-
-    def fresh() -> state.TrainState:
-        params = reference | {"value": {"head": heads.init_value(config, jax.random.key(1))}}
-        return state.create(jax.tree.map(np.array, params), optimizer, jax.random.key(2))
-
-    def timed(first: state.TrainState, step: loop.Step) -> tuple[state.TrainState, list[float]]:
-        seconds = []
-        for i in range(iterations + 1):
-            began = time.monotonic()
-            first, _, _ = step(first, i)
-            jax.block_until_ready(first.params)
-            seconds.append(time.monotonic() - began)
-        return first, seconds
-
-    everyone = [Member(2.0**i, 0.1, i, 64) for i in range(members)]
-    keys = jnp.stack([jax.random.key(m.seed) for m in everyone])
-    together, population_s = timed(
-        population.repeated(fresh(), jnp.stack([jax.random.key(2)] * members), mesh),
-        population.online(
-            world, iteration, loop.POLICY, everyone, keys, batch_size, at_once, lambda step: 3e-4
-        ),
-    )
-    singles, single_s = [], []
-    for i, m in enumerate(everyone):
-
-        def update(n, s, batches):
-            return iteration(s, world.reference, batches, world.references, n, jnp.float32(0.1))
-
-        one = loop.online(
-            world,
-            partial(update, jnp.float32(m.n)),
-            loop.POLICY,
-            batch_size,
-            m.seed,
-            keys[i],
-            lambda step: 3e-4,
+    job = Job(vbon.METHOD, vbon.VBoN(), Training(train), config, PROMPTS)
+    everyone = [Member(2.0**i, 0.1, i, SAMPLES) for i in range(members)]
+    singles: list[Any] = []
+    single_s: list[list[float]] = []
+    with jax.set_mesh(task.sampler.mesh):
+        together, population_s = _timed(
+            iterations, *learning.many(job, task, everyone, (), at_once)
         )
-        trained, seconds = timed(sharding.place(fresh(), mesh), one)
-        singles.append(trained)
-        single_s.append(seconds)
-
-    tokens = jnp.asarray(rng.integers(1, vocabulary, (8, 40)), jnp.int32)
-
-    def log_probs(params: Any) -> np.ndarray:
-        hidden = decoder.hidden(params["decoder"], config, tokens, jnp.ones_like(tokens, bool))
-        return np.asarray(jax.nn.log_softmax(decoder.logits(params["decoder"], config, hidden)))
-
-    difference = max(
-        float(
-            np.abs(log_probs(alone.params) - log_probs(population.member(together.params, i))).max()
-        )
-        for i, alone in enumerate(singles)
-    )
+        for member in everyone:
+            alone, seconds = _timed(iterations, *learning.single(job, task, member, ()))
+            singles.append(alone.params)
+            single_s.append(seconds)
+        tokens = jnp.asarray(rng.integers(1, vocabulary, (8, 40)), jnp.int32)
+        difference = _difference(config, tokens, singles, together.params)
     warm_single = float(np.median([s for run in single_s for s in run[1:]]))
     warm_population = float(np.median(population_s[1:]))
     return {
@@ -140,3 +90,74 @@ def population_times(
         "population_compile_s": population_s[0] - warm_population,
         "difference": difference,
     }
+
+
+def _task(config: DecoderConfig, new_tokens: int, rng: np.random.Generator) -> Task:
+    """Random prompts, reference rewards and reference model."""
+    mesh = sharding.make_mesh()
+    prompts = [
+        Prompt(i, str(i), tuple(rng.integers(1, config.vocab_size, 8).tolist()))
+        for i in range(PROMPTS)
+    ]
+    rewards_PxM = rng.normal(0, 0.1, (PROMPTS, SAMPLES)).astype(np.float32)
+    params = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
+    model = LanguageModel(config, sharding.place(params, mesh, "decoder"), tokenizer=None)
+    return Task(
+        prompts,
+        references.references(rewards_PxM, "interval"),
+        partial(_reward, config.vocab_size),
+        Sampler(model, mesh, Sampling(1.0, new_tokens, eos_id=0, pad_id=0)),
+    )
+
+
+def _reward(vocabulary: int, prompts: Any, *batch: Any) -> np.ndarray:
+    """A fixed reward that a policy can raise: small ids are good. It reads ids, not text."""
+    del prompts
+    tokens, mask = jax.device_get(batch[2:])
+    return np.where(mask, 1 - 2 * tokens / vocabulary, 0).mean(axis=1, dtype=np.float32)
+
+
+def _timed(iterations: int, state: TrainState, step: Step) -> tuple[TrainState, list[float]]:
+    """The state after ``iterations`` + 1 iterations, and the seconds of each."""
+    seconds = []
+    for i in range(iterations + 1):
+        began = time.monotonic()
+        state, _, _ = step(state, i)
+        jax.block_until_ready(state.params)
+        seconds.append(time.monotonic() - began)
+    return state, seconds
+
+
+def _difference(
+    config: DecoderConfig, tokens_BxS: jax.Array, singles: Sequence[Any], together: Any
+) -> float:
+    """The largest difference in next-token log-probs between single runs and members, nats."""
+
+    def log_probs(params: Any) -> np.ndarray:
+        own = params["decoder"]
+        hidden = decoder.hidden(own, config, tokens_BxS, jnp.ones_like(tokens_BxS, bool))
+        return np.asarray(jax.nn.log_softmax(decoder.logits(own, config, hidden)))
+
+    return max(
+        float(np.abs(log_probs(alone) - log_probs(population.member(together, i))).max())
+        for i, alone in enumerate(singles)
+    )
+
+
+def table(times: Mapping[str, float], members: int = 8) -> Table:
+    """Makes the table of the result for the screen.
+
+    Args:
+      times: what `population_times` returns.
+      members: number of policies it was measured with.
+
+    Returns:
+      One row per quantity.
+    """
+    title = f"A population of {members} policies against {members} single runs"
+    shown = Table(title=title, min_width=len(title))  # or the title would be wrapped
+    shown.add_column("quantity")
+    shown.add_column("value", justify="right")
+    for name, value in times.items():
+        shown.add_row(name, f"{value:.3g}")
+    return shown

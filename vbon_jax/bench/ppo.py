@@ -1,18 +1,18 @@
-"""Seconds and floating-point rates of one PPO iteration by phase, on random weights.
+"""Seconds and floating-point rate of one vBoN iteration by phase, on random weights.
 
     python -m vbon_jax.bench.ppo --unfrozen=2 --unfrozen=-1
 
-A rate counts the multiplications and additions of matrix products with weights alone, those that
-the phase cannot do without, so a share of the machine's own rate is a lower bound.
+The operations counted are the multiplications and additions of matrix products with weights, those
+that a phase cannot do without. So a phase's share of the machine's own rate is a lower bound.
 """
 
 import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,34 @@ from rich.table import Table
 
 from vbon_jax import sharding
 from vbon_jax.bon import references
+from vbon_jax.bon.references import References
+from vbon_jax.methods import vbon
 from vbon_jax.models import decoder, heads, trainable
+from vbon_jax.models.decoder import DecoderConfig, Rotary
+from vbon_jax.models.lm import LanguageModel
 from vbon_jax.models.trainable import Trainable
-from vbon_jax.sampling import sampler as engine
-from vbon_jax.sampling.sampler import Request, Sampling
+from vbon_jax.sampling.sampler import Batch, Request, Sampler, Sampling, ScoredRollout
 from vbon_jax.training import ppo, state
+from vbon_jax.training.options import Memory, Train
+from vbon_jax.training.state import TrainState
 
-GPT2_SMALL = decoder.DecoderConfig(
+GPT2_SMALL = DecoderConfig(
     vocab_size=50_257, positions=1_024, layers=12, width=768, heads=12, mlp_width=3_072
 )
+N, BETA = 8.0, 1 / 7
 
 
-def pythia(layers: int, width: int, heads: int) -> decoder.DecoderConfig:
-    """The shape of a Pythia model (Biderman et al. 2023)."""
-    return decoder.DecoderConfig(
+def pythia(layers: int, width: int, heads: int) -> DecoderConfig:
+    """The architecture of a Pythia model (Biderman et al., 2023).
+
+    Args:
+      layers: number of blocks.
+      width: width of the residual stream.
+      heads: number of attention heads.
+    """
+    return DecoderConfig(
         vocab_size=50_304, positions=2_048, layers=layers, width=width, heads=heads,
-        mlp_width=4 * width, place="parallel", rotary=decoder.Rotary(fraction=0.25),
+        mlp_width=4 * width, place="parallel", rotary=Rotary(fraction=0.25),
         activation="gelu", tied=False, compute_dtype="bfloat16",
     )  # fmt: skip
 
@@ -47,11 +59,20 @@ MODELS = {
     "pythia-410m": pythia(24, 1_024, 16),
     "pythia-1.4b": pythia(24, 2_048, 16),
 }
+PHASES = ("rollout", "score", "epochs", "iteration")
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """rows: responses a rollout, of prompt + new tokens each, no EOS; epochs over minibatches."""
+    """Size of an iteration.
+
+    Attributes:
+      rows: responses per rollout.
+      prompt: tokens per prompt.
+      new: tokens per response; none ends before.
+      epochs: PPO epochs.
+      minibatch: responses per gradient step.
+    """
 
     rows: int = 128
     prompt: int = 8
@@ -60,8 +81,55 @@ class Work:
     minibatch: int = 32
 
 
+class Arguments(NamedTuple):
+    """What an iteration starts from, on a mesh: random weights, prompts and rewards.
+
+    Attributes:
+      sampler: the reference model under the sampling settings.
+      state: the first state of training.
+      requests: the responses to draw, one to each prompt.
+      reward_B: float32 rewards, whatever the responses are.
+      row_B: int32 rows of the prompts in ``table``.
+      table: reference rewards of the prompts.
+      n: of best-of-n, float32 scalar.
+      beta: KL coefficient, float32 scalar.
+    """
+
+    sampler: Sampler
+    state: TrainState
+    requests: list[Request]
+    reward_B: jax.Array
+    row_B: jax.Array
+    table: References
+    n: jax.Array
+    beta: jax.Array
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """The reference's parameters, {"decoder": ...}."""
+        return {"decoder": self.sampler.model.params}
+
+    def draw(self, own: Any) -> Batch:
+        """The rollout of the policy with trained parameters ``own``."""
+        policy = trainable.join(self.sampler.model.params, own)
+        return self.sampler.with_params(policy).draw(jax.random.key(3), 0, self.requests)
+
+    def scored(self, batch: Batch) -> ScoredRollout:
+        """The rollout with its rewards."""
+        scores = (self.reward_B, self.row_B)
+        return ScoredRollout(*batch.prompts, batch.rollout, *scores, batch.temperature)
+
+
 def matrix_rate(dtype: str = "float32", size: int = 4_096) -> float:
-    """Floating-point operations a second of a square matrix product under JAX, the best of 5."""
+    """Measures the floating-point operations per second of a square matrix product in JAX.
+
+    Args:
+      dtype: of the matrices.
+      size: rows and columns.
+
+    Returns:
+      The best of 5 repetitions.
+    """
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
@@ -73,22 +141,33 @@ def matrix_rate(dtype: str = "float32", size: int = 4_096) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def operations(
-    config: decoder.DecoderConfig, work: Work, unfrozen: int, penalty: str
-) -> dict[str, float]:
-    """Floating-point operations of each phase: of products with weights, attention left out."""
+def operations(config: DecoderConfig, work: Work, unfrozen: int, penalty: str) -> dict[str, float]:
+    """Counts the floating-point operations of each phase.
+
+    Args:
+      config: the decoder of policy and reference.
+      work: size of the iteration.
+      unfrozen: upper blocks trained, -1 for the whole model.
+      penalty: "sampled" or "full", as config key ``train.penalty``.
+
+    Returns:
+      Multiplications and additions of products with weights, attention scores left out, of
+      "rollout", "score" and "epochs" (all gradient steps).
+    """
     c = config
     block = c.width * c.key_width * (2 * c.heads + 2 * c.key_heads)
     block += c.width * c.mlp_width * (3 if c.gated else 2)
     vocabulary = c.width * c.vocab_size
-    top = c.layers if unfrozen == -1 else unfrozen
+    whole = unfrozen == -1
+    top = c.layers if whole else unfrozen
     drawn, all_tokens = work.rows * work.new, work.rows * (work.prompt + work.new)
     trunk = (c.layers - top) * block
-    whole = unfrozen == -1
-    # Forward of policy and reference; the reference's logits again each epoch for its full KL.
+    # Forward pass of policy and reference, whose frozen trunk runs once for both.
     score = 2 * all_tokens * (trunk + 2 * top * block) + 2 * drawn * 2 * vocabulary
+    # Of the policy's logits: forward, and backward into hidden states and, where it is trained,
+    # the head. The full penalty computes the reference's logits again in each epoch.
     head_products = (3 if whole else 2) + (1 if penalty == "full" else 0)
-    # Backward, two products for each of the forward's; into the trunk none.
+    # Backward takes two products for each of the forward pass; none goes into the trunk.
     epoch = 2 * all_tokens * 3 * top * block + 2 * drawn * head_products * vocabulary
     return {
         "rollout": 2.0 * all_tokens * c.layers * block + 2.0 * drawn * vocabulary,
@@ -97,7 +176,75 @@ def operations(
     }
 
 
+def arguments(setup: ppo.Setup, work: Work, dtype: str) -> Arguments:
+    """Makes what an iteration starts from.
+
+    Args:
+      setup: what the update is compiled for.
+      work: size of the iteration.
+      dtype: of frozen weights; what is trained is float32.
+    """
+    config, what = setup.config, Trainable(setup.train.num_layers_unfrozen)
+
+    @jax.jit
+    def make(key: jax.Array) -> Any:
+        params = jax.tree.map(lambda x: x.astype(dtype), decoder.init(config, key))
+        return trainable.divide(params, what, config.layers)
+
+    base = make(jax.random.key(0))
+    own = jax.jit(partial(trainable.start, what=what, key=jax.random.key(1)))(base)
+    params = {"decoder": own, "value": {"head": heads.init_value(config, jax.random.key(1))}}
+    first = state.create(params, setup.optimizer, jax.random.key(2))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.vocab_size, (work.rows, work.prompt))
+    table = references.references(rng.normal(size=(work.rows, 64)).astype(np.float32), "interval")
+    rewards = rng.normal(size=work.rows).astype(np.float32)
+    mesh = sharding.make_mesh()
+    model = LanguageModel(  # nothing here is text
+        config, sharding.place(base, mesh, "decoder"), tokenizer=None
+    )
+    return Arguments(
+        Sampler(model, mesh, Sampling(1.0, work.new, eos_id=None, pad_id=0)),
+        sharding.place(first, mesh),  # as the update leaves it, or its second call would compile
+        [Request(i, 0, tuple(row)) for i, row in enumerate(ids.tolist())],
+        *sharding.place((rewards, np.arange(work.rows, dtype=np.int32)), mesh, "batch"),
+        *sharding.place((table, jnp.float32(N), jnp.float32(BETA)), mesh),
+    )
+
+
+@partial(jax.jit, static_argnames=("setup",))
+def experience(
+    params: Any,
+    ref_params: Any,
+    batch: ScoredRollout,
+    table: References,
+    n: jax.Array,
+    beta: jax.Array,
+    *,
+    setup: ppo.Setup,
+) -> tuple[ppo.Experience, dict[str, jax.Array]]:
+    """The part of ``methods.vbon.update`` before its epochs: score, log F and advantages.
+
+    Args:
+      params: {"decoder", "value"} of the policy.
+      ref_params: {"decoder"} of the reference.
+      batch: the scored rollout.
+      table: reference rewards of the prompts.
+      n: of best-of-n, float32 scalar.
+      beta: KL coefficient, float32 scalar.
+      setup: what is static.
+
+    Returns:
+      (experience for the epochs, float32 metrics of the rollout).
+    """
+    found = ppo.score(params, ref_params, batch, setup)
+    density = vbon.best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)
+    target = vbon.objective(setup.objective, density, batch.reward_B, n, beta)
+    return ppo.advantages(found, batch, target, setup)
+
+
 def _median(call: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a call; called once before, untimed, to compile."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(repeats):
@@ -108,7 +255,7 @@ def _median(call: Callable[[], Any], repeats: int) -> float:
 
 
 def iteration_times(
-    config: decoder.DecoderConfig = GPT2_SMALL,
+    config: DecoderConfig = GPT2_SMALL,
     work: Work = Work(),
     unfrozen: int = 2,
     penalty: str = "sampled",
@@ -117,112 +264,130 @@ def iteration_times(
     dtype: str = "float32",
     repeats: int = 3,
 ) -> dict[str, dict[str, float]]:
-    """Times one vBoN iteration, n = 8, by phase; compiled before.
+    """Times one iteration of vBoN, n = 8, by phase. Compilation is not counted.
 
     Args:
-      config: the model; random weights. dtype: of frozen weights; what is trained is float32.
-      unfrozen: upper blocks trained, -1 for all.
-      penalty, chunk, remat: as ``train.penalty``, ``memory.chunk`` and ``memory.remat``.
+      config: the decoder, whose weights are random.
+      work: size of the iteration.
+      unfrozen: upper blocks trained, -1 for the whole model.
+      penalty: as config key ``train.penalty``.
+      chunk: as config key ``memory.chunk``.
+      remat: as config key ``memory.remat``.
+      dtype: of frozen weights; what is trained is float32.
+      repeats: times each phase is measured; the median counts.
 
     Returns:
-      {"rollout" | "score" | "epochs" | "iteration": {"seconds", "operations", "rate"}}. "score" is
-      the forward of policy and reference over the rollout, "epochs" all gradient steps.
+      {"rollout" | "score" | "epochs" | "iteration": {"seconds", "operations", "rate"}}, the rate in
+      operations per second. "score" is the forward pass of policy and reference over the rollout,
+      with log F and advantages; "epochs" all gradient steps; the reward takes no time.
     """
-    mesh = sharding.make_mesh()
-    config = dataclasses.replace(config, remat=remat)
-    what = Trainable(unfrozen)
-
-    @jax.jit
-    def make(key: jax.Array) -> Any:
-        params = jax.tree.map(lambda x: x.astype(dtype), decoder.init(config, key))
-        return trainable.divide(params, what, config.layers)
-
-    reference = {"decoder": make(jax.random.key(0))}
-    plan = ppo.PPOPlan(
-        epochs=work.epochs, minibatch_size=work.minibatch, penalty=penalty, temperature=1.0,
-        chunk=chunk,
-    )  # fmt: skip
-    optimizer = state.adamw(lambda step: 1e-5, 1e-5, 0.0, 1.0)
-    own = jax.jit(partial(trainable.start, what=what, key=jax.random.key(1)))(reference["decoder"])
-    params = {"decoder": own, "value": {"head": heads.init_value(config, jax.random.key(1))}}
-    train_state = state.create(params, optimizer, jax.random.key(2))
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, config.vocab_size, (work.rows, work.prompt))
-    requests = [Request(i, 0, tuple(row)) for i, row in enumerate(ids.tolist())]
-    table = references.references(rng.normal(size=(work.rows, 64)).astype(np.float32), "interval")
-    rewards = jnp.asarray(rng.normal(size=work.rows), jnp.float32)
-
-    def draw(own: Any) -> tuple[Any, Any]:
-        return engine.draw(
-            trainable.join(reference["decoder"], own), config, Sampling(1.0, work.new, None, 0),
-            mesh, jax.random.key(3), 0, requests,
-        )  # fmt: skip
-
-    seconds = {"rollout": _median(lambda: draw(train_state.params["decoder"]), repeats)}
-    rows, rollout = draw(train_state.params["decoder"])
-    batch = ppo.RolloutBatch(
-        rows.tokens_BxP, rows.mask_BxP, rollout, rewards, jnp.arange(work.rows)
-    )
-    n, beta = jnp.float32(8), jnp.float32(1 / 7)
-    score = jax.jit(ppo.experience, static_argnames=("config", "plan"))
-    seconds["score"] = _median(
-        lambda: score(
-            train_state.params, reference, batch, table, n, beta, config=config, plan=plan
+    setup = ppo.Setup(
+        dataclasses.replace(config, remat=remat),
+        state.adamw(lambda step: 1e-5, 1e-5, 0.0, 1.0),
+        Train(
+            batch_size=work.rows, minibatch_size=work.minibatch, ppo_epochs=work.epochs,
+            penalty=penalty, num_layers_unfrozen=unfrozen,
         ),
-        repeats,
-    )
-    holder = [train_state]
-
-    def update() -> Any:
-        holder[0], metrics = ppo.iteration(
-            holder[0], reference, batch, table, n, beta, config=config, plan=plan,
-            optimizer=optimizer,
-        )  # fmt: skip
-        return metrics
-
-    both = _median(update, repeats)
-    seconds["epochs"] = both - seconds["score"]
-    seconds["iteration"] = seconds["rollout"] + both
-    work_of = operations(config, work, unfrozen, penalty)
-    work_of["iteration"] = sum(work_of.values())
+        Memory(chunk=chunk),
+    )  # fmt: skip
+    given = arguments(setup, work, dtype)
+    with jax.set_mesh(given.sampler.mesh):
+        seconds = _phase_seconds(given, setup, repeats)
+    counted = operations(config, work, unfrozen, penalty)
+    counted["iteration"] = sum(counted.values())
     return {
         phase: {
             "seconds": seconds[phase],
-            "operations": work_of[phase],
-            "rate": work_of[phase] / seconds[phase],
+            "operations": counted[phase],
+            "rate": counted[phase] / seconds[phase],
         }
-        for phase in ("rollout", "score", "epochs", "iteration")
+        for phase in PHASES
     }
 
 
-def main() -> None:
-    """Prints a table for each ``--unfrozen``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--model", choices=MODELS, default="gpt2")
-    parser.add_argument("--unfrozen", type=int, action="append", help="upper blocks trained; -1")
-    parser.add_argument("--penalty", choices=("sampled", "full"), default="sampled")
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
-    parser.add_argument("--chunk", type=int, default=1_024)
-    parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+def _phase_seconds(given: Arguments, setup: ppo.Setup, repeats: int) -> dict[str, float]:
+    """Median seconds of each phase, compilation not counted."""
+    params, reference = given.state.params, given.reference
+    scalars = (given.table, given.n, given.beta)
+    rollout_s = _median(lambda: given.draw(params["decoder"]).rollout, repeats)
+    batch = given.scored(given.draw(params["decoder"]))
+    score_s = _median(lambda: experience(params, reference, batch, *scalars, setup=setup), repeats)
+    train_state = given.state
+
+    def update() -> Any:
+        nonlocal train_state  # the one before is donated
+        train_state, metrics = vbon.update(train_state, reference, (batch,), *scalars, setup=setup)
+        return metrics
+
+    update_s = _median(update, repeats)
+    return {
+        "rollout": rollout_s,
+        "score": score_s,
+        "epochs": update_s - score_s,
+        "iteration": rollout_s + update_s,
+    }
+
+
+def table(results: dict[str, dict[str, float]], title: str, peak: float) -> Table:
+    """Makes the table of results for the screen.
+
+    Args:
+      results: what `iteration_times` returns.
+      title: of the table.
+      peak: the machine's rate, of `matrix_rate`.
+
+    Returns:
+      One row per phase.
+    """
+    shown = Table(title=title)
+    for column in ("phase", "seconds", "TFLOP", "GFLOP/s", "share of the matrix rate"):
+        shown.add_column(column, justify="left" if column == "phase" else "right")
+    for phase, row in results.items():
+        shown.add_row(
+            phase, f"{row['seconds']:.2f}", f"{row['operations'] / 1e12:.2f}",
+            f"{row['rate'] / 1e9:.0f}", f"{row['rate'] / peak:.0%}",
+        )  # fmt: skip
+    return shown
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a table for each ``--unfrozen``.
+
+    Args:
+      argv: the command line's arguments; None for those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m vbon_jax.bench.ppo",
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", choices=MODELS, default="gpt2", help="architecture")
+    parser.add_argument(
+        "--unfrozen", type=int, action="append", metavar="LAYERS",
+        help="upper blocks trained, -1 for the whole model; may be repeated (2 and -1)",
+        default=argparse.SUPPRESS,
+    )  # fmt: skip
+    parser.add_argument(
+        "--penalty", choices=("sampled", "full"), default="sampled", help="train.penalty"
+    )
+    parser.add_argument(
+        "--remat", choices=("none", "dots", "full"), default="none", help="memory.remat"
+    )
+    parser.add_argument("--chunk", type=int, default=1_024, help="memory.chunk")
+    parser.add_argument("--rows", type=int, default=Work.rows, help="responses per rollout")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions; the median counts")
+    given = parser.parse_args(argv)
     config = MODELS[given.model]
     peak = matrix_rate(config.compute_dtype)
     console = Console()
     console.print(f"matrix rate, {config.compute_dtype}: {peak / 1e9:.0f} GFLOP/s")
-    for unfrozen in given.unfrozen or [2, -1]:
-        found = iteration_times(
-            config, unfrozen=unfrozen, penalty=given.penalty, chunk=given.chunk,
-            remat=given.remat, dtype=config.compute_dtype, repeats=given.repeats,
+    for unfrozen in getattr(given, "unfrozen", (2, -1)):
+        results = iteration_times(
+            config, Work(rows=given.rows), unfrozen, given.penalty, given.chunk, given.remat,
+            config.compute_dtype, given.repeats,
         )  # fmt: skip
-        table = Table(title=f"{given.model}, {unfrozen} layers unfrozen, {given.penalty} penalty")
-        for column in ("phase", "seconds", "TFLOP", "GFLOP/s", "share of the matrix rate"):
-            table.add_column(column, justify="left" if column == "phase" else "right")
-        for phase, row in found.items():
-            table.add_row(
-                phase, f"{row['seconds']:.2f}", f"{row['operations'] / 1e12:.2f}",
-                f"{row['rate'] / 1e9:.0f}", f"{row['rate'] / peak:.0%}",
-            )  # fmt: skip
-        console.print(table)
+        title = f"{given.model}, {unfrozen} layers unfrozen, {given.penalty} penalty"
+        console.print(table(results, title, peak))
 
 
 if __name__ == "__main__":

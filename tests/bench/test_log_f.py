@@ -1,4 +1,4 @@
-"""The benchmarks at a size that takes no time: both sides agree, and the numbers are all there."""
+"""Times of log F and KS tests at a small size: both sides agree, and every number is shown."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from vbon_jax.bench import log_f as bench
-from vbon_jax.bench import population as bench_population
+from vbon_jax.bench import population
 from vbon_jax.bon import ks
 from vbon_jax.bon import log_f as lf
 
@@ -49,12 +49,11 @@ def test_bad_sizes_are_refused():
         bench.ks_times(prompts=0)
 
 
-def test_a_population_does_what_its_single_runs_do():
-    times = bench_population.population_times(
-        members=2, iterations=2, batch_size=16, layers=1, width=16, vocabulary=64, new_tokens=6
-    )
-    assert times["difference"] < 1e-4
-    assert times["ratio"] == pytest.approx(times["singles_s"] / times["population_s"])
-    shown = Console(file=io.StringIO(), width=100)
-    shown.print(bench.population_table(times))
-    assert "population_compile_s" in shown.file.getvalue()
+def test_the_command_prints_log_f_ks_tests_and_a_population(monkeypatch, capsys):
+    row = {"loop_s": 4.0, "ours_s": 2.0, "ratio": 2.0}
+    monkeypatch.setattr(bench, "log_f_times", lambda: {"tables": row})
+    monkeypatch.setattr(bench, "ks_times", lambda: {"tests": row})
+    monkeypatch.setattr(population, "population_times", lambda: {"population_s": 1.25})
+    bench.main()
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("tables", "tests", "2.0x", "population_s", "1.25"))
