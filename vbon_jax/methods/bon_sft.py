@@ -69,8 +69,8 @@ METHOD = Method(
     whole_n=True,
     series=(
         Series(
-            label="bon_sft", name="BoN-SFT", color="#1a1a1a", marker="X", doc="Values of n of bon_sft.",
-            in_front=False,
+            label="bon_sft", name="BoN-SFT", color="#1a1a1a", marker="X",
+            doc="Values of n of bon_sft.", in_front=False,
             optimum=lambda log_ref, rewards, n, *_: enumeration.log_bon(log_ref, rewards, n),
             formula="pi_bon",
         ),

@@ -105,7 +105,8 @@ METHOD = Method(
     check_n=lambda n: "" if n >= 2 else "bonbon needs a best and a worst, n of at least 2",
     series=(
         Series(
-            label="bonbon", name="BoNBoN", color="#e69f00", marker="D", doc="Values of n of bonbon.",
+            label="bonbon", name="BoNBoN", color="#e69f00", marker="D",
+            doc="Values of n of bonbon.",
             optimum=optimum, formula="argmin of its loss",
         ),
     ),

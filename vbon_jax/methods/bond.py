@@ -1,4 +1,8 @@
-"""BOND in its backward form (Sessa et al., 2024): PPO on log p_<=(y) with the KL coefficient 1/(n-1)."""
+"""BOND in its backward form (Sessa et al., 2024).
+
+PPO on log p_<=(y), the probability that a reference response is no better, with the KL coefficient
+1/(n-1).
+"""
 
 import dataclasses
 from functools import partial

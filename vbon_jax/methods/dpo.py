@@ -121,7 +121,8 @@ METHOD = Method(
     check_samples=_check_samples,
     series=(
         Series(
-            label="dpo", name="DPO", color="#cc79a7", marker="^", doc="Values of beta of dpo.", varies="beta",
+            label="dpo", name="DPO", color="#cc79a7", marker="^",
+            doc="Values of beta of dpo.", varies="beta",
             optimum=optimum, formula="pi_ref exp(r / beta) / Z",
         ),
     ),

@@ -1,4 +1,4 @@
-"""J-BOND (Sessa et al., 2024, Algorithm 2): distil best-of-2 of a moving anchor, again and again."""
+"""J-BOND (Sessa et al., 2024, Algorithm 2): distils best-of-2 of an anchor that follows it."""
 
 import dataclasses
 from functools import partial

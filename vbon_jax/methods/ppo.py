@@ -52,7 +52,8 @@ METHOD = Method(
     ),
     series=(
         Series(
-            label="ppo", name="PPO", color="#009e73", marker="s", doc="Values of beta of ppo.", varies="beta",
+            label="ppo", name="PPO", color="#009e73", marker="s",
+            doc="Values of beta of ppo.", varies="beta",
             optimum=lambda log_ref, rewards, n, beta, _: targets.tilted(log_ref, rewards, beta),
             formula="pi_ref exp(r / beta) / Z",
         ),
