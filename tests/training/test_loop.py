@@ -157,10 +157,11 @@ def test_a_refused_member_stops_nobody(files):
 
 
 @pytest.mark.parametrize("at", [1, 5])
-def test_ctrl_c_without_a_record_returns_the_state_so_far(at):
+def test_ctrl_c_without_a_record_returns_the_state_so_far(at, capsys):
     """As in a notebook, where what was learned so far is what one wants to look at."""
     end = loop.run(start(), 0, adding(signal.SIGINT, at=at), Schedule("t", 6))
     np.testing.assert_array_equal(end["x"], sum(range(at + 2)))
+    assert f"t: stopped after iteration {at + 1} of 6" in capsys.readouterr().err
 
 
 def test_sigterm_without_a_record_stops():
