@@ -1,25 +1,20 @@
-"""The loop that every method goes through: order of prompts, batches, checkpoints, signals."""
+"""The loop that every method goes through: order of prompts, checkpoints, signals, traces."""
 
 import json
 import os
 import signal
-from collections import Counter
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.models import decoder
 from vbon_jax.progress import Stopped
-from vbon_jax.sampling import sampler as engine
 from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
-from vbon_jax.training.loop import LoopPlan, World
+from vbon_jax.training.loop import Record, Schedule
 from vbon_jax.training.metrics import MetricsWriter
 
 PROMPTS = [Prompt(10 * i, f"p{i}", (i + 1,)) for i in range(5)]
@@ -52,115 +47,21 @@ def test_one_prompt_is_drawn_again_and_again():
     assert identities(4, 2, prompts=PROMPTS[:1]) == [(0, 8), (0, 9), (0, 10), (0, 11)]
 
 
-@pytest.fixture(scope="module")
-def world(mesh):
-    """A decoder of no skill, and a reward that tells each response from the others."""
-    config = decoder.DecoderConfig(
-        vocab_size=9, positions=8, layers=1, width=8, heads=2, mlp_width=16, initializer_range=0.5
-    )
-    params = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
-
-    def reward(prompts, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
-        return np.sum(np.asarray(response_BxT) * 10.0 ** np.arange(3), axis=1)
-
-    sampling = engine.Sampling(temperature=1.0, max_new_tokens=3, eos_id=0, pad_id=0)
-    table = bon_references.references(np.zeros((5, 2), np.float32), "smoothed")
-    return World(PROMPTS, table, reward, str, sampling, mesh, {"decoder": params}, config)
-
-
-def test_a_scored_batch_keeps_rows_prompts_and_rewards_together(world):
-    requests = loop.batch_requests(PROMPTS, 8, 1, 0)
-    batch, seconds = loop.scored_batch(
-        world, world.reference["decoder"], jax.random.key(1), 1, requests
-    )
-    ids = np.array([r.prompt_id for r in requests])
-    np.testing.assert_array_equal(batch.row_B * 10, ids)
-    np.testing.assert_array_equal(batch.prompt_BxP[:, -1], ids // 10 + 1)
-    np.testing.assert_array_equal(
-        batch.reward_B, world.reward(None, None, None, batch.rollout.tokens_BxT, None)
-    )
-    assert seconds["tokens"] == int(batch.rollout.mask_BxT.sum())
-    # A response is a function of its identity: the same one, alone among others, comes out again.
-    other, _ = loop.scored_batch(
-        world, world.reference["decoder"], jax.random.key(1), 1, [requests[5]] * 8
-    )
-    np.testing.assert_array_equal(other.rollout.tokens_BxT[2], batch.rollout.tokens_BxT[5])
-
-
-def test_a_nan_reward_names_prompt_and_response(world):
-    requests = loop.batch_requests(PROMPTS, 8, 0, 0)
-    bad = world._replace(reward=lambda *a: np.where(np.arange(8) == 6, np.nan, 0.0))
-    text = next(p.text for p in PROMPTS if p.id == requests[6].prompt_id)
-    with pytest.raises(InputError, match=rf"1 of 8 responses is NaN.*prompt='{text}' response='\["):
-        loop.scored_batch(bad, world.reference["decoder"], jax.random.key(1), 0, requests)
-
-
-def test_every_source_draws_samples_of_its_own(world, monkeypatch):
-    """Three responses to each prompt of an iteration, no two with the same identity."""
-    drawn = []
-
-    def scored_batch(world, params, key, step, requests):
-        drawn.append((params, [(r.prompt_id, r.sample) for r in requests]))
-        return len(drawn), {"seconds_rollout": 1.0, "seconds_reward": 2.0, "tokens": 5.0}
-
-    def update(state, batches):
-        assert batches == (1, 2, 3)
-        return state, {"reward": jnp.float32(1.5), "kl_ref": jnp.float32(0.25)}
-
-    monkeypatch.setattr(loop, "scored_batch", scored_batch)
-    state = SimpleNamespace(params={"decoder": {"wte": "policy"}, "anchor": {"wte": "anchor"}})
-    step = loop.online(
-        world, update, ("decoder", "anchor", "anchor"), 10, 3, jax.random.key(0), lambda i: i / 4
-    )
-    _, values, note = step(state, 3)
-    assert [params["wte"] for params, _ in drawn] == ["policy", "anchor", "anchor"]
-    prompts = [[prompt for prompt, _ in requests] for _, requests in drawn]
-    assert prompts[0] == prompts[1] == prompts[2] == [p for p, _ in identities(10, 3)]
-    counts = Counter(pair for _, requests in drawn for pair in requests)
-    assert len(counts) == 30
-    assert values["seconds_rollout"] == 3.0 and values["seconds_reward"] == 6.0
-    assert values["learning_rate"] == 0.75 and values["tokens_per_second"] > 0
-    assert "tokens" not in values
-    assert note == "reward 1.500  KL to ref 0.250 nats"
+def test_a_note_has_the_means_of_a_population():
+    assert loop.note({"reward": 1.5, "kl_ref": 0.25}) == "reward 1.500  KL to ref 0.250 nats"
     assert loop.note({"reward": [1.0, 2.0], "kl_ref": [0, 1], "kl_bon": [3, 4]}) == (
         "reward 1.500  KL to ref 0.500  to BoN 3.500 nats"
     )
 
 
-def test_what_the_reward_counts_is_written_with_the_iteration(world):
-    """Of all sources' responses, and once: what is taken is gone."""
-
-    class Counting:
-        seen = 0
-
-        def __call__(self, prompts, *rows):
-            assert all(isinstance(p, Prompt) for p in prompts)
-            self.seen += len(prompts)
-            return np.zeros(len(prompts), np.float32)
-
-        def take_counts(self):
-            seen, self.seen = self.seen, 0
-            return {"responses": float(seen), "reward_truncated": seen / 100}
-
-    own = world._replace(reward=Counting())
-    state = SimpleNamespace(params=world.reference)
-    metrics = {"reward": jnp.float32(0), "kl_ref": jnp.float32(0)}
-    step = loop.online(
-        own, lambda s, batches: (s, metrics), ("decoder", "decoder"), 8, 3, jax.random.key(0), float
-    )
-    for _ in range(2):
-        _, values, _ = step(state, 3)
-        assert values["reward_truncated"] == 0.16 and "responses" not in values
-
-
 @pytest.fixture
 def files(tmp_path):
-    """Makes the files of a run of the loop that goes on after ``start``."""
+    """Makes the record of a run of the loop that goes on after ``start``."""
     opened = []
 
-    def make(start=0):
+    def make(start=0, **metadata):
         opened[:] = [Checkpointer(tmp_path / "c", 5), MetricsWriter(tmp_path, start)]
-        return opened
+        return Record(*opened, metadata, tmp_path)
 
     make.path = tmp_path
     yield make
@@ -191,11 +92,11 @@ def lines(path):
 
 
 def test_checkpoints_come_when_planned_and_at_the_end(files):
-    checkpointer, writer = files()
-    end = loop.run(start(), 0, adding(), LoopPlan("t", 7, 3), checkpointer, writer, {"a": 1})
+    record = files(a=1)
+    end = loop.run(start(), 0, adding(), Schedule("t", 7, 3), record)
     np.testing.assert_array_equal(end["x"], [28, 28])
-    assert sorted(int(p.name) for p in checkpointer.directory.iterdir()) == [3, 6, 7]
-    state, metadata = checkpointer.restore(start())
+    assert sorted(int(p.name) for p in record.checkpointer.directory.iterdir()) == [3, 6, 7]
+    state, metadata = record.checkpointer.restore(start())
     np.testing.assert_array_equal(state["x"], end["x"])
     assert metadata == {"a": 1, "step": 7}
     assert [x["step"] for x in lines(files.path)] == [1, 2, 3, 4, 5, 6, 7]
@@ -204,28 +105,27 @@ def test_checkpoints_come_when_planned_and_at_the_end(files):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops_and_the_rest_follows_from_there(files, signum):
-    checkpointer, writer = files()
-    plan = LoopPlan("t", 6, 100)
+    record = files()
+    schedule = Schedule("t", 6, 100)
     with pytest.raises(Stopped, match=r"after iteration 3 of 6 is saved.*goes on") as stopped:
-        loop.run(start(), 0, adding(signum, at=2), plan, checkpointer, writer, {})
+        loop.run(start(), 0, adding(signum, at=2), schedule, record)
     assert stopped.value.signum == signum
-    assert checkpointer.latest_step == 3
-    checkpointer.close()
-    writer.close()
-    checkpointer, writer = files(3)
-    state, _ = checkpointer.restore(start())
-    end = loop.run(state, 3, adding(), plan, checkpointer, writer, {})
+    assert record.checkpointer.latest_step == 3
+    record.checkpointer.close()
+    record.writer.close()
+    record = files(3)
+    state, _ = record.checkpointer.restore(start())
+    end = loop.run(state, 3, adding(), schedule, record)
     np.testing.assert_array_equal(end["x"], [21, 21])
     assert [x["step"] for x in lines(files.path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_last_step_is_done_even_if_a_signal_comes_with_it(files):
-    checkpointer, writer = files()
+    record = files()
     with pytest.raises(Stopped, match="after iteration 2 of 2"):
-        loop.run(start(), 0, adding(signal.SIGTERM, at=1), LoopPlan("t", 2, 9), checkpointer,
-                 writer, {})  # fmt: skip
-    state, _ = checkpointer.restore(start())
-    again = loop.run(state, 2, adding(), LoopPlan("t", 2, 9), checkpointer, writer, {})
+        loop.run(start(), 0, adding(signal.SIGTERM, at=1), Schedule("t", 2, 9), record)
+    state, _ = record.checkpointer.restore(start())
+    again = loop.run(state, 2, adding(), Schedule("t", 2, 9), record)
     np.testing.assert_array_equal(again["x"], [3, 3])
 
 
@@ -242,17 +142,94 @@ def test_the_last_step_is_done_even_if_a_signal_comes_with_it(files):
     ],
 )
 def test_what_is_not_finite_stops_and_names_the_last_good_checkpoint(files, bad, name):
-    checkpointer, writer = files()
+    record = files()
     with pytest.raises(InputError, match=rf"{name} at iteration 4; .*c/2: lower the learning"):
-        loop.run(start(), 0, adding(at=3, **bad), LoopPlan("t", 6, 2), checkpointer, writer, {})
-    assert checkpointer.latest_step == 2
+        loop.run(start(), 0, adding(at=3, **bad), Schedule("t", 6, 2), record)
+    assert record.checkpointer.latest_step == 2
 
 
 def test_a_refused_member_stops_nobody(files):
-    checkpointer, writer = files()
+    record = files()
     values = {"loss": [float("nan"), 1.0], "grad_norm": [1.0, 2.0], "refused": [1.0, 0.0]}
-    end = loop.run(
-        start(), 0, adding(at=1, **values), LoopPlan("t", 3, 9), checkpointer, writer, {}
-    )
+    end = loop.run(start(), 0, adding(at=1, **values), Schedule("t", 3, 9), record)
     np.testing.assert_array_equal(end["x"], [6, 6])
     assert np.isnan(lines(files.path)[1]["loss"][0])
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_ctrl_c_without_a_record_returns_the_state_so_far(at, capsys):
+    """As in a notebook, where what was learned so far is what one wants to look at."""
+    end = loop.run(start(), 0, adding(signal.SIGINT, at=at), Schedule("t", 6))
+    np.testing.assert_array_equal(end["x"], sum(range(at + 2)))
+    assert f"t: stopped after iteration {at + 1} of 6" in capsys.readouterr().err
+
+
+def test_sigterm_without_a_record_stops():
+    with pytest.raises(Stopped, match="iteration 2 of 6 was the last"):
+        loop.run(start(), 0, adding(signal.SIGTERM, at=1), Schedule("t", 6))
+
+
+def test_what_is_not_finite_stops_without_a_record():
+    with pytest.raises(InputError, match="loss is nan at iteration 2; there is no checkpoint yet"):
+        loop.run(start(), 0, adding(at=1, loss=float("nan")), Schedule("t", 6))
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The iterations around which a trace was begun and ended, as (iterations done, event)."""
+    events, done = [], []
+    real_start, real_stop = jax.profiler.start_trace, jax.profiler.stop_trace
+
+    def begin(folder):
+        events.append((len(done), "begin"))
+        real_start(folder)
+
+    def end():
+        events.append((len(done), "end"))
+        real_stop()
+
+    monkeypatch.setattr(jax.profiler, "start_trace", begin)
+    monkeypatch.setattr(jax.profiler, "stop_trace", end)
+    return events, done
+
+
+def counting(done, **bad):
+    one = adding(**bad)
+
+    def counted(state, step):
+        out = one(state, step)
+        done.append(step)
+        return out
+
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("profile", "first", "wanted"),
+    [
+        ((2, 3), 0, [(1, "begin"), (3, "end")]),
+        ((3, 9), 0, [(2, "begin"), (4, "end")]),  # the loop ends before the trace does
+        ((1, 3), 2, [(0, "begin"), (1, "end")]),  # it goes on from iteration 2: the third is left
+        ((1, 2), 2, []),
+        (None, 0, []),
+    ],
+)
+def test_a_profile_traces_its_iterations(files, traced, profile, first, wanted, capsys):
+    events, done = traced
+    schedule = Schedule("t", 4, 9, profile)
+    loop.run(start(), first, counting(done), schedule, files(first))
+    assert events == wanted and len(done) == 4 - first
+    written = list((files.path / "profile").rglob("*.xplane.pb"))
+    assert bool(written) == bool(wanted)
+    assert ("profile: the trace is in" in capsys.readouterr().err) == bool(wanted)
+
+
+def test_a_trace_is_written_though_the_loop_stops_inside_it(files, traced):
+    events, done = traced
+    with pytest.raises(InputError, match="loss is nan at iteration 2"):
+        loop.run(
+            start(), 0, counting(done, at=1, loss=float("nan")), Schedule("t", 4, 9, (1, 4)),
+            files(),
+        )  # fmt: skip
+    assert events == [(0, "begin"), (2, "end")]
+    assert list((files.path / "profile").rglob("*.xplane.pb"))

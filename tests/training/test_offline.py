@@ -1,4 +1,4 @@
-"""Offline methods on a tiny decoder: the pool, the choices from it, the losses and the steps."""
+"""Offline methods on a tiny decoder: the pool, the losses and the steps."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
+from vbon_jax.methods import bon_sft, bonbon, dpo
 from vbon_jax.models import decoder
 from vbon_jax.rl import preference
 from vbon_jax.training import offline, state
@@ -21,6 +22,8 @@ TEMPERATURE = 0.8
 P, M, T, COLUMNS = 3, 4, 5, 4
 PAD, EOS = 0, 3
 BETA, ALPHA = 0.3, 0.4
+METHODS = (bon_sft.METHOD, dpo.METHOD, bonbon.METHOD)
+NAMES = [method.name for method in METHODS]
 
 
 def samples_of(prompt, responses, **optional):
@@ -51,8 +54,9 @@ def world(config, params):
     log_ref = offline.log_ref(reference, *arrays, 5, **static)
     flat = [(p.tokens, r) for p, rs in zip(prompts, responses, strict=True) for r in rs]
     return SimpleNamespace(
-        flat=flat, arrays=arrays, pool=offline.Pool(*map(jnp.asarray, (*arrays, log_ref))),
-        reference=reference, policy=jax.tree.map(lambda x: x * 1.1, reference), config=config,
+        flat=flat, arrays=arrays,
+        pool=offline.Pool(*map(jnp.asarray, (*arrays, log_ref)), TEMPERATURE), reference=reference,
+        policy=jax.tree.map(lambda x: x * 1.1, reference), config=config,
     )  # fmt: skip
 
 
@@ -79,13 +83,21 @@ def log_probs_of(world, params):
     )
 
 
-def plan(method):
-    return offline.OfflinePlan(method, TEMPERATURE)
+@pytest.fixture(scope="module")
+def optimizer():
+    return state.adamw(optax.linear_schedule(1e-2, 0.0, 50), 1e-8, 0.01, 1.0)
 
 
-@partial(jax.jit, static_argnames=("config", "plan"))
-def loss(params, pool, rows, beta, alpha, config, plan):
-    return offline.loss(params, pool, rows, beta, alpha, config=config, plan=plan)
+@pytest.fixture(scope="module")
+def setups(config, optimizer):
+    """What each method is compiled for."""
+    return {
+        method.name: offline.OfflineSetup(config, optimizer, method.learns.loss)
+        for method in METHODS
+    }
+
+
+loss = jax.jit(offline.loss, static_argnames="setup")
 
 
 def test_the_pool_by_hand():
@@ -158,91 +170,6 @@ def test_padding_of_the_pool_does_not_matter(world):
     np.testing.assert_allclose(dirty, world.pool.log_ref_N, rtol=1e-5)
 
 
-def choose(method, rewards, **changes):
-    settings = {"n": 3, "pairs": 12, "responses": 6, "labels": "hard", "seed": 0} | changes
-    return offline.choices(method, np.asarray(rewards, np.float32), **settings)
-
-
-def test_dpo_pairs_are_different_pairs_of_the_first_responses(rng):
-    rewards = rng.normal(size=(50, 9)).astype(np.float32)
-    rewards[:, 2] = rewards[:, 4]
-    hard, soft = choose("dpo", rewards), choose("dpo", rewards, labels="soft")
-    assert hard.best_E.shape == (50 * 12,)
-    assert hard.best_E.dtype == hard.worst_E.dtype == np.int32
-    assert hard.preferred_E.dtype == np.float32
-    prompt = np.repeat(np.arange(50), 12)
-    pairs = set()
-    for p, best, worst in zip(prompt, hard.best_E - 9 * prompt, hard.worst_E - 9 * prompt):
-        assert 0 <= best < 6 and 0 <= worst < 6 and best != worst
-        pairs.add((int(p), *sorted((int(best), int(worst)))))
-    assert len(pairs) == 50 * 12
-    counts = np.bincount([6 * a + b for _, a, b in pairs], minlength=36)
-    assert (counts[[6 * a + b for a in range(6) for b in range(a + 1, 6)]] > 25).all()  # 40 +- 3
-
-    lead = rewards.ravel()[hard.best_E] - rewards.ravel()[hard.worst_E]
-    assert (lead >= 0).all() and 20 < (lead == 0).sum() <= 50
-    np.testing.assert_array_equal(hard.preferred_E, np.where(lead == 0, 0.5, 1.0))
-    np.testing.assert_array_equal(soft.best_E, hard.best_E)
-    np.testing.assert_allclose(soft.preferred_E, 1 / (1 + np.exp(-lead)), rtol=1e-5)
-
-
-def test_bon_sft_takes_winners(rng):
-    rewards = rng.normal(size=(40, 8))
-    all_of_them = choose("bon_sft", rewards, n=8, pairs=2)
-    np.testing.assert_array_equal(
-        all_of_them.best_E, np.repeat(8 * np.arange(40) + rewards.argmax(1), 2)
-    )
-    np.testing.assert_array_equal(all_of_them.worst_E, all_of_them.best_E)
-    # The best of 2 of 8 has rank i with probability (i-1)/28 (ranks 1..8): mean 6, variance 3.
-    ranks = rewards.argsort(1).argsort(1).ravel()[choose("bon_sft", rewards, n=2, pairs=50).best_E]
-    np.testing.assert_allclose(ranks.mean() + 1, 6, atol=5 * np.sqrt(3 / 2000))
-
-
-def test_bonbon_takes_best_and_worst_of_the_same_draws(rng):
-    rewards = rng.normal(size=(40, 8))
-    whole = choose("bonbon", rewards, n=8, pairs=1)
-    np.testing.assert_array_equal(whole.best_E - 8 * np.arange(40), rewards.argmax(1))
-    np.testing.assert_array_equal(whole.worst_E - 8 * np.arange(40), rewards.argmin(1))
-    some = choose("bonbon", rewards, n=2, pairs=12)
-    np.testing.assert_array_equal(some.best_E // 8, np.repeat(np.arange(40), 12))
-    np.testing.assert_array_equal(some.worst_E // 8, np.repeat(np.arange(40), 12))
-    assert (rewards.ravel()[some.best_E] > rewards.ravel()[some.worst_E]).all()
-    assert (some.preferred_E == 1).all()
-
-
-@pytest.mark.parametrize("method", offline.METHODS)
-def test_choices_are_a_function_of_the_seed(method, rng):
-    rewards = rng.normal(size=(5, 8))
-    one, same, other = (choose(method, rewards, seed=s) for s in (1, 1, 2))
-    jax.tree.map(np.testing.assert_array_equal, one, same)
-    assert (one.best_E != other.best_E).any()
-    assert one.best_E.shape == (60,)
-
-
-@pytest.mark.parametrize(
-    ("method", "change", "message"),
-    [
-        ("ppo", {}, "method = 'ppo' must be one of bon_sft, dpo, bonbon"),
-        ("dpo", {"labels": "firm"}, "labels = 'firm' must be one of hard, soft"),
-        ("dpo", {"pairs": 16}, "pairs = 16 a prompt, but 6 responses make only 15"),
-        ("dpo", {"responses": 9}, "responses = 9 must be between 2 and the m = 8"),
-        ("dpo", {"responses": 1}, "responses = 1 must be between 2"),
-        ("dpo", {"pairs": 0}, "pairs = 0 a prompt"),
-        ("bon_sft", {"n": 9}, "n = 9 must be a whole number from 1 to the m = 8"),
-        ("bon_sft", {"n": 1.5}, r"n = 1\.5 must be a whole number"),
-        ("bonbon", {"n": 1}, "n = 1 must be a whole number from 2 to the m = 8"),
-    ],
-)
-def test_impossible_choices_are_refused(method, change, message):
-    with pytest.raises(InputError, match=message):
-        choose(method, np.zeros((2, 8)), **change)
-
-
-def test_an_unknown_method_has_no_plan():
-    with pytest.raises(InputError, match="method = 'sft' must be one of"):
-        offline.OfflinePlan("sft", 1.0)
-
-
 def test_an_epoch_takes_every_example_once():
     order = offline.epoch_order(11, 4, 0, seed=3)
     assert order.shape == (2, 4) and order.dtype == np.int32
@@ -260,9 +187,9 @@ ROWS = offline.Choices(
 )
 
 
-@pytest.mark.parametrize("method", offline.METHODS)
-def test_loss_equals_a_slow_twin(world, method):
-    total, metrics = loss(world.policy, world.pool, ROWS, BETA, ALPHA, world.config, plan(method))
+@pytest.mark.parametrize("method", NAMES)
+def test_loss_equals_a_slow_twin(world, setups, method):
+    total, metrics = loss(world.policy, world.pool, ROWS, BETA, ALPHA, setup=setups[method])
     log_policy, log_ref = (
         twin_log_probs(world, world.policy),
         twin_log_probs(world, world.reference),
@@ -285,38 +212,28 @@ def test_loss_equals_a_slow_twin(world, method):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_the_reference_itself_has_no_margin(world):
+def test_the_reference_itself_has_no_margin(world, setups):
     beta_n = preference.bonbon_beta(4)
     alpha = preference.bonbon_alpha(-float(np.mean(world.pool.log_ref_N[ROWS.best_E])), beta_n)
-    total, metrics = loss(
-        world.reference, world.pool, ROWS, beta_n, alpha, world.config, plan("bonbon")
-    )
+    total, metrics = loss(world.reference, world.pool, ROWS, beta_n, alpha, setup=setups["bonbon"])
     np.testing.assert_allclose(metrics["margin"], 0, atol=1e-5)
     np.testing.assert_allclose(total, 2 * alpha * metrics["nll"], rtol=1e-4)  # both terms alike
 
 
 @pytest.fixture(scope="module")
-def optimizer():
-    return state.adamw(optax.linear_schedule(1e-2, 0.0, 50), 1e-8, 0.01, 1.0)
-
-
-@pytest.fixture(scope="module")
-def run(world, optimizer):
+def run(world, setups):
     """run(method, ...): jitted `steps`; members=True is vmap over all but the pool."""
 
-    @partial(jax.jit, static_argnames=("plan", "members"), donate_argnums=0)
-    def jitted(train_state, pool, rows, beta, alpha, plan, members):
+    @partial(jax.jit, static_argnames=("setup", "members"), donate_argnums=0)
+    def jitted(train_state, pool, rows, beta, alpha, setup, members):
         def one(train_state, rows, beta, alpha):
-            return offline.steps(
-                train_state, pool, rows, beta, alpha,
-                config=world.config, plan=plan, optimizer=optimizer,
-            )  # fmt: skip
+            return offline.steps(train_state, pool, rows, beta, alpha, setup=setup)
 
         return (jax.vmap(one) if members else one)(train_state, rows, beta, alpha)
 
     def call(method, train_state, rows, beta=BETA, alpha=ALPHA, members=False):
         numbers = map(jnp.float32, (beta, alpha))
-        return jitted(train_state, world.pool, rows, *numbers, plan(method), members)
+        return jitted(train_state, world.pool, rows, *numbers, setups[method], members)
 
     return call
 
@@ -334,11 +251,12 @@ def random_rows(seed, steps, batch):
     return jax.tree.map(np.transpose, rows)
 
 
-@pytest.mark.parametrize("method", offline.METHODS)
-def test_steps_learn_their_choices(world, optimizer, run, method):
+@pytest.mark.parametrize("method", NAMES)
+def test_steps_learn_their_choices(world, optimizer, setups, run, method):
     once = ROWS._replace(preferred_E=np.ones(4, np.float32))
     rows = jax.tree.map(lambda x: np.tile(x, (2, 1)), once)
-    before = loss(world.reference, world.pool, once, BETA, ALPHA, world.config, plan(method))[1]
+    setup = setups[method]
+    before = loss(world.reference, world.pool, once, BETA, ALPHA, setup=setup)[1]
     train_state = fresh(world, optimizer)
     old_leaf = train_state.params["decoder"]["wte"]
     new, metrics = run(method, train_state, rows)
@@ -346,7 +264,7 @@ def test_steps_learn_their_choices(world, optimizer, run, method):
     assert float(metrics["grad_norm"]) > 0
     for _ in range(9):
         new, metrics = run(method, new, rows)
-    after = loss(new.params, world.pool, once, BETA, ALPHA, world.config, plan(method))[1]
+    after = loss(new.params, world.pool, once, BETA, ALPHA, setup=setup)[1]
     assert float(after["loss"]) < float(metrics["loss"]) < float(before["loss"])
     if method == "bon_sft":
         assert float(after["nll"]) < float(before["nll"]) - 1

@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from tests.training import tiny
+from vbon_jax.methods import vbon
 from vbon_jax.models import heads, trainable
 from vbon_jax.models.trainable import Trainable
-from vbon_jax.training import ppo, state
+from vbon_jax.training import state
 
 TOP, LORA, WHOLE = Trainable(1), Trainable(rank=2, targets=("q", "out", "down")), Trainable()
-STATIC = ("config", "plan", "value_config")
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,11 @@ def parts(world, mesh, what):
     return {"decoder": base}, {"decoder": own, "value": world.fresh(mesh).params["value"]}
 
 
-def experience(world, reference, params, batch, plan):
-    return jax.jit(ppo.experience, static_argnames=STATIC)(
+def experience(world, reference, params, batch, setup):
+    return tiny.experience(
         params, reference, batch, world.references, jnp.float32(world.n), jnp.float32(0.1),
-        config=world.config, plan=plan,
+        setup=setup,
     )  # fmt: skip
-
-
-def gradients(world, reference, params, exp, plan, **static):
-    return jax.jit(ppo.gradients, static_argnames=STATIC)(
-        params, reference, exp, plan=plan, config=world.config, **static
-    )
 
 
 def close(a, b, atol=2e-5):
@@ -54,25 +48,24 @@ def close(a, b, atol=2e-5):
 @pytest.mark.parametrize("what", [TOP, LORA], ids=["top", "lora"])
 def test_results_are_those_of_the_unshared_computation(world, mesh, batch, what, penalty):
     """Experience, loss and gradient equal those of policy and reference as two whole models."""
-    plan = dataclasses.replace(world.plan, penalty=penalty)
+    setup = tiny.changed(world.setup, penalty=penalty)
     reference, params = parts(world, mesh, what)
-    exp, metrics = experience(world, reference, params, batch, plan)
+    exp, metrics = experience(world, reference, params, batch, setup)
     whole_ref = {"decoder": trainable.merged(reference["decoder"])}
     policy = trainable.merged(
         trainable.join(reference["decoder"], params["decoder"]), world.config.lora_alpha
     )
     whole = params | {"decoder": policy}
-    expected, expected_metrics = experience(world, whole_ref, whole, batch, plan)
+    expected, expected_metrics = experience(world, whole_ref, whole, batch, setup)
     assert (exp.trunk_BxSxD is not None) == (what is TOP)
-    close(exp._replace(trunk_BxSxD=None), expected, 1e-4)
+    close(dataclasses.replace(exp, trunk_BxSxD=None), expected, 1e-4)
     close(metrics, expected_metrics, 1e-3)
     assert float(metrics["kl_ref"]) > 1e-3  # a policy that is its reference would show nothing
 
     rows = jax.tree.map(lambda x: x[:8], exp)
-    grads, info = gradients(world, reference, params, rows, plan)
-    whole_grads, whole_info = gradients(
-        world, whole_ref, whole, rows._replace(trunk_BxSxD=None), plan
-    )
+    grads, info = tiny.gradients(params, reference, rows, setup)
+    whole_rows = dataclasses.replace(rows, trunk_BxSxD=None)
+    whole_grads, whole_info = tiny.gradients(whole, whole_ref, whole_rows, setup)
     close(info, whole_info, 1e-4)
     if what is TOP:
         top = jax.tree.map(lambda x: x[-1:], whole_grads["decoder"]["blocks"])
@@ -84,19 +77,19 @@ def test_results_are_those_of_the_unshared_computation(world, mesh, batch, what,
 def test_epochs_do_not_run_the_trunk(world, mesh, batch):
     """With a broken trunk the loss is what it was: activations come from the rollout's one pass."""
     reference, params = parts(world, mesh, TOP)
-    plan = dataclasses.replace(world.plan, penalty="full")
-    exp, _ = experience(world, reference, params, batch, plan)
+    setup = tiny.changed(world.setup, penalty="full")
+    exp, _ = experience(world, reference, params, batch, setup)
     base = reference["decoder"]
     broken = jax.tree.map(lambda x: x * jnp.nan, base["blocks"][0])
     without = {
         "decoder": base | {"blocks": (broken, base["blocks"][1]), "wpe": base["wpe"] * jnp.nan}
     }
-    found = gradients(world, without, params, exp, plan)
-    close(found, gradients(world, reference, params, exp, plan), 0)
+    found = tiny.gradients(params, without, exp, setup)
+    close(found, tiny.gradients(params, reference, exp, setup), 0)
     assert np.isfinite(float(found[1]["loss"]))
     # Not so without them.
-    exp = exp._replace(trunk_BxSxD=None)
-    assert np.isnan(float(gradients(world, without, params, exp, plan)[1]["loss"]))
+    exp = dataclasses.replace(exp, trunk_BxSxD=None)
+    assert np.isnan(float(tiny.gradients(params, without, exp, setup)[1]["loss"]))
 
 
 @pytest.mark.parametrize("what", [TOP, LORA], ids=["top", "lora"])
@@ -105,10 +98,9 @@ def test_an_iteration_trains_what_is_trained_and_starts_at_ratio_one(world, mesh
     own = trainable.start(base, what, jax.random.key(3))
     params = {"decoder": own, "value": world.fresh(mesh).params["value"]}
     before = jax.device_get(params)
-    new, metrics = ppo.iteration(
-        state.create(params, world.optimizer, jax.random.key(7)), {"decoder": base}, batch,
-        world.references, jnp.float32(world.n), jnp.float32(0.1), config=world.config,
-        plan=world.plan, optimizer=world.optimizer,
+    new, metrics = vbon.update(
+        state.create(params, world.optimizer, jax.random.key(7)), {"decoder": base}, (batch,),
+        world.references, jnp.float32(world.n), jnp.float32(0.1), setup=world.setup,
     )  # fmt: skip
     assert float(metrics["first_approx_kl"]) < 1e-10 and float(metrics["kl_ref"]) < 1e-6
     assert jax.tree.structure(new.params) == jax.tree.structure(before)
@@ -120,27 +112,27 @@ def test_an_iteration_trains_what_is_trained_and_starts_at_ratio_one(world, mesh
 def test_microbatches_add_up_to_the_minibatch(world, mesh, batch, accumulate):
     """Responses differ in length, so that a mean of means would be another loss."""
     reference, params = parts(world, mesh, WHOLE)
-    exp, _ = experience(world, reference, params, batch, world.plan)
+    exp, _ = experience(world, reference, params, batch, world.setup)
     lengths = exp.response_mask_BxT.sum(axis=1)
     assert len(set(lengths.tolist())) > 1
     rows = jax.tree.map(lambda x: None if x is None else x[:8], exp)
-    plan = dataclasses.replace(world.plan, accumulate=accumulate)
-    once = gradients(world, reference, params, rows, world.plan)
-    close(gradients(world, reference, params, rows, plan), once)
+    setup = tiny.changed(world.setup, accumulate=accumulate)
+    once = tiny.gradients(params, reference, rows, world.setup)
+    close(tiny.gradients(params, reference, rows, setup), once)
 
 
 @pytest.mark.parametrize("chunk", [5])
 def test_the_chunk_of_logits_changes_nothing(world, mesh, batch, chunk):
     reference, params = parts(world, mesh, WHOLE)
-    plan = dataclasses.replace(world.plan, chunk=chunk, penalty="full")
-    whole = dataclasses.replace(plan, chunk=10_000)
-    exp, metrics = experience(world, reference, params, batch, plan)
+    setup = tiny.changed(world.setup, chunk=chunk, penalty="full")
+    whole = tiny.changed(setup, chunk=10_000)
+    exp, metrics = experience(world, reference, params, batch, setup)
     expected, expected_metrics = experience(world, reference, params, batch, whole)
     close(exp, expected)
     close(metrics, expected_metrics, 1e-4)
     close(
-        gradients(world, reference, params, exp, plan),
-        gradients(world, reference, params, expected, whole),
+        tiny.gradients(params, reference, exp, setup),
+        tiny.gradients(params, reference, expected, whole),
     )
 
 
@@ -149,15 +141,12 @@ def test_a_value_network_of_its_own(world, mesh, batch):
     reference, params = parts(world, mesh, WHOLE)
     network = {"decoder": jax.tree.map(jnp.copy, params["decoder"]), **params["value"]}
     own = params | {"value": network}
-    static = {"value_config": world.config}
-    with_head, _ = experience(world, reference, params, batch, world.plan)
-    found, _ = jax.jit(ppo.experience, static_argnames=STATIC)(
-        own, reference, batch, world.references, jnp.float32(world.n), jnp.float32(0.1),
-        config=world.config, plan=world.plan, **static,
-    )  # fmt: skip
+    setup = tiny.changed(world.setup, value_config=world.config)
+    with_head, _ = experience(world, reference, params, batch, world.setup)
+    found, _ = experience(world, reference, own, batch, setup)
     close(found, with_head, 1e-5)
-    grads, info = gradients(world, reference, own, found, world.plan, **static)
-    shared, shared_info = gradients(world, reference, params, with_head, world.plan)
+    grads, info = tiny.gradients(own, reference, found, setup)
+    shared, shared_info = tiny.gradients(params, reference, with_head, world.setup)
     close(info, shared_info, 1e-5)
     # What one tree gets from both losses, two trees get apart.
     both = jax.tree.map(jnp.add, grads["decoder"], grads["value"]["decoder"])
@@ -165,31 +154,14 @@ def test_a_value_network_of_its_own(world, mesh, batch):
     assert float(jnp.abs(grads["value"]["decoder"]["wte"]).max()) > 1e-6
 
 
-def test_moments_are_stored_in_their_own_dtype():
-    params = {"kernel": jnp.linspace(-1.0, 1.0, 64)}
-    grads = {"kernel": jnp.cos(7 * params["kernel"])}
-    updates = {}
-    for dtype in ("float32", "bfloat16"):
-        optimizer = state.adamw(optax.constant_schedule(1e-2), 1e-8, 0.0, 1e9, dtype)
-        opt_state = optimizer.init(params)
-        for _ in range(3):
-            updates[dtype], opt_state = optimizer.update(grads, opt_state, params)
-        moments = [x for x in jax.tree.leaves(opt_state) if x.shape == (64,)]
-        assert len(moments) == 2 and {str(x.dtype) for x in moments} == {dtype}
-        assert updates[dtype]["kernel"].dtype == jnp.float32
-    a, b = (updates[dtype]["kernel"] for dtype in ("float32", "bfloat16"))
-    np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-5)
-    assert not np.array_equal(a, b)
-
-
 def test_parameters_in_bfloat16_stay_so(world, mesh, batch):
     base = world.reference(mesh)["decoder"]
     own = trainable.start(base, WHOLE, jax.random.key(3), "bfloat16")
     params = {"decoder": own, "value": {"head": heads.init_value(world.config, jax.random.key(1))}}
-    new, metrics = ppo.iteration(
-        state.create(params, world.optimizer, jax.random.key(7)), {"decoder": base}, batch,
-        world.references, jnp.float32(world.n), jnp.float32(0.1), config=world.config,
-        plan=dataclasses.replace(world.plan, accumulate=2), optimizer=world.optimizer,
+    new, metrics = vbon.update(
+        state.create(params, world.optimizer, jax.random.key(7)), {"decoder": base}, (batch,),
+        world.references, jnp.float32(world.n), jnp.float32(0.1),
+        setup=tiny.changed(world.setup, accumulate=2),
     )  # fmt: skip
     assert {str(x.dtype) for x in jax.tree.leaves(new.params["decoder"])} == {"bfloat16"}
     assert np.isfinite(float(metrics["loss"]))

@@ -19,6 +19,7 @@ from vbon_jax.methods.base import (
 from vbon_jax.rl import preference
 from vbon_jax.training import offline
 from vbon_jax.training.learner import Member
+from vbon_jax.training.options import LABELS
 from vbon_jax.training.options import Offline as OfflineKeys
 
 
@@ -58,6 +59,8 @@ def choose(
         raise InputError(
             f"responses = {responses} must be between 2 and the m = {m} samples of a prompt"
         )
+    if settings.labels not in LABELS:
+        raise InputError(f"labels = {settings.labels!r} must be one of {', '.join(LABELS)}")
     offline.check_pairs(settings.pairs, responses * (responses - 1) // 2, responses)
     rng = np.random.default_rng(member.seed)
     combinations_Cx2 = np.array(list(itertools.combinations(range(responses), 2)))

@@ -125,7 +125,10 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
             if stop.signum is None:
                 continue
             if record is None and stop.signum == signal.SIGINT:
-                report.say(f"{schedule.title}: stopped at iteration {step + 1}; it returns so far")
+                report.say(
+                    f"{schedule.title}: stopped after iteration {step + 1} of "
+                    f"{schedule.iterations}; the result is what was learned so far"
+                )
                 return state
             raise Stopped(stop.signum, _saved(record, step + 1, schedule.iterations))
     if record is not None:

@@ -7,6 +7,8 @@ from vbon_jax.keys import key
 from vbon_jax.models import trainable
 from vbon_jax.models.config import DTYPES, REMAT
 
+LABELS = ("hard", "soft")  # of dpo's pairs
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -62,7 +64,7 @@ class Offline:
     pairs: int = key(12, "Training pairs per prompt (for bon_sft: best-of-n responses).", least=1)
     labels: str = key("hard", "Preference labels of dpo: hard, the higher reward is preferred; "
                       "soft, with probability sigmoid(reward difference).",
-                      choices=("hard", "soft"))  # fmt: skip
+                      choices=LABELS)  # fmt: skip
     epochs: int = key(2, "Passes over the pairs.", least=1)
     batch_size: int = key(64, "Pairs per gradient step.", least=1)
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)

@@ -1,6 +1,7 @@
 """An iteration of J-BOND against one worked out by hand, and many on a world that can learn."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,20 @@ import numpy as np
 import optax
 import pytest
 
+from tests.training import tiny
 from vbon_jax import sharding
 from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.methods import jbond
+from vbon_jax.methods.jbond import JBOND
 from vbon_jax.models import decoder
 from vbon_jax.sampling import decode
-from vbon_jax.sampling import sampler as engine
-from vbon_jax.training import bond, loop, ppo, state
-from vbon_jax.training.loop import World
+from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.training import state
+from vbon_jax.training.learner import Learner, Member, Program
+from vbon_jax.training.loop import Task
+from vbon_jax.training.options import Train
+from vbon_jax.training.ppo import Setup
 
 V, P, T, B = 11, 3, 4, 4
 TEMPERATURE, RATE, LEARNING_RATE, JEFFREYS, BETA = 0.8, 0.25, 0.1, 0.3, 0.4
@@ -24,7 +31,8 @@ CONFIG = decoder.DecoderConfig(
 )
 INIT = jax.jit(decoder.init, static_argnums=0)
 OPTIMIZER = optax.sgd(LEARNING_RATE)
-PLAN = bond.BondPlan(JEFFREYS, RATE, BETA, B, TEMPERATURE, "smoothed")
+SETUP = Setup(CONFIG, OPTIMIZER, Train(minibatch_size=B))
+OPTIONS = JBOND(JEFFREYS, RATE, BETA, estimator="smoothed")
 REFERENCES = np.sort(np.random.default_rng(9).normal(size=(2, 7)).astype(np.float32), axis=1)
 PROMPT_LENGTHS = (3, 1, 2, 3)
 
@@ -38,7 +46,7 @@ def scored(seed, rewards):
     prompt_mask = np.arange(P) >= P - np.array(PROMPT_LENGTHS)[:, None]
     rollout = decode.Rollout(tokens, mask, np.zeros((B, T), np.float32), lengths < T)
     rows = np.array([0, 1, 1, 0], np.int32)
-    return ppo.RolloutBatch(prompts, prompt_mask, rollout, np.float32(rewards), rows)
+    return ScoredRollout(prompts, prompt_mask, rollout, np.float32(rewards), rows, TEMPERATURE)
 
 
 # Row by row the policy's response is: below both of the anchor's; between them; equal to the lower
@@ -75,16 +83,16 @@ def models():
 
 
 def fresh(policy, anchor):
-    """A state of copies: the iteration donates it."""
+    """A state of copies: the update donates it."""
     one = state.create({"decoder": jax.tree.map(jnp.array, policy)}, OPTIMIZER, jax.random.key(3))
     return one._replace(params=one.params | {"anchor": jax.tree.map(jnp.array, anchor)})
 
 
-def iterate(policy, anchor, reference, batches=BATCHES, n=4.0, plan=PLAN):
-    return bond.iteration(
-        fresh(policy, anchor), {"decoder": reference}, batches,
-        bon_references.references(REFERENCES, "smoothed"), jnp.float32(n), config=CONFIG,
-        plan=plan, optimizer=OPTIMIZER,
+def update(policy, anchor, reference, n=4.0):
+    return jbond.update(
+        fresh(policy, anchor), {"decoder": reference}, BATCHES,
+        bon_references.references(REFERENCES, "smoothed"), jnp.float32(n), jnp.float32(1),
+        setup=SETUP, options=OPTIONS,
     )  # fmt: skip
 
 
@@ -107,7 +115,7 @@ def test_a_step_by_hand(models):
         return JEFFREYS * forward + (1 - JEFFREYS) * backward
 
     value, grads = jax.jit(jax.value_and_grad(loss))(policy)
-    new, metrics = iterate(policy, anchor, reference)
+    new, metrics = update(policy, anchor, reference)
     wanted = jax.tree.map(lambda p, g: p - LEARNING_RATE * g, policy, grads)
     for got, want in zip(jax.tree.leaves(new.params["decoder"]), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(got, want, atol=2e-6)
@@ -142,9 +150,9 @@ def test_a_step_by_hand(models):
 def test_n_is_reported_on_and_changes_nothing_else(models):
     """J-BOND has no n of its own."""
     policy, anchor, reference = models["decoder"], models["anchor"], models["reference"]
-    size = bond.iteration._cache_size()
-    (a, with_2), (b, with_64) = (iterate(policy, anchor, reference, n=n) for n in (2.0, 64.0))
-    assert bond.iteration._cache_size() <= size + 1
+    size = jbond.update._cache_size()
+    (a, with_2), (b, with_64) = (update(policy, anchor, reference, n=n) for n in (2.0, 64.0))
+    assert jbond.update._cache_size() <= size + 1
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
     assert {k for k in with_2 if with_2[k] != with_64[k]} == {"kl_bon"}
 
@@ -157,33 +165,31 @@ def token_reward(prompts, prompt_BxP, prompt_mask_BxP, response_BxT, response_ma
 
 
 def test_the_reward_rises_over_iterations_and_the_first_is_at_the_reference(models):
-    """Through the real step of the loop: one response of the policy and two of the anchor."""
+    """Through the real iteration: one response of the policy and two of the anchor."""
     mesh = sharding.make_mesh()
     optimizer = state.adamw(optax.constant_schedule(1e-2), 1e-5, 0.0, 1.0)
-    plan = bond.BondPlan(0.5, 0.1, 0.0, 64, 1.0, "harmonic")
     prompts = [Prompt(i, f"p{i}", (i + 1,)) for i in range(4)]
-    sampling = engine.Sampling(temperature=1.0, max_new_tokens=T, eos_id=None, pad_id=0)
     rewards = np.sort(np.random.default_rng(1).uniform(0, T, (4, 32)).astype(np.float32), axis=1)
     table = bon_references.references(rewards, "harmonic")
-    start = sharding.place(models["reference"], mesh)
-    world = World(
-        prompts, table, token_reward, str, sampling, mesh, {"decoder": start}, CONFIG
+    start = sharding.place({"decoder": models["reference"]}, mesh)["decoder"]
+    sampler = tiny.sampler(
+        CONFIG, start, mesh, temperature=1.0, max_new_tokens=T, eos_id=None, pad_id=0
+    )
+    task = Task(prompts, table, token_reward, sampler)
+    own = partial(
+        jbond.update, setup=Setup(CONFIG, optimizer, Train(minibatch_size=64)),
+        options=JBOND(0.5, 0.1, 0.0, estimator="harmonic"),
     )  # fmt: skip
-
-    def update(s, batches):
-        return bond.iteration(
-            s, world.reference, batches, table, jnp.float32(4), config=CONFIG, plan=plan,
-            optimizer=optimizer,
-        )  # fmt: skip
+    program = Program(own, jbond.SOURCES, 256, lambda step: 1e-2)
+    learner = Learner(task, program, Member(4.0, 0.1, 0, 32))
 
     one = state.create({"decoder": jax.tree.map(jnp.array, models["reference"])}, optimizer,
                        jax.random.key(0))  # fmt: skip
     now = one._replace(params=one.params | {"anchor": jax.tree.map(jnp.array, models["reference"])})
     now = sharding.place(now, mesh)
-    step = loop.online(world, update, bond.SOURCES, 256, 0, jax.random.key(5), lambda i: 1e-2)
     written = []
     for i in range(12):
-        now, values, _ = step(now, i)
+        now, values = jbond.iteration(learner, now, i)
         written.append(values)
     first, last = written[0], written[-1]
     assert first["kl_ref"] == 0 and abs(first["kl_anchor"]) < 1e-5  # all three are one model

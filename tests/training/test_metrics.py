@@ -1,0 +1,90 @@
+"""Where metrics go: metrics.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
+
+import json
+import sys
+
+import pytest
+
+from vbon_jax.errors import InputError
+from vbon_jax.training.metrics import MetricsWriter
+
+
+def written(path, start, steps, **options):
+    writer = MetricsWriter(path, start, **options)
+    for step in steps:
+        writer.write(step, {"loss": step / 4, "kl_ref": [0.5, 1.5]})
+    writer.close()
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_a_step_and_the_same_on_tensorboard(tmp_path):
+    assert written(tmp_path, 0, (1, 2)) == [
+        {"step": 1, "loss": 0.25, "kl_ref": [0.5, 1.5]},
+        {"step": 2, "loss": 0.5, "kl_ref": [0.5, 1.5]},
+    ]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_steps_after_the_last_checkpoint_are_written_once(tmp_path):
+    written(tmp_path, 0, (1, 2, 3))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut in the middle of a line
+    assert [x["step"] for x in written(tmp_path, 2, (3, 4))] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def wandb_offline(monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def test_wandb_writes_an_offline_run(tmp_path, wandb_offline):
+    arguments = {"project": "p", "name": "n", "id": "abc123", "dir": str(tmp_path)}
+    lines = written(tmp_path, 0, (1, 2), wandb=arguments | {"config": {"train.iterations": 2}})
+    assert [x["step"] for x in lines] == [1, 2]  # besides, not instead
+    (run,) = (tmp_path / "wandb").glob("offline-run-*-abc123")
+    (record,) = run.glob("run-abc123.wandb")
+    content = record.read_bytes()
+    # A population's numbers are shown as their mean, 1.0.
+    for name in (b"kl_ref", b"loss", b"train.iterations"):
+        assert name in content, name
+
+
+def test_wandb_gets_the_mean_of_a_population_at_its_step(tmp_path, monkeypatch):
+    logged = []
+
+    class Run:
+        def log(self, values, step):
+            logged.append((step, values))
+
+        def finish(self):
+            logged.append("finished")
+
+    class Module:
+        @staticmethod
+        def init(**arguments):
+            logged.append(arguments)
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Module)
+    written(tmp_path, 0, (1,), wandb={"project": "p"})
+    assert logged == [{"project": "p"}, (1, {"loss": 0.25, "kl_ref": 1.0}), "finished"]
+
+
+def test_wandb_that_is_not_installed_is_an_input_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"log.wandb=True, but wandb is not installed: pip inst"):
+        MetricsWriter(tmp_path, 0, wandb={"project": "p"})
+
+
+def test_wandb_that_cannot_start_is_an_input_error(tmp_path, monkeypatch):
+    class Module:
+        @staticmethod
+        def init(**arguments):
+            raise RuntimeError("no API key configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", Module)
+    with pytest.raises(InputError, match=r"cannot start \(no API key configured\): log in with"):
+        MetricsWriter(tmp_path, 0, wandb={"project": "p"})
