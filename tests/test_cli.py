@@ -1,14 +1,18 @@
 """The command line's own words; what the stages do is in test_stages.py."""
 
 import os
+import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import jax
 import pytest
 
 from vbon_jax import cli
 from vbon_jax.errors import InputError
+from vbon_jax.progress import Stopped
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'tabular.py'}"
@@ -28,6 +32,13 @@ CONFIG = f"--config={ROOT / 'configs' / 'tabular.py'}"
         (["run", "sft", CONFIG], "'sft' is neither a stage nor a flag"),
         (["run", CONFIG, "--num_processes=2"], "go together"),
         (["run", CONFIG, "--config.mesh.data=99"], "needs 99 devices"),
+        (["run", CONFIG, "--profile=abc"], "--profile=abc: write FIRST:LAST"),
+        (["run", CONFIG, "--profile=3:"], "--profile=3:: write FIRST:LAST"),
+        (["run", CONFIG, "--profile=:5"], "--profile=:5: write FIRST:LAST"),
+        (["run", CONFIG, "--profile=-1:5"], "--profile=-1:5: write FIRST:LAST"),
+        (["run", CONFIG, "--profile=0:5"], "--profile=0:5: iterations are counted from 1"),
+        (["run", CONFIG, "--profile=5:3"], "--profile=5:3: iterations are counted from 1"),
+        (["sample", CONFIG, "--profile=3:5"], "--profile=3:5: it traces training: use it with"),
     ],
 )
 def test_bad_command_lines(argv, message, capfd, tmp_path):
@@ -55,15 +66,15 @@ def test_default_workdir_is_named_after_the_config():
     assert cli.parse(["run", CONFIG]).workdir == "runs/tabular"
     text = cli.parse(["run", f"--config={ROOT / 'configs' / 'reviews.py'}:text"])
     assert text.workdir == "runs/reviews-text"
-    assert text.settings.tokenizer.vocab_size == 4096
+    assert text.config.tokenizer.vocab_size == 4096
 
 
-def test_overrides_reach_the_settings():
+def test_overrides_reach_the_config():
     command = cli.parse(
         ["train", CONFIG, "--config.method.n=3.5", "--config.evaluate.temperatures=(0.5,1)"]
     )
-    assert command.settings.method.n == 3.5
-    assert command.settings.evaluate.temperatures == (0.5, 1.0)
+    assert command.config.method.n == 3.5
+    assert command.config.evaluate.temperatures == (0.5, 1.0)
 
 
 def test_a_workdir_that_cannot_be_made(tmp_path, capfd):
@@ -80,10 +91,74 @@ def test_a_sweep_takes_no_coordinator(stage, capfd):
     assert "start the same command on each host without it" in capfd.readouterr().err
 
 
+def test_profile_names_the_first_and_the_last_iteration():
+    assert cli.parse(["train", CONFIG, "--profile=3:5"]).profile == (3, 5)
+    assert cli.parse(["run", CONFIG, "--profile=7"]).profile == (7, 7)
+    assert cli.parse(["train", CONFIG]).profile is None
+
+
 def test_help_names_every_stage(capfd):
     assert cli.main(["--help"]) == 0
     out = capfd.readouterr().out
-    assert all(f"  {name}" in out for name in cli.COMMANDS)
+    assert all(f"  {name}" in out for name in cli.commands())
+    assert {"run", "sft", "train", "report", "plan", "generate", "bench"} <= cli.commands().keys()
+    assert all(flag in out for flag in ("--workdir", "--profile=3:5", "--version"))
+
+
+def test_version_names_what_a_report_of_a_fault_needs(capfd):
+    for argv in (["--version"], ["run", CONFIG, "--version"]):
+        assert cli.main(argv) == 0
+        out = capfd.readouterr().out
+        assert out.startswith(f"vbon_jax {metadata.version('vbon_jax')} (jax {jax.__version__}, ")
+        assert "CpuDevice" in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (None, 0, ""),
+        (InputError("samples.m=0: must be at least 1"), 2, "vbon: samples.m=0: must be at least 1"),
+        (PermissionError(13, "Permission denied", "/w/x"), 2, "vbon: /w/x: Permission denied"),
+        (OSError(28, "No space left on device"), 2, "vbon: disk: No space left on device"),
+        (Stopped(signal.SIGTERM, "it is saved"), 143, "vbon: stopped by SIGTERM: it is saved"),
+        (Stopped(signal.SIGINT, "it is saved"), 130, "vbon: stopped by SIGINT: it is saved"),
+        (KeyboardInterrupt(), 130, "vbon: interrupted; the same command goes on"),
+    ],
+)
+def test_exit_codes_are_those_of_the_help(error, code, said, monkeypatch, capfd):
+    def execute(argv):
+        if error is not None:
+            raise error
+
+    assert "exit codes: 0 done; 2 bad input; 128 + the signal's number" in cli.usage()
+    monkeypatch.setattr(cli, "execute", execute)
+    assert cli.main(["run", CONFIG]) == code
+    assert capfd.readouterr().err.startswith(said)
+
+
+def test_a_fault_of_the_program_is_not_bad_input(monkeypatch):
+    """It keeps its traceback, and Python exits with 1."""
+    monkeypatch.setattr(cli, "execute", lambda argv: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", CONFIG])
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """``vbon generate ... | head -1``: 128 + SIGPIPE, and nothing on standard error."""
+    code = (
+        "import sys; from vbon_jax import cli\n"
+        "def execute(argv):\n"
+        "    while True:\n"
+        "        print('x' * 999, flush=True)\n"
+        "cli.execute = execute; sys.exit(cli.main(['run']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_the_installed_command_answers_quickly():

@@ -113,6 +113,11 @@ def parse(argv: Sequence[str]) -> Command:
         raise InputError(f"{rest[1]!r} is neither a stage nor a flag: write --flag=value")
     if config is None:
         raise InputError("--config is not given: name a file, such as --config=configs/reviews.py")
+    if values.profile is not None and rest[0] not in ("run", "train"):
+        raise InputError(
+            f"--profile={values.profile}: it traces training: use it with `vbon train` or `vbon "
+            "run`"
+        )
     several = (values.coordinator, values.num_processes, values.process_id)
     if any(v is None for v in several) and not all(v is None for v in several):
         raise InputError("--coordinator, --num_processes and --process_id go together: give all")
@@ -131,7 +136,7 @@ def _profile(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, colon, last = text.partition(":")
-    if not (first.isdigit() and (last.isdigit() or not colon)):
+    if not (first.isdecimal() and (last.isdecimal() or not colon)):
         raise InputError(f"--profile={text}: write FIRST:LAST, such as --profile=3:5")
     found = int(first), int(last if colon else first)
     if not 1 <= found[0] <= found[1]:

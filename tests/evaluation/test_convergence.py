@@ -1,13 +1,11 @@
-import io
 import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 from scipy import stats
 
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation.convergence import convergence, convergence_table
+from vbon_jax.evaluation.convergence import convergence
 
 MS = (5, 20, 30)
 M = 60
@@ -130,18 +128,6 @@ def test_constant_rewards_have_one_point_and_no_rejection():
     assert found["examples"][0]["curves"][0] == {
         "m": 1, "rewards": [0.0], "log_f": [pytest.approx(np.log(1 / 2))],
     }  # fmt: skip
-
-
-def test_table_on_80_columns():
-    found = study(rewards(3, 1), ms=(5, 20, 59))
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(convergence_table(found))
-    lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
-    title = "m samples a prompt against all 60, 4 prompts, T = 1"
-    assert " ".join(lines[0]) == title
-    mean = found["rows"][1]["mean_statistic"]
-    assert lines[-2] == ["20", "25.00%", "0.667", "0.000", f"{mean:.3f}"]
-    assert lines[-1][:4] == ["59", "0.00%", "n/a", "n/a"]
 
 
 @pytest.mark.parametrize(

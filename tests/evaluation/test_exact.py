@@ -6,7 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from vbon_jax.evaluation import exact as fixed_points
+from vbon_jax import methods
+from vbon_jax.bon import enumeration
+from vbon_jax.evaluation import exact
+from vbon_jax.training.options import Offline
 
 P_REF = np.array([0.30, 0.05, 0.20, 0.10, 0.15, 0.20])
 LOG_REF = np.log(P_REF)
@@ -55,15 +58,36 @@ TARGETS = {
 }
 
 
+def optimum(method, beta=None, matched=N, labels="soft"):
+    """What the rows of a method are held against, as its record says."""
+    if method == "bon":
+        return exact.Optimum(
+            "bon", "pi_bon", lambda log_ref, rewards: enumeration.log_bon(log_ref, rewards, N), N,
+            None,
+        )  # fmt: skip
+    series = methods.SERIES[method][1]
+    return exact.Optimum(
+        series.label, series.formula,
+        lambda log_ref, rewards: series.optimum(
+            log_ref, rewards, N, 0.0 if beta is None else beta, Offline(labels=labels)
+        ),
+        float(matched), beta,
+    )  # fmt: skip
+
+
+def target(method, log_ref, rewards, beta=BETA, **given):
+    return optimum(method, beta, **given).log_probs(log_ref, rewards)
+
+
 @pytest.mark.parametrize("method", TARGETS)
 def test_the_optimum_of_each_method(method):
-    got = np.exp(fixed_points.target(method, LOG_REF, REWARDS, N, BETA))
+    got = np.exp(target(method, LOG_REF, REWARDS))
     np.testing.assert_allclose(got, TARGETS[method], atol=1e-12)
 
 
 def test_the_optimum_of_bonbon_is_where_its_loss_is_least(rng):
     """Every direction leads up; with whole draws of three, best and worst are those of one draw."""
-    best = fixed_points.target("bonbon", LOG_REF, REWARDS, N, 0.0)
+    best = target("bonbon", LOG_REF, REWARDS, 0.0)
     assert np.exp(best).sum() == pytest.approx(1)
     lowest = bonbon_loss(best)
     for _ in range(50):
@@ -73,10 +97,16 @@ def test_the_optimum_of_bonbon_is_where_its_loss_is_least(rng):
     assert bonbon_loss(LOG_REF) > lowest + 0.1 and bonbon_loss(np.log(BON)) > lowest + 1e-3
 
 
-def test_every_method_of_a_sweep_has_a_formula():
-    assert set(fixed_points.FORMULAS) == {*TARGETS, "bonbon"}
-    with pytest.raises(ValueError, match=r"method='grpo' has no known optimum.*bon_sft"):
-        fixed_points.target("grpo", LOG_REF, REWARDS, N, BETA)
+def test_every_curve_of_a_sweep_has_an_optimum_and_its_formula():
+    assert {label: series.formula for label, (_, series) in methods.SERIES.items()} == {
+        "vbon": "pi_bon",
+        "bon_sft": "pi_bon",
+        "lower_bound": "pi_ref F^(n-1) / Z",
+        "bond": "pi_ref p_<=^(n-1) / Z",
+        "ppo": "pi_ref exp(r / beta) / Z",
+        "dpo": "pi_ref exp(r / beta) / Z",
+        "bonbon": "argmin of its loss",
+    }
 
 
 def kl(p, q):
@@ -88,12 +118,12 @@ def win_rate(p):
     return float(p @ (F + P_REF / 2))
 
 
-def row(method, policies, beta=None, n=float(N), matched=None):
+def row(method, policies, beta=None, matched=N):
     """The row of a policy of two prompts; the second prompt has the strings in another order."""
     back = np.arange(6)[::-1]
     log_p = [np.log(policies[0]), np.log(policies[1])[back]]
     log_ref, rewards = [LOG_REF, LOG_REF[back]], np.array([REWARDS, REWARDS[back]])
-    return fixed_points.row(method, n, beta, log_p, log_ref, rewards, matched or n)
+    return exact.row(optimum(method, beta, matched), log_p, log_ref, rewards)
 
 
 def test_figures_are_means_over_prompts():
@@ -115,7 +145,7 @@ def test_figures_are_means_over_prompts():
 
 @pytest.mark.parametrize("method", ["vbon", "bond", "bon_sft", "bonbon", "dpo"])
 def test_a_policy_at_its_optimum_has_nothing_left_to_learn(method):
-    aim = np.exp(fixed_points.target(method, LOG_REF, REWARDS, N, BETA))
+    aim = np.exp(target(method, LOG_REF, REWARDS))
     found = row(method, (aim, aim), beta=BETA)
     assert found["kl_target"] == pytest.approx(0, abs=1e-9)
     assert found["kl_bon"] == pytest.approx(found["target_kl_bon"], abs=1e-9)
@@ -126,7 +156,7 @@ def test_a_policy_at_its_optimum_has_nothing_left_to_learn(method):
 
 
 def test_a_beta_stands_for_the_n_it_is_matched_with():
-    found = row("dpo", (P_REF, P_REF), beta=0.5, n=3.0, matched=2.0)
+    found = row("dpo", (P_REF, P_REF), beta=0.5, matched=2.0)
     two = normalised(UP_TO**2 - F**2)
     assert found["n"] == 2.0
     assert found["kl_bon"] == pytest.approx(kl(P_REF, two), abs=1e-12)
@@ -144,10 +174,11 @@ def test_what_is_infinite_is_left_out():
 
 def test_where_there_is_no_optimum_none_is_claimed():
     """Hard labels push DPO on for ever; BoNBoN's is only derived without ties."""
-    assert fixed_points.target("dpo", LOG_REF, REWARDS, N, BETA, labels="hard") is None
+    assert target("dpo", LOG_REF, REWARDS, labels="hard") is None
     tied = np.round(REWARDS / 3)
-    assert fixed_points.target("bonbon", LOG_REF, tied, N, BETA) is None
-    row = fixed_points.row("dpo", N, BETA, [LOG_REF], [LOG_REF], REWARDS[None], N, "hard")
+    assert target("bonbon", LOG_REF, tied) is None
+    hard = optimum("dpo", BETA, labels="hard")
+    row = exact.row(hard, [LOG_REF], [LOG_REF], REWARDS[None])
     assert row["kl_target"] is row["target_kl_bon"] is row["target_win_rate"] is None
     assert row["kl_ref"] == 0
     assert row["kl_bon"] == pytest.approx(np.sum(P_REF * (LOG_REF - np.log(BON))))

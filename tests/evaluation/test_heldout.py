@@ -1,10 +1,7 @@
 """Best-of-n read off a pool of reference samples, against theory; and what a split hands out."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from vbon_jax.sampling.responses import Response
 
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
@@ -12,7 +9,8 @@ from vbon_jax.bon import theory
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.evaluation import heldout, measure
-from vbon_jax.sampling.sampler import Request, Sampling
+from vbon_jax.sampling.sampler import Sampler, Sampling
+from vbon_jax.training.references import response_orders
 
 PROMPTS, M, EACH = 60, 300, 5
 N = 8
@@ -42,13 +40,10 @@ def held_out(rng, draw, log_ref, estimator="interval", by_order=False, evaluator
         )
         for p in range(PROMPTS)
     ]  # fmt: skip
-    run = SimpleNamespace(
-        settings=SimpleNamespace(evaluate=SimpleNamespace(samples_per_prompt=EACH), seed=4)
-    )
+    models = heldout.Models(Sampler(None, None, Sampling(0.5, 3, None, 0)), None)
+    protocol = heldout.Protocol(float(N), estimator, m=M, each=EACH, seed=4)
     prompts = [Prompt(p, f"p{p}", (1,)) for p in range(PROMPTS)]
-    return heldout.HeldOut(
-        run, None, "test", prompts, Sampling(0.5, 3, None, 0), yardstick, samples, pool
-    )
+    return heldout.HeldOut(models, protocol, "test", prompts, yardstick, samples, pool)
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +177,7 @@ def test_lines_of_a_samples_file(continuous):
 
 
 def test_places_in_the_order_are_those_of_the_tokens_alone():
-    def response(*tokens):
-        return Response(Request(0, 0, (1,)), tokens, "", 0.0, True, 0.0, {})
-
-    rows = [[response(3, 1), response(4)], [response(3, 1, 2), response(3, 1)]]
-    got = heldout._orders(rows, 5)
+    got = response_orders([(3, 1), (4,), (3, 1, 2), (3, 1)], 5).reshape(2, 2)
     tokens = np.array([[3, 1, 0], [4, 0, 0], [3, 1, 2], [3, 1, 0]])
     mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
     np.testing.assert_array_equal(got.ravel(), lf.response_order(tokens, mask))

@@ -2,19 +2,17 @@ import itertools
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from vbon_jax.sampling.responses import Response
 
 from vbon_jax.bon import references, theory
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation import measure
+from vbon_jax.evaluation import exact, measure
 from vbon_jax.models import decoder
+from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import decode
-from vbon_jax.sampling import sampler as engine
-from vbon_jax.sampling.sampler import Request
+from vbon_jax.sampling.sampler import Batch, Prompts, Request, Response, Sampler, Sampling
 
 T = 3
 TEMPERATURE = 0.7
@@ -22,20 +20,21 @@ TEMPERATURE = 0.7
 
 @pytest.fixture(scope="module")
 def small():
-    """(config, policy, reference) of a closed world: 4 letters, responses of 3."""
+    """Policy and reference of a closed world: 4 letters, responses of 3."""
     config = decoder.DecoderConfig(
         vocab_size=4, positions=8, layers=1, width=8, heads=2, mlp_width=16, initializer_range=0.8
     )
     init = jax.jit(decoder.init, static_argnums=0)
-    return config, init(config, jax.random.key(1)), init(config, jax.random.key(2))
+    return tuple(LanguageModel(config, init(config, jax.random.key(i)), None) for i in (1, 2))
 
 
 STRINGS = np.array(list(itertools.product(range(4), repeat=T)), np.int32)
 
 
-def twin_log_probs(config, params):
+def twin_log_probs(model):
     """log p(string | prompt [1]) of every string, float64, from one forward pass a string."""
     tokens = np.concatenate([np.full((len(STRINGS), 1), 1, np.int32), STRINGS], axis=1)
+    params, config = model.params, model.config
     hidden = decoder.hidden(params, config, tokens, np.ones_like(tokens, bool))
     logits = np.asarray(decoder.logits(params, config, hidden), np.float64)[:, :-1] / TEMPERATURE
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -45,21 +44,16 @@ def twin_log_probs(config, params):
 @pytest.fixture(scope="module")
 def drawn(small, mesh):
     """20,000 responses of the policy, with their KL measurements."""
-    config, policy, reference = small
-    sampling = engine.Sampling(TEMPERATURE, T, None, 0)
+    policy, reference = small
+    sampler = Sampler(policy, mesh, Sampling(TEMPERATURE, T, None, 0))
     requests = [Request(0, i, (1,)) for i in range(20_000)]
-    prompts, rollout = engine.draw(policy, config, sampling, mesh, jax.random.key(0), 0, requests)
-    measured = measure.sequence_kls(
-        policy, reference, prompts, rollout, jnp.float32(TEMPERATURE), config=config,
-        ref_config=config,
-    )  # fmt: skip
-    return jax.device_get((rollout, measured))
+    batch = sampler.draw(jax.random.key(0), 0, requests)
+    return jax.device_get((batch.rollout, measure.sequence_kls(policy, reference, batch)))
 
 
 def test_both_kl_estimators_have_the_exact_mean(small, drawn):
-    config, policy, reference = small
     _, measured = drawn
-    log_p, log_ref = twin_log_probs(config, policy), twin_log_probs(config, reference)
+    log_p, log_ref = (twin_log_probs(model) for model in small)
     exact = np.sum(np.exp(log_p) * (log_p - log_ref))
     errors = {}
     for name in ("kl", "kl_k1"):
@@ -70,36 +64,32 @@ def test_both_kl_estimators_have_the_exact_mean(small, drawn):
 
 
 def test_log_ref_is_the_references_log_prob(small, drawn):
-    config, _, reference = small
+    _, reference = small
     rollout, measured = drawn
     index = rollout.tokens_BxT @ np.array([16, 4, 1])
-    np.testing.assert_allclose(
-        measured["log_ref"], twin_log_probs(config, reference)[index], atol=1e-4
-    )
+    np.testing.assert_allclose(measured["log_ref"], twin_log_probs(reference)[index], atol=1e-4)
 
 
 def test_sampled_frequencies_follow_the_model(small, drawn):
-    config, policy, _ = small
+    policy, _ = small
     index = drawn[0].tokens_BxT @ np.array([16, 4, 1])
     found = np.bincount(index, minlength=64) / len(index)
-    p = np.exp(twin_log_probs(config, policy))
+    p = np.exp(twin_log_probs(policy))
     assert np.all(np.abs(found - p) < 5 * np.sqrt(p / len(index)) + 1e-3)
 
 
 @pytest.mark.parametrize("by_order", [False, True])
 def test_exact_equals_brute_force(small, by_order):
     """Best-of-2 by going through all pairs of strings; among ties a coin, or the order, decides."""
-    config, policy, reference = small
+    policy, reference = small
     rng = np.random.default_rng(0)
     rewards = rng.permutation(64).astype(np.float64)
     order = None
     if by_order:
         rewards, order = np.floor(rewards / 8), rng.integers(0, 2**32, 64, dtype=np.uint32)
-    found = measure.exact(
-        policy, reference, [(1,)], STRINGS, rewards[None], 2.0, TEMPERATURE, config=config,
-        ref_config=config, order_S=order,
-    )  # fmt: skip
-    p, ref = (np.exp(twin_log_probs(config, x)) for x in (policy, reference))
+    world = exact.World([(1,)], STRINGS, rewards[None], order, TEMPERATURE)
+    found = exact.figures(policy, reference, world, 2.0)
+    p, ref = (np.exp(twin_log_probs(x)) for x in (policy, reference))
     p, ref = p / p.sum(), ref / ref.sum()
     bon = np.zeros(64)
     for i, j in itertools.product(range(64), repeat=2):
@@ -122,14 +112,12 @@ def test_exact_equals_brute_force(small, by_order):
 
 def test_exact_breaks_ties_at_random_without_an_order(small):
     """Of two groups of strings, best-of-n keeps the reference's proportions inside each."""
-    config, policy, reference = small
+    policy, reference = small
     rewards = (STRINGS[:, 0] == STRINGS[:, -1]).astype(np.float64)
     n = 5.0
-    found = measure.exact(
-        policy, reference, [(1,)], STRINGS, rewards[None], n, TEMPERATURE, config=config,
-        ref_config=config,
-    )  # fmt: skip
-    ref = np.exp(twin_log_probs(config, reference))
+    world = exact.World([(1,)], STRINGS, rewards[None], None, TEMPERATURE)
+    found = exact.figures(policy, reference, world, n)
+    ref = np.exp(twin_log_probs(reference))
     right = np.sum(ref * rewards)
     won = 1 - (1 - right) ** n
     kl = won * np.log(won / right) + (1 - won) * np.log((1 - won) / (1 - right))
@@ -278,7 +266,7 @@ def test_throughput_counts_what_is_delivered():
         time.sleep(0.02)
         mask = np.array([[True, True], [True, False]])
         rollout = decode.Rollout(mask.astype(int), mask, mask * 1.0, mask[:, 0])
-        return engine.Batch((), engine.Prompts(None, None), rollout)
+        return Batch((), Prompts(None, None), rollout, 1.0)
 
     alone, tokens = measure.throughput(draw, None, 1)
     assert tokens == pytest.approx(1.5 * alone)

@@ -15,13 +15,14 @@ from vbon_jax import cli, sharding
 from vbon_jax.bench import plan as bench_plan
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.errors import InputError
-from vbon_jax.methods import build as methods
+from vbon_jax.methods import learning
 from vbon_jax.models import hf
 from vbon_jax.models.config import DecoderConfig
 from vbon_jax.models.hf import CheckpointError
-from vbon_jax.stages import all_stages as stages
-from vbon_jax.stages import inputs, plan, workdir
+from vbon_jax.stages import STAGES, base, loading, plan
 from vbon_jax.stages.plan import GIB, Need
+from vbon_jax.stages.workdir import Workdir
+from vbon_jax.training.learner import Program
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "tabular.py")
@@ -42,14 +43,15 @@ def root(tmp_path_factory):
     return path
 
 
-def settings(root, *flags):
+def config(root, *flags):
     """As the command line gives them, over those of the bench made small."""
     line = bench_plan.flags(root, bench_plan.Setting((*TINY, *flags)), CONFIG)
-    return cli.parse(["plan", *line]).settings
+    return cli.parse(["plan", *line]).config
 
 
 def need(root, *flags, mesh=(1, 1, 1), folder="nowhere"):
-    return plan.need(settings(root, *flags), sharding.make_mesh(*mesh), root / folder)
+    c = config(root, *flags)
+    return plan.need(c, sharding.make_mesh(*mesh), Workdir(root / folder, c, STAGES))
 
 
 def held_by_first(tree):
@@ -82,26 +84,26 @@ def held(root, monkeypatch, *flags, mesh=(1, 1, 1)):
 def test_what_is_held_is_what_the_arrays_are(root, tmp_path, monkeypatch, flags, mesh):
     flags = (*CLASSIFIER, *flags)
     found = held(root, monkeypatch, *flags, mesh=mesh)
-    s = settings(root, *flags)
-    run = inputs.Run(s, workdir.Workdir(tmp_path, s), sharding.make_mesh(*mesh))
+    s = config(root, *flags)
+    run = base.Run(s, Workdir(tmp_path, s, STAGES), sharding.make_mesh(*mesh))
     for stage in ("sft", "reward", "sample"):
-        stages.perform(run, stage, again=False)
+        base.perform(run, STAGES[stage], again=False)
     with jax.set_mesh(run.mesh):
-        spec = methods.spec(s)
-        world = methods.world(run, spec)
-        first, _ = methods.single(run, world)
+        task, samples = loading.task(run, s.method.estimator)
+        job = loading.job(run, task.sampler.model.config, len(task.prompts))
+        first, _ = learning.single(job, task, loading.member(s), samples)
         _, reward, _ = hf.load_classifier(
             root / "reward", place=partial(sharding.sharding_of, run.mesh),
             dtype=s.memory.frozen_dtype,
         )  # fmt: skip
-        assert found["reference"] == held_by_first(world.reference)
+        assert found["reference"] == held_by_first(task.reference)
         assert found["reward"] == held_by_first(reward)
         assert found["trained"] == held_by_first(first.params)
         assert found["optimizer"] == held_by_first(first.opt_state)
-        table = sharding.place(world.references, run.mesh)
+        table = sharding.place(task.references, run.mesh)
         assert found["reference rewards"] == held_by_first(table)
-        if spec.name == "dpo":
-            pool = methods._pool(run, world)[0]
+        if job.method.name == "dpo":
+            pool = learning._pool(job, task, samples)[0]
             assert found["pool of samples"] == held_by_first(pool)
         else:
             assert "pool of samples" not in found
@@ -130,7 +132,7 @@ def test_the_state_is_updated_in_place(root, monkeypatch):
 
 def test_smaller_batches_make_smaller_rollouts(root, monkeypatch):
     """Twice as many rows in stage sample as in training."""
-    monkeypatch.setattr(methods, "online", _no_update)
+    monkeypatch.setattr(learning.Job, "program", _no_update)
     usual = need(root, "samples.path=")
     less = need(root, "samples.path=", "train.batch_size=16", "sampling.batch_size=32")
     assert less.phases["rollout"] < usual.phases["rollout"]
@@ -141,25 +143,27 @@ def test_smaller_batches_make_smaller_rollouts(root, monkeypatch):
     assert usual.cache == slots * (2 * POLICY.layers * POLICY.width * 4 + 1) + 4
 
 
-def _no_update(*_):
+def _no_update(job):
     """An online method that does nothing with what it gets."""
-    return methods.Online(lambda state, *_: (state, {}), ("decoder",), lambda step: 0.0)
+    return Program(
+        lambda state, *_: (state, {}), ("decoder",), job.training.train.batch_size, lambda step: 0.0
+    )
 
 
 def test_prompts_are_counted_where_they_can_be(root, tmp_path):
-    s = settings(root)
-    run = inputs.Run(s, workdir.Workdir(root / "made", s), sharding.make_mesh())
+    s = config(root)
+    run = base.Run(s, Workdir(root / "made", s, STAGES), sharding.make_mesh())
     for stage in ("sft", "reward", "sample"):
-        stages.perform(run, stage, again=False)
+        base.perform(run, STAGES[stage], again=False)
     longest = max(len(p.tokens) for p in prompt_files.read_jsonl(run.workdir.prompts("train")))
     assert 4 < longest < 8
-    nowhere = workdir.Workdir(tmp_path, s)
+    nowhere = Workdir(tmp_path, s, STAGES)
     assert plan._prompts(s, run.workdir) == (64, longest)  # those the run has made
     assert plan._prompts(s, nowhere) == (64, longest)  # of the samples
-    assert plan._prompts(settings(root, "samples.path="), nowhere) == (64, longest)  # of the file
-    chat = settings(root, "samples.path=", "prompts.format=chat", "prompts.longest=16")
+    assert plan._prompts(config(root, "samples.path="), nowhere) == (64, longest)  # of the file
+    chat = config(root, "samples.path=", "prompts.format=chat", "prompts.longest=16")
     assert plan._prompts(chat, nowhere) == (64, 16)
-    prefixes = settings(root, "samples.path=", "prompts.path=", "prompts.max_tokens=5")
+    prefixes = config(root, "samples.path=", "prompts.path=", "prompts.max_tokens=5")
     assert plan._prompts(prefixes, nowhere) == (prefixes.prompts.train, 5)
 
 
@@ -212,9 +216,9 @@ def test_the_verdict_says_what_is_too_large(found, words):
 
 
 def test_what_a_device_has(root):
-    assert plan.device_bytes(settings(root, "memory.device_gib=1.5")) == 3 * GIB // 2
+    assert plan.device_bytes(config(root, "memory.device_gib=1.5")) == 3 * GIB // 2
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert plan.device_bytes(settings(root, "memory.device_gib=0")) == here // jax.device_count()
+    assert plan.device_bytes(config(root, "memory.device_gib=0")) == here // jax.device_count()
 
 
 def command(root, *flags):

@@ -1,6 +1,7 @@
 """Whole runs of the command line on miniature worlds, in this process."""
 
 import collections
+import dataclasses
 import fcntl
 import importlib.util
 import json
@@ -17,12 +18,13 @@ import scipy.optimize
 import torch
 import transformers
 
-from vbon_jax import cli
+from vbon_jax import cli, methods
 from vbon_jax.bon import log_f
-from vbon_jax.data import samples as reference
+from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular as tabular_world
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.sources import reviews
+from vbon_jax.methods import bon_sft
 from vbon_jax.models import hf
 from vbon_jax.training import offline
 
@@ -228,7 +230,7 @@ def test_a_loss_that_is_not_finite_names_step_and_checkpoint(tabular, tmp_path, 
 
 
 def test_samples_made_elsewhere_are_used(tabular, tmp_path):
-    found = reference.read(tabular / "samples" / "train.jsonl")
+    found = sample_files.read(tabular / "samples" / "train.jsonl")
     foreign = tmp_path / "theirs.jsonl"
     with foreign.open("w") as file:
         for s in found:
@@ -439,7 +441,7 @@ def test_sigterm_in_any_stage_saves_and_goes_on(tabular, tmp_path, stage, call):
     stop_at = 10**9
     assert vbon(stage, tmp_path, *flags) == 0
     if stage == "sample":
-        assert [s.prompt_id for s in reference.read(tmp_path / "samples/train.jsonl")] == [
+        assert [s.prompt_id for s in sample_files.read(tmp_path / "samples/train.jsonl")] == [
             0,
             1,
             2,
@@ -653,17 +655,22 @@ def test_bon_sft_takes_the_winners_of_the_order(tabular, tmp_path, monkeypatch):
     onwards(tabular, tmp_path, "sft")
     chosen = []
 
-    def choices(method, rewards_PxM, **given):
-        chosen.append((rewards_PxM, given["order_PxM"], real(method, rewards_PxM, **given)))
-        return chosen[0][2]
+    def choose(rewards_PxM, member, settings, order_PxM):
+        rows = real(rewards_PxM, member, settings, order_PxM)
+        chosen.append((rewards_PxM, order_PxM, rows))
+        return rows
 
-    real = offline.choices
-    monkeypatch.setattr(offline, "choices", choices)
+    real = bon_sft.METHOD.learns.choose
+    learns = dataclasses.replace(bon_sft.METHOD.learns, choose=choose)
+    record = dataclasses.replace(bon_sft.METHOD, learns=learns)
+    monkeypatch.setattr(
+        methods, "METHODS", tuple(record if m.name == "bon_sft" else m for m in methods.METHODS)
+    )
     flags = [*verifier_flags("vbon_jax.data.tabular", "order"), "--config.method.name=bon_sft",
              "--config.method.n=32"]  # fmt: skip
     for stage in ("reward", "sample", "train"):
         assert vbon(stage, tmp_path, *flags) == 0
-    (rewards, order, rows), samples = chosen[0], reference.read(tmp_path / "samples/train.jsonl")
+    (rewards, order, rows), samples = chosen[0], sample_files.read(tmp_path / "samples/train.jsonl")
     tokens = np.array(samples[0].response_tokens, np.int32)
     np.testing.assert_array_equal(order[0], log_f.response_order(tokens, np.ones_like(tokens)))
     # The best of all 32 is always the same one: right, and last in the order among those.

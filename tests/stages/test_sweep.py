@@ -17,19 +17,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vbon_jax.methods.build import Spec
-from vbon_jax.stages.inputs import Run
 
-from vbon_jax import cli, sharding
-from vbon_jax import config as settings
-from vbon_jax.data import samples as reference_files
+from vbon_jax import cli, methods, sharding
+from vbon_jax import config as vbon_config
+from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular
 from vbon_jax.errors import InputError
-from vbon_jax.methods import build as methods
 from vbon_jax.report import results
-from vbon_jax.stages import claims, inputs, sweep, workdir
+from vbon_jax.stages import STAGES, claims, loading, sweep
+from vbon_jax.stages.base import Run
 from vbon_jax.stages.workdir import Workdir
-from vbon_jax.training.population import Member
+from vbon_jax.training.learner import Member
+from vbon_jax.training.references import references
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, M = 4, 16, 16
@@ -66,14 +65,14 @@ TIMES = ("seconds", "sample_seconds")
 
 
 def parsed(**groups):
-    """The settings of the tabular config, changed."""
+    """The tabular config, changed."""
     config = runpy.run_path(str(ROOT / "configs" / "tabular.py"))["get_config"]("sweep")
     for name, changes in groups.items():
         if isinstance(changes, dict):
             config[name].update(changes)
         else:
             config[name] = changes
-    return settings.parse(config.to_dict())
+    return vbon_config.parse(config.to_dict())
 
 
 # --- The grids ---------------------------------------------------------------------------------
@@ -102,8 +101,11 @@ def test_the_grid_of_each_method_times_its_seeds():
     # m = 100 at n = 8 is among the units of vbon already.
     assert of["m"].members == tuple(Member(8.0, 0.25, seed, 10) for seed in (7, 8))
     assert (of["m"].label, of["m"].study, of["vbon"].study) == ("vbon", "m", "front")
-    assert of["vbon"].method == of["m"].method == Spec("vbon", "exact", "interval")
-    assert of["bond"].method == Spec("bond", "backward", "interval")
+    for name in ("vbon", "m"):
+        assert of[name].method.name == "vbon"
+        assert (of[name].options.objective, of[name].options.estimator) == ("exact", "interval")
+    assert of["bond"].method.when(parsed(bond={"form": "backward"}))
+    assert of["bond"].options.estimator == "interval"
     assert all(u.label == u.method.name for u in found)
 
 
@@ -112,7 +114,9 @@ def test_the_study_of_m_trains_all_of_its_own_where_vbon_has_not_its_n():
                sweep={"vbon": (2,), "m": (10, 100), "lower_bound": (4,)})  # fmt: skip
     of = {u.name: u for u in sweep.units(s)}
     assert [m.m for m in of["m"].members] == [10, 100]
-    assert of["lower_bound"].method == Spec("vbon", "lower_bound", "harmonic")
+    bound = of["lower_bound"]
+    assert bound.method.name == "vbon"
+    assert (bound.options.objective, bound.options.estimator) == ("lower_bound", "harmonic")
     empty = dict.fromkeys(
         ("bon", "vbon", "lower_bound", "ppo", "dpo", "bonbon", "bon_sft", "bond", "m"), ()
     )
@@ -120,7 +124,7 @@ def test_the_study_of_m_trains_all_of_its_own_where_vbon_has_not_its_n():
 
 
 def place(s, root="/nowhere"):
-    run = Run(s, Workdir(root, s), None)
+    run = Run(s, Workdir(root, s, STAGES), None)
     return {u.name: sweep.folder(run, u).name for u in sweep.units(s)}
 
 
@@ -455,24 +459,30 @@ def test_a_killed_worker_is_followed_by_the_other(sampled, done, monkeypatch, ca
 
 
 def opened(root, **method):
-    s = cli.parse(["sweep", *FLAGS, f"--workdir={root}"]).settings
+    s = cli.parse(["sweep", *FLAGS, f"--workdir={root}"]).config
     s = dataclasses.replace(s, method=dataclasses.replace(s.method, **method))
-    return Run(s, Workdir(root, s), sharding.make_mesh())
+    return Run(s, Workdir(root, s, STAGES), sharding.make_mesh())
+
+
+def unit(label, study, members, **options):
+    """A unit of a curve, its options changed."""
+    method, series = methods.SERIES[label]
+    return sweep.Unit(label, method, series, study, method.options(**options), tuple(members))
 
 
 @pytest.mark.parametrize(("ties", "estimator"), [("random", "exponential"), ("order", "smoothed")])
 def test_members_of_the_study_of_m_have_the_first_m_references_each(done, ties, estimator):
     run = opened(done, ties=ties)
-    spec = Spec("vbon", "exact", estimator)
-    world = methods.world(run, spec)
-    members = tuple(Member(8.0, 0.1, 0, m) for m in (10, M))
-    unit = sweep.Unit("m", "vbon", "m", spec, members)
-    table = sweep._for_members(run, world, unit).references
-    samples = reference_files.samples_of(run.workdir.train_samples, world.prompts, M)
-    tokenizer = inputs.load_tokenizer(run)
+    members = [Member(8.0, 0.1, 0, m) for m in (10, M)]
+    tasks = sweep._Tasks(run)
+    task, stored = tasks.of(unit("vbon", "m", members, estimator=estimator))
+    table = task.references
+    samples = sample_files.samples_of(run.workdir.train_samples, task.prompts, M)
+    assert stored == samples
+    sampler = loading.reference(run)
     assert table.m.tolist() == [10, M]
     for k, member in enumerate(members):
-        own = inputs.references(run, tokenizer, samples, member.m, estimator)
+        own = references(samples, member.m, estimator, ties, sampler)
         np.testing.assert_array_equal(table.rewards_PxM[k, :, : member.m], own.rewards_PxM)
         assert bool(jnp.all(jnp.isposinf(table.rewards_PxM[k, :, member.m :])))
         assert sorted(samples[0].rewards[: member.m]) == pytest.approx(
@@ -482,18 +492,19 @@ def test_members_of_the_study_of_m_have_the_first_m_references_each(done, ties, 
             np.testing.assert_array_equal(got[k], want)
         if ties == "order":
             np.testing.assert_array_equal(table.order_PxM[k, :, : member.m], own.order_PxM)
-    front = sweep.Unit("vbon", "vbon", "front", spec, members)
-    assert sweep._for_members(run, world, front) is world
+    front, _ = tasks.of(unit("vbon", "front", members, estimator=estimator))
+    assert front.references.rewards_PxM.shape == (1, M)
+    assert front is tasks.of(unit("bond", "front", members, estimator=estimator))[0]  # read once
 
 
 def test_members_that_stand_for_n():
     s = parsed(method={"n": 8.0})
-    by_n = sweep.Unit("bond", "bond", "front", Spec("bond", "backward", "interval"), tuple(
-        Member(float(n), 0.1, seed, 9) for n in (2, 8) for seed in (0, 1)))  # fmt: skip
+    by_n = unit("bond", "front", [
+        Member(float(n), 0.1, seed, 9) for n in (2, 8) for seed in (0, 1)])  # fmt: skip
     assert sweep._matched(s, by_n, []) == [2, 3]
     assert sweep._matched(parsed(method={"n": 3.0}), by_n, []) == []
-    by_beta = sweep.Unit("ppo", "ppo", "front", Spec("ppo", "exact", "interval"), tuple(
-        Member(1 / b + 1, b, seed, 9) for b in (0.1, 0.5, 2.0) for seed in (0, 1)))  # fmt: skip
+    by_beta = unit("ppo", "front", [
+        Member(1 / b + 1, b, seed, 9) for b in (0.1, 0.5, 2.0) for seed in (0, 1)])  # fmt: skip
     # log 8 - 7/8 = 1.204: the means over seeds are 3, 1.3 and 0.2, though 1.2 is one of 0.2's.
     rows = [{"kl_ref": kl} for kl in (3.5, 2.5, 1.9, 0.7, 1.2, -0.8)]
     assert sweep._matched(s, by_beta, rows) == [2, 3]
@@ -502,7 +513,7 @@ def test_members_that_stand_for_n():
 def test_a_workdir_is_held_shared_and_taken_back(tmp_path, capfd):
     """Locks of two open files conflict within a process as between two."""
     s = parsed()
-    one, other = Workdir(tmp_path, s), Workdir(tmp_path, s)
+    one, other = (Workdir(tmp_path, s, STAGES) for _ in range(2))
 
     def refused():
         with pytest.raises(InputError, match="another vbon is at work there"), other.locked():
@@ -543,7 +554,7 @@ def test_workers_may_write_the_same_file_at_once(tmp_path):
             while time.monotonic() < deadline:
                 sweep._write_lines(path, own)
                 assert read(path) in rows
-                workdir.Workdir.write_json(tmp_path / "tabular.json", own)
+                Workdir.write_json(tmp_path / "tabular.json", own)
                 assert json.loads((tmp_path / "tabular.json").read_text()) in rows
         except Exception as error:
             errors.append(error)

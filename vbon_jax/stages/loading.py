@@ -186,8 +186,8 @@ def samples(run: Run, of: Sequence[Prompt]) -> list[PromptSamples]:
 
 def task(run: Run, estimator: str) -> tuple[Task, list[PromptSamples]]:
     """What training reads from the workdir, and the stored samples it comes from."""
-    found = prompts(run, "train")
     sampler = reference(run)
+    found = prompts(run, "train")
     stored = samples(run, found)
     c = run.config
     table = references(stored, c.samples.m, estimator, c.method.ties, sampler)

@@ -203,8 +203,8 @@ class Workdir:
         note = self._read_note(stage)
         if note is None or not note["complete"]:
             raise InputError(
-                f"{what} is not in {self.root}: run `vbon {stage}` with the same --config and "
-                "--workdir first, or `vbon run` for all stages"
+                f"{self.root} does not hold {what} yet: run `vbon {stage}` with the same --config "
+                "and --workdir first, or `vbon run` for all stages"
             )
         self._refuse_changes(stage, note)
 
