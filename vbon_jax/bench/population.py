@@ -14,7 +14,7 @@ from vbon_jax import sharding
 from vbon_jax.bon import references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.methods import learning, vbon
-from vbon_jax.methods.learning import Job
+from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models import decoder
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
@@ -22,7 +22,7 @@ from vbon_jax.sampling.sampler import Sampler, Sampling
 from vbon_jax.training import population
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Step, Task
-from vbon_jax.training.options import Train, Training
+from vbon_jax.training.options import Train
 from vbon_jax.training.state import TrainState
 
 PROMPTS, SAMPLES = 64, 64

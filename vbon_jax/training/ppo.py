@@ -134,7 +134,7 @@ class Scored(NamedTuple):
 
     @property
     def log_ref_B(self) -> jax.Array:
-        """log pi_ref of each response, nats."""
+        """Log pi_ref of each response, nats."""
         return jnp.sum(self.found.log_ref, axis=-1)
 
     @property

@@ -9,7 +9,8 @@ import optax
 
 class TrainState(NamedTuple):
     """step: int32 scalar, updates done (of PPO: iterations). params, opt_state: pytrees.
-    key: the run's random key; every number of step s follows from it and s."""
+    key: the run's random key; every number of step s follows from it and s.
+    """
 
     step: jax.Array
     params: Any

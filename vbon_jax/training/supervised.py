@@ -42,7 +42,8 @@ class Corpus:
 
 class TextBatch(NamedTuple):
     """tokens int32 [B, T] and mask bool [B, T], padded on the right; label int32 [B].
-    A row that only fills the batch has an empty mask."""
+    A row that only fills the batch has an empty mask.
+    """
 
     tokens_BxT: Any
     mask_BxT: Any
