@@ -167,7 +167,7 @@ def _decode(model: Sampler) -> Callable[[list[list[int]]], list[str]]:
     return partial(model.tokenizer.batch_decode, skip_special_tokens=False)
 
 
-def _reward(reward: RewardFunction | RewardModel | Reward, model: Sampler) -> Any:
+def _reward(reward: Any, model: Sampler) -> Reward:
     """A reward of a model's token ids: those that read texts are given the model's decoding."""
     if isinstance(reward, RewardModel):
         return reward.reward(model)
@@ -296,7 +296,7 @@ def train(
     sampler = _prepared(reference, training)
     with jax.set_mesh(reference.mesh):
         table = references(samples.samples, member.m, method.estimator, method.ties, sampler)
-        scorer = None if reward is None else _reward(reward, sampler)
+        scorer: Any = None if reward is None else _reward(reward, sampler)  # None: it is not asked
         task = Task(samples.prompts, table, scorer, sampler)
         job = Job(record, method, training, sampler.model.config, len(samples.prompts))
         state, step = learning.single(job, task, member, samples.samples)

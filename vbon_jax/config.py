@@ -20,7 +20,7 @@ from vbon_jax.rewards.combined import MISSING_EOS
 from vbon_jax.training import options
 from vbon_jax.training.options import Fit, Lora, Memory, Offline, Train
 
-# Keys that the first workdirs were written without: their files are named by digests that have none.
+# Keys that the first workdirs were written without: the digests in their file names lack them.
 ADDED = frozenset({
     "data.hub", "data.text_column", "data.label_column", "data.train_split", "data.test_split",
     "prompts.hub", "prompts.column", "prompts.train_split", "prompts.test_split",
@@ -63,8 +63,8 @@ class PromptSet:
         "", "File of out-of-distribution prompts; empty takes prefixes of such texts."
     )
     hub: str = key("", "Hugging Face data set of prompts: `owner/name` or `owner/name:config`.")
-    column: str = key("", "Column of the files or of `prompts.hub` that holds the prompt; empty for "
-                      "`prompt`, or of format chat `messages` or else `prompt`.")  # fmt: skip
+    column: str = key("", "Column of the files or of `prompts.hub` that holds the prompt; empty "
+                      "for `prompt`, or of format chat `messages` or else `prompt`.")  # fmt: skip
     train_split: str = key("train", "Training split of `prompts.hub`.")
     test_split: str = key("test", "Held-out split of `prompts.hub`.")
     train: int = key(800, "Number of training prompts that are made of texts or TL;DR posts; "

@@ -80,6 +80,7 @@ class Reporter:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
+        """Takes the bar away."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -96,7 +96,7 @@ def sharding_of(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
 
 
 def path_of(key_path: Sequence[Any]) -> str:
-    """ "/"-joined names of a jax key path: dict keys, attributes and indices alike."""
+    """The names of a jax key path joined by "/": dict keys, attributes and indices alike."""
     return "/".join(
         str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path
     )

@@ -25,9 +25,9 @@ def read(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the records of a file with where each of them stands, in file order.
 
-    The suffix decides the format: .jsonl, .ndjson, .json, .txt or none (one JSON object a line, UTF-8), .csv or .tsv (a header
-    line, UTF-8 with or without a byte order mark, quoted fields may hold newlines) or .parquet.
-    Blank lines are skipped.
+    The suffix decides the format: .jsonl, .ndjson, .json, .txt or none (one JSON object a line,
+    UTF-8), .csv or .tsv (a header line, UTF-8 with or without a byte order mark, quoted fields may
+    hold newlines) or .parquet. Blank lines are skipped.
 
     Args:
       path: the file.

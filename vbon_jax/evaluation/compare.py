@@ -14,6 +14,7 @@ class Estimate(NamedTuple):
 
     @property
     def ci95(self) -> list[float]:
+        """The 95% interval, [low, high]."""
         return [self.low, self.high]
 
 
@@ -61,7 +62,8 @@ def best_of(rewards_PxK: np.ndarray, n: int) -> np.ndarray:
     Samples of a prompt are exchangeable, so taking the first of equals breaks ties at random.
 
     Args:
-      rewards_PxK: K = S * n rewards a prompt.
+      rewards_PxK: K = S * n rewards per prompt.
+      n: of best-of-n.
 
     Returns:
       int [P, S]: indices into the K columns.

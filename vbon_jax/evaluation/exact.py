@@ -43,7 +43,7 @@ def _teacher_forced(params, tokens_SxL, length, temperature, *, config):
 def string_log_probs(
     model: LanguageModel, prompt: tuple[int, ...], strings_SxT: np.ndarray, temperature: float
 ) -> np.ndarray:
-    """log p(string | prompt) of every string, float64 nats [S], normalised over the strings."""
+    """Log p(string | prompt) of every string, float64 nats [S], normalised over the strings."""
     count, length = strings_SxT.shape
     tokens = np.concatenate([np.tile(np.array(prompt, np.int32), (count, 1)), strings_SxT], axis=1)
     log_p = np.asarray(

@@ -149,10 +149,15 @@ def of_policy(rows: list[list[Response]], order: np.ndarray | None) -> Responses
 def of_reference(
     samples: Sequence[PromptSamples], order: np.ndarray | None, count: int | None = None
 ) -> Responses:
-    """The first ``count`` responses (all where None) of the reference itself: its KL to itself is
-    0, exactly.
+    """Figures of responses of the reference itself, whose KL to itself is exactly 0.
 
-    Raises InputError: samples without log-probs, which are none of ours.
+    Args:
+      samples: of each prompt.
+      order: places in the total order that breaks ties; None breaks them at random.
+      count: responses of each prompt, the first ones; None for all.
+
+    Raises:
+      InputError: the samples have no log-probs, so another program made them.
     """
 
     def matrix(name: str, of: Callable[[Any], float] = float) -> np.ndarray:
@@ -262,7 +267,7 @@ def _columns(responses: Responses, yardstick: Yardstick) -> dict[str, np.ndarray
 
 
 def _estimates(columns: dict[str, np.ndarray | None]) -> dict[str, Any]:
-    """name and name_ci95 of each column: mean over prompts and its interval; null for None."""
+    """Name and name_ci95 of each column: mean over prompts and its interval; null for None."""
     out: dict[str, Any] = {}
     for name, values in columns.items():
         estimate = None if values is None else compare.over_prompts(values)

@@ -60,17 +60,21 @@ def shares(methods: Sequence[str], on_front: ArrayLike) -> dict[str, float]:
 
 
 def shortfall(x: ArrayLike, y: ArrayLike, curve_x: ArrayLike, curve_y: ArrayLike) -> np.ndarray:
-    """How far each point lies below a curve at its own x: curve(x) - y, with straight lines between
-    the curve's points.
+    """How far each point lies below a curve at its own x: curve(x) - y.
+
+    Between its points the curve is straight.
 
     Args:
-      x, y: the points [N].
-      curve_x, curve_y: the curve's points [K], in any order, K >= 1.
+      x: of the points [N].
+      y: of the points [N].
+      curve_x: of the curve's points [K], in any order, K >= 1.
+      curve_y: of the curve's points [K].
 
     Returns:
       float64 [N]; NaN where x is off the curve's range.
 
-    Raises ValueError: the curve has no point.
+    Raises:
+      ValueError: the curve has no point.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     curve_x, curve_y = np.asarray(curve_x, dtype=float), np.asarray(curve_y, dtype=float)

@@ -33,8 +33,8 @@ class Options:
       ties: how best-of-n chooses among equal rewards.
     """
 
-    n: float = key(8.0, "The n of best-of-n: any real number of at least 1, a whole one for bon_sft "
-                        "and bonbon.", least=1)  # fmt: skip
+    n: float = key(8.0, "The n of best-of-n: any real number of at least 1, a whole one for "
+                        "bon_sft and bonbon.", least=1)  # fmt: skip
     estimator: str = key("interval", "Estimator of log F from the reference samples; interval "
                          "estimates the density ratio of best-of-n directly.",
                          choices=ESTIMATORS)  # fmt: skip

@@ -102,9 +102,10 @@ def _against(
         tuple(log_probs.hidden(x, config, tokens, mask, length) for x in (policy, base)),
         batch.rollout.tokens_BxT, batch.temperature, setup.memory.chunk,
     )  # fmt: skip
-    return tuple(
+    log_policy, log_ref, kl_ref = (
         kl.sequence_sum(x, response_mask) for x in (found.log_prob, found.log_ref, found.kl)
     )
+    return log_policy, log_ref, kl_ref
 
 
 @partial(jax.jit, static_argnames=("setup", "options"), donate_argnums=0)

@@ -77,7 +77,7 @@ def results_table(rows: Sequence[Row]) -> Table:
     Raises:
         InputError: A row lacks a key.
     """
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for at, row in enumerate(rows):
         value = partial(jsonl.field, row, where=f"row {at} of evaluation.json")
         cells.append(
@@ -93,7 +93,7 @@ def results_table(rows: Sequence[Row]) -> Table:
                 number(value("tokens_per_second"), ",.0f"),
             )
         )
-    columns = RESULTS_COLUMNS
+    columns: tuple[Column, ...] = RESULTS_COLUMNS
     if all(row["responses_per_second"] is None for row in rows):  # speed was not measured
         columns, cells = columns[:-2], [cell[:-2] for cell in cells]
     return Table(

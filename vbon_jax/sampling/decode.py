@@ -71,8 +71,9 @@ def rollout(
       max_new_tokens: T, the length limit in tokens.
       eos_id: ends a response; None for responses of exactly T tokens.
       pad_id: fills the slots after EOS.
-      top_k, top_p: filters, for generation only: they change the distribution sampled from, while
-        ``log_probs_BxT`` stays that of the unfiltered one.
+      top_k: keeps the k likeliest tokens, for generation only: it changes the distribution sampled
+        from, while ``log_probs_BxT`` stays that of the unfiltered one; 0 keeps all.
+      top_p: likewise keeps the smallest set of tokens of this mass; 1.0 keeps all.
       together: under ``jax.vmap(..., axis_name=together)``, that axis: its members leave the loop
         together. A loop that each left by itself would copy every cache at every step.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -83,11 +82,6 @@ class Batch(NamedTuple):
         return len(self.requests)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["prompt_BxP", "prompt_mask_BxP", "rollout", "reward_B", "row_B"],
-    meta_fields=["temperature"],
-)
 @dataclasses.dataclass(frozen=True)
 class ScoredRollout:
     """A batch of responses with their rewards, as a jitted update reads it: a pytree.
@@ -107,6 +101,13 @@ class ScoredRollout:
     reward_B: Any
     row_B: Any
     temperature: float
+
+
+jax.tree_util.register_dataclass(
+    ScoredRollout,
+    data_fields=["prompt_BxP", "prompt_mask_BxP", "rollout", "reward_B", "row_B"],
+    meta_fields=["temperature"],
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,8 +145,10 @@ class _World:
         return jax.default_backend() == "cpu" and not self.settings.memory.device_gib
 
     def packing(self, rows: int) -> int:
-        """What products take to lay out an operand anew, of which the compiler says nothing: on CPU
-        a chunk of logits, of ``rows`` responses or fewer; nothing elsewhere."""
+        """Bytes that matrix products take to pack an operand, which the compiler does not report.
+
+        On CPU, a chunk of logits of ``rows`` responses or fewer; elsewhere none.
+        """
         s = self.settings
         tokens = min(s.memory.chunk, rows * s.sampling.max_new_tokens)
         return 4 * tokens * self.config.vocab_size // self.mesh.size if self.on_host else 0
@@ -173,8 +175,10 @@ def _reference_config(s: Config, workdir: Workdir) -> DecoderConfig:
 
 
 def _prompts(s: Config, workdir: Workdir) -> tuple[int, int]:
-    """How many training prompts there are, and the tokens of the longest: counted where they can
-    be, else as the settings allow."""
+    """The number of training prompts, and the tokens of the longest.
+
+    Both are counted where they can be, else they are the most that the settings allow.
+    """
     p = s.prompts
     if _done(workdir, "sample"):
         return _counted(prompt_files.read_jsonl(workdir.prompts("train")))
@@ -230,10 +234,13 @@ def need(s: Config, mesh: Mesh, made: Workdir) -> Need:
     """Memory of the stages ``sample`` and ``train`` on each device.
 
     Args:
-      made: the workdir of the run, which need not exist; what is there already is looked at (the reference
-        learned, the prompts made), nothing is written.
+      s: the configuration.
+      mesh: the devices.
+      made: the workdir of the run, which need not exist; what is there already (the reference
+        learned, the prompts made) is read, nothing is written.
 
-    Raises InputError or CheckpointError where the reference or a reward cannot be found out about.
+    Raises:
+      InputError: the configuration of the reference or of a reward model cannot be read.
     """
     config = _reference_config(s, made)
     shapes = jax.eval_shape(partial(decoder.init, config), jax.random.key(0))
@@ -270,8 +277,10 @@ def _sampling(w: _World, held: dict[str, int]) -> int:
 
 
 def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, rows: int) -> int:
-    """One call of a reward model. One that reads text has as many tokens of its own to read as the
-    policy wrote: what else is not known here."""
+    """Bytes of one call of a reward model.
+
+    A text that is re-tokenized is taken to have as many tokens as the policy's: more is not known.
+    """
     length = w.columns
     if r.path:
         rows, length = TEXT_ROWS, text.bucket(length, r.max_tokens or config.positions)
@@ -408,8 +417,10 @@ def _offline(w: _World, job: Job, state: Any, held: dict[str, int], phases: dict
 
 
 def device_bytes(s: Config) -> int:
-    """What a device has: ``memory.device_gib``, or what this machine's first device reports. CPU
-    devices report nothing and share what the machine has."""
+    """Memory of a device: ``memory.device_gib``, or what this machine's first device reports.
+
+    CPU devices report nothing and share what the machine has.
+    """
     if s.memory.device_gib:
         return int(s.memory.device_gib * GIB)
     found = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -44,8 +44,8 @@ def texts(run: Run, seed: int | None = None) -> Texts:
         held_out = examples[::HELD_OUT]
         return Texts([e for i, e in enumerate(examples) if i % HELD_OUT], held_out, [])
     if data.hub:
-        splits = (data.train_split, data.test_split)
-        return Texts(*(hub_data.load(data.hub, x, *columns) for x in splits), [])
+        train = hub_data.load(data.hub, data.train_split, *columns)
+        return Texts(train, hub_data.load(data.hub, data.test_split, *columns), [])
     if data.tfds:
         from vbon_jax.data.sources import tfds  # imports tensorflow_datasets: seconds
 
@@ -105,8 +105,8 @@ def make_prompts(
         prompts["train"] = adopted
     if len(prompts["test"]) < 2:
         raise InputError(
-            f"prompts.test_path={p.test_path or p.hub!r} has {len(prompts['test'])} prompt: intervals are "
-            "over prompts and need at least 2"
+            f"prompts.test_path={p.test_path or p.hub!r} has {len(prompts['test'])} prompt: "
+            "intervals are over prompts and need at least 2"
         )
     return prompts
 

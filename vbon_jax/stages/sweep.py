@@ -57,7 +57,7 @@ class Unit(NamedTuple):
 
     @property
     def label(self) -> str:
-        """ "method" in the table."""
+        """What its rows have for "method"."""
         return self.series.label
 
     @property
@@ -96,7 +96,8 @@ def units(s: Config) -> list[Unit]:
         members = tuple(Member(n, beta, seed, m) for n, beta in pairs for seed in seeds)
         found.append(Unit(label, method, series, "front", _options(s, method, series), members))
     method, series = methods.SERIES["vbon"]
-    others = [value for value in s.sweep.m if value != m or s.method.n not in s.sweep.vbon]
+    done = getattr(s.sweep, series.label)  # at `samples.m`
+    others = [value for value in s.sweep.m if value != m or s.method.n not in done]
     members = tuple(Member(s.method.n, s.method.beta, seed, v) for v in others for seed in seeds)
     found.append(Unit("m", method, series, "m", _options(s, method, series), members))
     return sorted((u for u in found if u.members), key=lambda u: -len(u.members))
@@ -137,6 +138,7 @@ class Splits:
         self._open: dict[tuple[str, float], heldout.HeldOut] = {}
 
     def get(self, split: str, temperature: float) -> heldout.HeldOut:
+        """One split at one temperature."""
         at = split, temperature
         if at not in self._open:
             s = self.run.config
@@ -408,8 +410,10 @@ def _optimum(s: Config, unit: Unit, member: Member) -> exact.Optimum:
 
 
 def _matched(s: Config, unit: Unit, rows: Sequence[dict[str, Any]]) -> list[int]:
-    """The members that stand for ``method.n``, all seeds: those of that n, or of the beta whose KL
-    to the reference comes nearest to best-of-n's."""
+    """The members that stand for ``method.n``, all seeds.
+
+    Those of that n, or of the beta whose KL to the reference comes nearest to best-of-n's.
+    """
     n = s.method.n
     if not unit.by_beta:
         return [i for i, m in enumerate(unit.members) if m.n == n]

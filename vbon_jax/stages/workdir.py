@@ -51,10 +51,12 @@ class Workdir:
         self.evaluation = self.root / "evaluation.json"
 
     def prompts(self, split: str) -> Path:
+        """The prompts of a split."""
         return self.root / "prompts" / f"{split}.jsonl"
 
     @property
     def train_samples(self) -> Path:
+        """The scored reference responses to the training prompts."""
         return self.root / "samples" / "train.jsonl"
 
     def held_out(self, role: str, split: str, temperature: float, m: int) -> Path:
@@ -198,8 +200,10 @@ class Workdir:
         self.write_json(self._note(stage), note)
 
     def require(self, stage: str, what: str) -> None:
-        """Raises InputError unless ``stage``, which makes ``what``, is complete under the settings
-        of this run."""
+        """Raises InputError unless ``stage``, which makes ``what``, is complete.
+
+        It must be so under the settings of this run.
+        """
         note = self._read_note(stage)
         if note is None or not note["complete"]:
             raise InputError(

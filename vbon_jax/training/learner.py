@@ -107,7 +107,16 @@ class Learner:
             )
             rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
             placed = sharding.place((rewards, rows), self.task.sampler.mesh, "batch")
-            scored.append(ScoredRollout(*batch.prompts, batch.rollout, *placed, batch.temperature))
+            scored.append(
+                ScoredRollout(
+                    batch.prompts.tokens_BxP,
+                    batch.prompts.mask_BxP,
+                    batch.rollout,
+                    placed[0],
+                    placed[1],
+                    batch.temperature,
+                )
+            )
         self._clock.lap("reward")
         return tuple(scored)
 

@@ -174,11 +174,11 @@ def _saved(record: Record | None, step: int, total: int) -> str:
 def batch_requests(
     prompts: Sequence[Prompt], batch_size: int, step: int, seed: int
 ) -> list[Request]:
-    """The prompts of iteration ``step``: positions step * batch_size and on in an endless sequence
-    of shuffled passes over the prompts.
+    """The prompts of iteration ``step``.
 
-    The sample index of a request is its pass, so a prompt met twice in a batch is drawn twice
-    differently. A pure function of (step, seed): going on after a cut needs no stored order.
+    They are those at positions step * batch_size and on in an endless sequence of shuffled passes
+    over the prompts. The sample index of a request is its pass, so a prompt met twice in a batch is
+    drawn twice differently. A pure function of (step, seed): resuming needs no stored order.
     """
     requests: list[Request] = []
     position = step * batch_size

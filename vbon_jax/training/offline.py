@@ -26,11 +26,6 @@ from vbon_jax.sampling.sampler import pad_left
 from vbon_jax.training.state import TrainState
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens_NxS", "mask_NxS", "response_mask_NxT", "log_ref_N"],
-    meta_fields=["temperature"],
-)
 @dataclasses.dataclass(frozen=True)
 class Pool:
     """N reference samples, a pytree with rows first.
@@ -48,6 +43,13 @@ class Pool:
     response_mask_NxT: Any
     log_ref_N: Any
     temperature: float
+
+
+jax.tree_util.register_dataclass(
+    Pool,
+    data_fields=["tokens_NxS", "mask_NxS", "response_mask_NxT", "log_ref_N"],
+    meta_fields=["temperature"],
+)  # fmt: skip
 
 
 class Choices(NamedTuple):
@@ -175,11 +177,19 @@ def log_prob(
     temperature: float,
     chunk: int = log_probs.CHUNK,
 ) -> jax.Array:
-    """log-probability of each response given its prompt, summed over its tokens: float32 nats [B].
+    """Sums the log-probs of each response's tokens given its prompt.
 
     Args:
-      params: {"decoder": ...}. The arrays are rows of a `Pool`.
-      temperature: divides the logits. chunk: tokens whose logits are held at once.
+      params: {"decoder": ...}.
+      tokens_BxS: rows of a `Pool`.
+      mask_BxS: likewise.
+      response_mask_BxT: likewise.
+      config: the decoder's configuration.
+      temperature: divides the logits.
+      chunk: tokens whose logits are held at once.
+
+    Returns:
+      float32 nats [B].
     """
     response_len = response_mask_BxT.shape[1]
     log_probs_BxT = log_probs.log_probs(
@@ -221,8 +231,8 @@ def check_n(method: str, n: float, m: int, lowest: int) -> None:
     """Raises InputError unless n is a whole number from ``lowest`` to m, the samples stored."""
     if not (lowest <= n <= m and n % 1 == 0):
         raise InputError(
-            f"n = {n:g} must be a whole number from {lowest} to the m = {m} samples of a prompt for "
-            f"{method}; sample more or change n"
+            f"n = {n:g} must be a whole number from {lowest} to the m = {m} samples of a prompt "
+            f"for {method}; sample more or change n"
         )
 
 

@@ -73,6 +73,7 @@ def over_members(
     Args:
       f: computes one member. Inside, ``AXIS`` names the axis of those computed side by side, unless
         at_once is 1: then there is no such axis.
+      mesh: of the devices that share the members out.
       at_once: how many that is at most, on each device; 0 for all.
       donate: the first of ``own`` is donated.
     """
@@ -216,7 +217,14 @@ class PopulationLearner:
             rows = np.array([[row_of[r.prompt_id] for r in b] for b in requests], np.int32)
             placed = self._place((rewards.reshape(rows.shape), rows))
             scored.append(
-                ScoredRollout(*prompts, rollout, *placed, task.sampler.settings.temperature)
+                ScoredRollout(
+                    prompts.tokens_BxP,
+                    prompts.mask_BxP,
+                    rollout,
+                    placed[0],
+                    placed[1],
+                    task.sampler.settings.temperature,
+                )
             )
         self._clock.lap("reward")
         return tuple(scored)

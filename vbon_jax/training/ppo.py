@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,15 +67,6 @@ class Target(NamedTuple):
     entropy_coef: jax.Array
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "tokens_BxS", "mask_BxS", "response_mask_BxT", "log_probs_BxT", "values_BxT",
-        "advantages_BxT", "returns_BxT", "trunk_BxSxD", "ref_hidden_BxTxD", "kl_weight_B",
-        "entropy_weight_B",
-    ],
-    meta_fields=["temperature"],
-)  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Experience:
     """What the PPO epochs read, a pytree with rows first.
@@ -109,6 +99,17 @@ class Experience:
     kl_weight_B: Any
     entropy_weight_B: Any
     temperature: float
+
+
+jax.tree_util.register_dataclass(
+    Experience,
+    data_fields=[
+        "tokens_BxS", "mask_BxS", "response_mask_BxT", "log_probs_BxT", "values_BxT",
+        "advantages_BxT", "returns_BxT", "trunk_BxSxD", "ref_hidden_BxTxD", "kl_weight_B",
+        "entropy_weight_B",
+    ],
+    meta_fields=["temperature"],
+)  # fmt: skip
 
 
 class Scored(NamedTuple):
@@ -157,14 +158,13 @@ def _values(
 def _forward(
     params: Any,
     ref_params: Any,
-    tokens_BxS: jax.Array,
-    mask_BxS: jax.Array,
-    response_mask_BxT: jax.Array,
+    rows: tuple[jax.Array, jax.Array, jax.Array],
     setup: Setup,
     temperature: float,
 ) -> tuple[NextToken, jax.Array, jax.Array | None, jax.Array | None]:
     """One pass of policy and reference over a rollout. A frozen trunk runs once for both."""
-    config, mask, response_len = setup.config, response_mask_BxT, response_mask_BxT.shape[1]
+    config, (tokens_BxS, mask_BxS, mask) = setup.config, rows
+    response_len = mask.shape[1]
     base = ref_params["decoder"]
     policy = trainable.join(base, params["decoder"])
     trunk = None
@@ -218,7 +218,7 @@ def score(params: Any, ref_params: Any, batch: ScoredRollout, setup: Setup) -> S
     token_mask = jnp.concatenate([batch.prompt_mask_BxP, mask], axis=1)
     with jax.named_scope("score"):
         found = in_microbatches(
-            lambda rows: _forward(params, ref_params, *rows, setup, batch.temperature),
+            lambda rows: _forward(params, ref_params, rows, setup, batch.temperature),
             (tokens, token_mask, mask),
             setup.microbatch,
         )

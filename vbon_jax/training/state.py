@@ -8,8 +8,13 @@ import optax
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, updates done (of PPO: iterations). params, opt_state: pytrees.
-    key: the run's random key; every number of step s follows from it and s.
+    """What a training run carries from step to step, a pytree.
+
+    Attributes:
+      step: int32 scalar, updates done (of PPO: iterations).
+      params: what is trained, by name.
+      opt_state: of the optimizer.
+      key: the run's random key; every number of step s follows from it and s.
     """
 
     step: jax.Array

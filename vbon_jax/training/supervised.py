@@ -41,8 +41,12 @@ class Corpus:
 
 
 class TextBatch(NamedTuple):
-    """tokens int32 [B, T] and mask bool [B, T], padded on the right; label int32 [B].
-    A row that only fills the batch has an empty mask.
+    """A batch of texts padded on the right; a row that only fills it has an empty mask.
+
+    Attributes:
+      tokens_BxT: int32 ids.
+      mask_BxT: bool, True on tokens of the text.
+      label_B: int32.
     """
 
     tokens_BxT: Any
