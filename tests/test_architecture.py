@@ -74,7 +74,7 @@ CONFIG = ("vbon_jax.config", "vbon_jax.stages", "vbon_jax.cli", "vbon_jax.api")
         ("evaluation", ("vbon_jax.methods", "vbon_jax.report", *CONFIG), ()),
         ("report", ("vbon_jax.models", "vbon_jax.training", "vbon_jax.methods", *CONFIG), ()),
         ("api.py", ("vbon_jax.config", "vbon_jax.stages", "vbon_jax.cli"), ()),
-        ("config.py", ("vbon_jax.cli", "vbon_jax.api", "vbon_jax.report"), ()),
+        ("config", ("vbon_jax.cli", "vbon_jax.api", "vbon_jax.report"), ()),
     ],
 )  # fmt: skip
 def test_no_forbidden_arrow(where, forbidden, allowed):
@@ -89,7 +89,7 @@ def test_no_forbidden_arrow(where, forbidden, allowed):
     ("library", "homes"),
     [
         ("flax.linen", ("models/",)),
-        ("ml_collections", ("cli.py", "config.py")),
+        ("ml_collections", ("cli.py", "config/")),
         ("absl", ("cli.py",)),
         ("tensorflow_datasets", ("data/",)),
         ("datasets", ("data/",)),

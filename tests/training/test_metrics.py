@@ -47,7 +47,6 @@ def test_wandb_writes_an_offline_run(tmp_path, wandb_offline):
     (run,) = (tmp_path / "wandb").glob("offline-run-*-abc123")
     (record,) = run.glob("run-abc123.wandb")
     content = record.read_bytes()
-    # A population's numbers are shown as their mean, 1.0.
     for name in (b"kl_ref", b"loss", b"train.iterations"):
         assert name in content, name
 

@@ -40,8 +40,8 @@ def _beta_key() -> Any:
 class Bond:
     """Best-of-n distillation, BOND and J-BOND (Sessa et al., 2024)."""
 
-    form: str = key("jeffreys", "jeffreys: J-BOND, iterated with a moving anchor; backward: the "
-                    "backward KL against the reference.",
+    form: str = key("jeffreys", "Form: jeffreys, J-BOND, iterated with a moving anchor; backward, "
+                    "the backward KL against the reference.",
                     choices=("jeffreys", "backward"))  # fmt: skip
     jeffreys: float = _jeffreys_key()
     anchor_rate: float = _anchor_rate_key()

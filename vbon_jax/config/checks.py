@@ -1,0 +1,216 @@
+"""What config keys must obey together, checked once, at the start."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from vbon_jax import methods, stages
+from vbon_jax.config.groups import Config
+from vbon_jax.errors import InputError
+from vbon_jax.training import options
+
+HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as uniform
+
+
+def check(config: Config) -> None:
+    """Checks what keys must obey together.
+
+    Args:
+      config: Whose keys each obey their own rules.
+
+    Raises:
+      InputError: Names the keys, their values and what is allowed.
+    """
+    for of_part in (
+        _check_stages, _check_data, _check_models, _check_training, _check_evaluation, _check_sweep
+    ):  # fmt: skip
+        of_part(config)
+    for method in methods.METHODS:
+        _check_method(config, method)
+
+
+def _require(holds: bool, text: str) -> None:
+    if not holds:
+        raise InputError(text)
+
+
+def _at_most_one_of(values: dict[str, str]) -> None:
+    given = [f"{name}={value!r}" for name, value in values.items() if value]
+    _require(len(given) <= 1, f"{' and '.join(given)}: set one of them")
+
+
+def _at_least_1(name: str, values: Iterable[float]) -> None:
+    for n in values:
+        _require(n >= 1, f"{name} has {n}: it must be at least 1")
+
+
+def _above_0(name: str, values: Iterable[float]) -> None:
+    for value in values:
+        _require(value > 0, f"{name} has {value}: it must be above 0")
+
+
+def _at_most(name: str, values: Iterable[float], most: int, of: str) -> None:
+    for n in values:
+        _require(n <= most, f"{name} has {n}, more than {of}={most}")
+
+
+def _check_stages(c: Config) -> None:
+    _require(len(c.stages) > 0, f"stages is empty: choose from {', '.join(stages.STAGES)}")
+    for stage in c.stages:
+        _require(
+            stage in stages.STAGES,
+            f"stages names {stage!r}: choose from {', '.join(stages.STAGES)}",
+        )
+
+
+def _check_data(c: Config) -> None:
+    d, p = c.data, c.prompts
+    _at_most_one_of({"data.path": d.path, "data.tfds": d.tfds, "data.hub": d.hub})
+    _at_most_one_of({"prompts.path": p.path, "prompts.hub": p.hub})
+    _require(
+        not d.test_path or bool(d.path),
+        f"data.test_path={d.test_path!r} is set but data.path is empty: set both",
+    )
+    _require(
+        p.min_tokens <= p.max_tokens,
+        f"prompts.min_tokens={p.min_tokens} is more than prompts.max_tokens={p.max_tokens}",
+    )
+    _require(
+        p.format == "text" or bool(p.hub) or bool(p.path and p.test_path),
+        f"prompts.format={p.format}: set prompts.path and prompts.test_path to files of it",
+    )
+    _require(
+        p.format != "tldr" or bool(p.subreddits),
+        "prompts.subreddits is empty: name what is in distribution for prompts.format=tldr",
+    )
+    template_arguments(p.template_arguments)
+
+
+def _check_models(c: Config) -> None:
+    for name, part in (
+        ("reference", c.reference),
+        ("reward", c.reward),
+        ("evaluator", c.evaluator),
+    ):
+        width, heads = part.model.width, part.model.heads
+        _require(
+            width % heads == 0,
+            f"{name}.model.width={width} is not a multiple of {name}.model.heads={heads}",
+        )
+    others = {f"reward.others.{name}": other for name, other in c.reward.others.items()}
+    for name, score in {"reward": c.reward, "evaluator": c.evaluator, **others}.items():
+        _at_most_one_of({f"{name}.path": score.path, f"{name}.function": score.function})
+    for name, other in others.items():
+        _require(
+            bool(other.path or other.function), f"{name}.path and .function are empty: set one"
+        )
+
+
+def _check_training(c: Config) -> None:
+    options.check(c.train, c.lora, c.memory)
+    _require(
+        c.export.form == "model" or c.lora.rank > 0,
+        f"export.form=adapter needs adapters: set lora.rank, which is {c.lora.rank}",
+    )
+    name = c.method.name
+    _require(
+        c.memory.accumulate == 1
+        or (name != methods.BEST_OF_N and methods.of_config(c).microbatches),
+        f"memory.accumulate={c.memory.accumulate}: {name} is trained without microbatches; set 1",
+    )
+    _require(
+        c.train.value_network == "head" or not c.reward.function,
+        f"train.value_network=reward starts from a reward model, but reward.function="
+        f"{c.reward.function!r} is none: set train.value_network=head",
+    )
+
+
+def _check_evaluation(c: Config) -> None:
+    temperatures = c.evaluate.temperatures
+    _require(len(temperatures) > 0, "evaluate.temperatures is empty: give at least one")
+    _require(
+        len(set(temperatures)) == len(temperatures),
+        f"evaluate.temperatures={temperatures} names one twice",
+    )
+    for temperature in temperatures:
+        _require(
+            0 < temperature <= HOTTEST,
+            f"evaluate.temperatures has {temperature!r}: each must be a number above 0, "
+            f"at most {HOTTEST:g}",
+        )
+    _above_0("sweep.temperatures", c.sweep.temperatures)
+    for m in c.convergence.m:
+        _require(
+            1 <= m < c.convergence.m_full,
+            f"convergence.m has {m}: each must be at least 1 and below "
+            f"convergence.m_full={c.convergence.m_full}",
+        )
+
+
+def _check_sweep(c: Config) -> None:
+    _at_least_1("sweep.bon", c.sweep.bon)
+    _at_most("sweep.bon", c.sweep.bon, c.evaluate.m, "evaluate.m")
+    _at_least_1("sweep.m", c.sweep.m)
+    _at_most("sweep.m", c.sweep.m, c.samples.m, "samples.m")
+
+
+def _check_method(c: Config, method: methods.Method) -> None:
+    """Checks what a method cannot do, alone or in a sweep."""
+    chosen = c.method.name == method.name and method.when(c)
+    grids = [(s, v) for s in method.series if (v := getattr(c.sweep, s.label))]
+    if chosen:
+        n, m = c.method.n, c.samples.m
+        _require(
+            not method.whole_n or (n.is_integer() and n <= m),
+            f"method.n={n:g}: {method.name} takes the best of a whole number n of the samples.m="
+            f"{m} stored ones",
+        )
+        _require(not method.check_n(n), f"method.n={n:g}: {method.check_n(n)}")
+        _require(not (wrong := method.check(method.from_config(c))), wrong)
+    for series, values in grids:
+        key = f"sweep.{series.label}"
+        if series.varies == "beta":
+            _above_0(key, values)
+            continue
+        for n in values:
+            _require(not method.check_n(n), f"{key}={n:g}: {method.check_n(n)}")
+        _at_least_1(key, values)
+        if method.whole_n:
+            _at_most(key, values, c.samples.m, "samples.m")
+    if (chosen or grids) and not method.online:
+        _require(not (wrong := method.check_samples(c.offline, c.samples.m)), wrong)
+        _check_offline(c)
+
+
+def _check_offline(c: Config) -> None:
+    """Checks what the methods that learn from stored samples share."""
+    o = c.offline
+    if c.samples.path or c.prompts.path or c.prompts.hub:
+        return  # which bring their own number of prompts
+    examples = o.pairs * c.prompts.train
+    _require(
+        examples >= o.batch_size,
+        f"offline.batch_size={o.batch_size} is more than the {examples} examples of "
+        f"prompts.train={c.prompts.train} x offline.pairs={o.pairs}: lower it",
+    )
+
+
+def template_arguments(text: str) -> dict[str, Any]:
+    """Reads ``prompts.template_arguments``.
+
+    Args:
+      text: A JSON object; empty for none.
+
+    Returns:
+      Arguments of the chat template by name.
+
+    Raises:
+      InputError: The text is no JSON object.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise InputError(f"prompts.template_arguments={text!r}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"prompts.template_arguments={text!r}: must be a JSON object")
+    return value
