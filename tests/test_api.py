@@ -184,7 +184,7 @@ def test_generation_is_a_function_of_its_seed(reference):
         ({"value_network": "reward"}, "value_network='reward' needs a run"),
         ({"reward": None}, "reward is not given: VBoN learns from rollouts"),
         ({"method": vbon.BOND(n=1)}, "so n must be above 1"),
-        ({"num_layers_unfrozen": 9}, "num_layers_unfrozen=9"),
+        ({"num_layers_unfrozen": 9}, "num_layers_unfrozen is 9 and the model has 4 layers"),
     ],
 )
 def test_bad_settings_are_named(reference, samples, wrong, message):

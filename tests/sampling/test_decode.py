@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vbon_jax.models import log_probs as score
+from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import decode
 from vbon_jax.sampling import sampler as engine
 
@@ -23,12 +24,17 @@ def requests(count, samples=1):
     return [engine.Request(i, s, p) for i, p in enumerate(prompts) for s in range(samples)]
 
 
+def sampler(params, config, mesh, **changes):
+    model = LanguageModel(config, params, tokenizer=None)
+    return engine.Sampler(model, mesh, sampling(**changes))
+
+
 def rows(params, config, mesh, wanted, batch_size, **changes):
-    """{(prompt id, sample): (tokens, log-probs, finished)} of a run of ``generate``."""
+    """{(prompt id, sample): (tokens, log-probs, finished)} of a run of ``batches``."""
     out = {}
-    for batch in engine.generate(
-        params, config, sampling(**changes), mesh, jax.random.key(5), wanted, batch_size
-    ):
+    drawing = sampler(params, config, mesh, **changes)
+    for batch in drawing.batches(jax.random.key(5), wanted, batch_size):
+        assert batch.temperature == drawing.settings.temperature
         r = jax.device_get(batch.rollout)
         for i, request in enumerate(batch.requests):
             keep = r.mask_BxT[i]
@@ -47,7 +53,8 @@ def drawn(params, config, mesh):
 
 def test_log_probs_equal_those_of_a_full_forward(params, config, mesh):
     wanted = requests(64)
-    prompts, rollout = engine.draw(params, config, sampling(), mesh, jax.random.key(5), 0, wanted)
+    batch = sampler(params, config, mesh).draw(jax.random.key(5), 0, wanted)
+    prompts, rollout = batch.prompts, batch.rollout
     tokens = jnp.concatenate([prompts.tokens_BxP, rollout.tokens_BxT], axis=1)
     mask = jnp.concatenate([prompts.mask_BxP, rollout.mask_BxT], axis=1)
     full = score.log_probs(params, config, tokens, mask, T, 0.8)

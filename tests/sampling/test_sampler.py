@@ -1,7 +1,10 @@
+import jax
 import numpy as np
 import pytest
 
+from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
+from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import sampler as engine
 
 
@@ -21,3 +24,85 @@ def test_pad_left_refuses_an_empty_prompt():
 )
 def test_buckets(length, bucket):
     assert engine.bucket_length(length) == bucket
+
+
+class Vocabulary:
+    """As much of a tokenizer as a sampler asks for."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert not skip_special_tokens
+        return [" ".join(map(str, row)) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def drawing(params, config, mesh):
+    model = LanguageModel(config, params, Vocabulary())
+    settings = engine.Sampling(temperature=0.7, max_new_tokens=6, eos_id=3, pad_id=0)
+    return engine.Sampler(model, mesh, settings)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [Prompt(10 + i, f"p{i}", (5 + i, 9)) for i in range(3)]
+
+
+def lengths(prompts, prompt, prompt_mask, tokens, mask):
+    return np.asarray(mask).sum(axis=1)  # of the rows that only fill a batch as well
+
+
+def test_responses_are_scored_in_order_by_their_own_prompt(drawing, prompts):
+    seen = []
+
+    def reward(of, *rows):
+        seen.append([p.id for p in of])
+        return lengths(of, *rows)
+
+    requests = engine.requests_for(prompts, 3)
+    key = jax.random.key(1)
+    found = [r for group in drawing.responses(key, prompts, requests, 4, reward) for r in group]
+    assert [(r.request.prompt_id, r.request.sample) for r in found] == [
+        (p, s) for p in (10, 11, 12) for s in range(3)
+    ]
+    assert seen == [[10, 10, 10, 11], [11, 11, 12, 12], [12]]
+    for r in found:
+        assert r.reward == len(r.tokens) and r.finished == (r.tokens[-1] == 3)
+        assert r.text == " ".join(str(t) for t in r.tokens if t != 3)
+        assert r.log_prob < 0
+
+
+def test_a_second_score_is_measured_beside(drawing, prompts):
+    def twice(*batch):
+        return 2 * lengths(*batch)
+
+    requests = engine.requests_for(prompts, 2)
+    also = drawing.measure(twice, prompts, "evaluator")
+    groups = drawing.responses(jax.random.key(1), prompts, requests, 4, lengths, also)
+    for r in (r for group in groups for r in group):
+        assert r.extra == {"evaluator": 2 * r.reward}
+
+
+def test_a_nan_reward_is_refused_with_its_response(drawing, prompts):
+    def reward(of, *rows):
+        values = lengths(of, *rows).astype(np.float32)
+        values[1] = np.nan
+        return values
+
+    requests = engine.requests_for(prompts, 1)
+    with pytest.raises(InputError, match=r"1 of 3 responses is NaN.*prompt='p1' response='\d"):
+        list(drawing.responses(jax.random.key(1), prompts, requests, 3, reward))
+
+
+def test_other_settings_and_parameters_leave_the_sampler_alone(drawing):
+    hot = drawing.at(temperature=2.0, top_k=1)
+    assert (hot.settings.temperature, hot.settings.top_k) == (2.0, 1)
+    assert (drawing.settings.temperature, drawing.settings.top_k) == (0.7, 0)
+    other = drawing.with_params({"x": 1})
+    assert other.model.params == {"x": 1} and drawing.model.params != {"x": 1}
+    assert other.settings == drawing.settings
+
+
+def test_named_keys_differ_by_seed_and_name():
+    keys = [engine.named_key(seed, name) for seed in (0, 1) for name in ("sample", "train")]
+    assert len({tuple(np.asarray(jax.random.key_data(k))) for k in keys}) == 4
+    again = jax.random.key_data(engine.named_key(0, "sample"))
+    np.testing.assert_array_equal(jax.random.key_data(keys[0]), again)
