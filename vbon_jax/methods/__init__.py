@@ -1,18 +1,22 @@
 """The training algorithms, one file each. What lists methods reads this tuple."""
 
+from importlib import import_module
 from typing import Any
 
-from vbon_jax.methods import bon_sft, bonbon, bond, dpo, jbond, ppo, vbon
 from vbon_jax.methods.base import BEST_OF_N, Method, Options, Series
 
-METHODS: tuple[Method, ...] = (
-    vbon.METHOD,
-    ppo.METHOD,
-    bond.METHOD,
-    jbond.METHOD,
-    dpo.METHOD,
-    bonbon.METHOD,
-    bon_sft.METHOD,
+# The files that hold a ``METHOD``, in the order of tables and legends.
+FILES = (
+    "vbon",
+    "ppo",
+    "bond",
+    "jbond",
+    "dpo",
+    "bonbon",
+    "bon_sft",
+)
+METHODS: tuple[Method, ...] = tuple(
+    import_module(f"vbon_jax.methods.{name}").METHOD for name in FILES
 )
 NAMES = (BEST_OF_N, *dict.fromkeys(m.name for m in METHODS))  # of `method.name`
 SERIES: dict[str, tuple[Method, Series]] = {s.label: (m, s) for m in METHODS for s in m.series}
