@@ -32,7 +32,7 @@ CONFIG = decoder.DecoderConfig(
 INIT = jax.jit(decoder.init, static_argnums=0)
 OPTIMIZER = optax.sgd(LEARNING_RATE)
 SETUP = Setup(CONFIG, OPTIMIZER, Train(minibatch_size=B))
-OPTIONS = JBOND(JEFFREYS, RATE, BETA, estimator="smoothed")
+OPTIONS = JBOND(jeffreys=JEFFREYS, anchor_rate=RATE, beta=BETA, estimator="smoothed")
 REFERENCES = np.sort(np.random.default_rng(9).normal(size=(2, 7)).astype(np.float32), axis=1)
 PROMPT_LENGTHS = (3, 1, 2, 3)
 
@@ -178,7 +178,7 @@ def test_the_reward_rises_over_iterations_and_the_first_is_at_the_reference(mode
     task = Task(prompts, table, token_reward, sampler)
     own = partial(
         jbond.update, setup=Setup(CONFIG, optimizer, Train(minibatch_size=64)),
-        options=JBOND(0.5, 0.1, 0.0, estimator="harmonic"),
+        options=JBOND(jeffreys=0.5, anchor_rate=0.1, beta=0.0, estimator="harmonic"),
     )  # fmt: skip
     program = Program(own, jbond.SOURCES, 256, lambda step: 1e-2)
     learner = Learner(task, program, Member(4.0, 0.1, 0, 32))

@@ -2,64 +2,49 @@
 
 import dataclasses
 import itertools
-import runpy
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vbon_jax.methods.build import Spec
-from vbon_jax.stages.inputs import Run
 
-from vbon_jax import config as settings
-from vbon_jax import sharding
+from tests.training.tiny import sampler, token_reward
+from vbon_jax import methods, sharding
 from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.methods import build as methods
+from vbon_jax.methods import learning
+from vbon_jax.methods.jbond import JBOND
+from vbon_jax.methods.learning import Job, Training
+from vbon_jax.methods.ppo import PPO as PPOOptions
+from vbon_jax.methods.vbon import VBoN
 from vbon_jax.models import decoder
-from vbon_jax.sampling import sampler as engine
-from vbon_jax.stages import inputs, workdir
+from vbon_jax.sampling.sampler import named_key
 from vbon_jax.training import loop, offline, population
 from vbon_jax.training.checkpoint import Checkpointer
-from vbon_jax.training.loop import World
+from vbon_jax.training.learner import Member
+from vbon_jax.training.loop import Task
 from vbon_jax.training.metrics import MetricsWriter
-from vbon_jax.training.population import Member
+from vbon_jax.training.options import Train
 
-ROOT = Path(__file__).parents[2]
 ITERATIONS, BATCH, VOCABULARY, T, M = 3, 16, 37, 5, 24
-VBON = Spec("vbon", "exact", "interval")
-PPO = Spec("ppo", "exact", "interval")
-BOND = Spec("bond", "jeffreys", "smoothed")
+VBON = VBoN(estimator="interval")
+PPO = PPOOptions(estimator="interval")
+BOND = JBOND(anchor_rate=0.2, estimator="smoothed")
+TRAINING = Training(
+    Train(
+        iterations=ITERATIONS, batch_size=BATCH, minibatch_size=8, ppo_epochs=2,
+        learning_rate=5e-3, value_coef=2.0,
+    )
+)  # fmt: skip
 # n, beta and seed differ between all of them.
 MEMBERS = [Member(2.0, 0.5, 0, M), Member(9.0, 0.1, 1, M), Member(64.0, 0.02, 2, M)]
 
 
-def token_reward(prompts, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
-    """A reward that a policy can raise: the share of small ids, made injective by the sum."""
-    tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
-    small = np.sum((tokens < 18) & mask, axis=1)
-    return (small + 1e-4 * np.sum(tokens * mask, axis=1)).astype(np.float32)
-
-
-def parsed(**groups):
-    """The settings of the tabular config, smaller and changed."""
-    config = runpy.run_path(str(ROOT / "configs" / "tabular.py"))["get_config"]()
-    config.train.update(
-        iterations=ITERATIONS, batch_size=BATCH, minibatch_size=8, ppo_epochs=2, learning_rate=5e-3
-    )
-    config.sampling.update(temperature=0.9, max_new_tokens=T)
-    config.bond.update(anchor_rate=0.2)
-    for name, changes in groups.items():
-        config[name].update(changes)
-    return settings.parse(config.to_dict())
-
-
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """(run, world) on a mesh: a random decoder, 5 prompts of 1-3 tokens, EOS at 3."""
+def tiny():
+    """Jobs and tasks on a mesh: a random decoder, 5 prompts of 1-3 tokens, EOS at 3."""
     config = decoder.DecoderConfig(
         vocab_size=VOCABULARY, positions=16, layers=1, width=16, heads=2, mlp_width=32,
         initializer_range=0.4,
@@ -71,17 +56,14 @@ def tiny(tmp_path_factory):
         for i in range(5)
     ]
     rewards = rng.normal(2, 1, size=(5, M)).round(1).astype(np.float32)  # with ties
-    orders = rng.integers(0, 2**32, size=(5, M), dtype=np.uint32)
-    sampling = engine.Sampling(temperature=0.9, max_new_tokens=T, eos_id=3, pad_id=0)
-    root = tmp_path_factory.mktemp("population")
 
-    def build(mesh, estimator="interval", m=M, by_order=False, reward=token_reward, **groups):
-        s = parsed(**groups)
-        order = orders[:, :m] if by_order else None
-        table = bon_references.references(rewards[:, :m], estimator, order)
-        reference = sharding.place({"decoder": params}, mesh)
-        world = World(prompts, table, reward, str, sampling, mesh, reference, config)
-        return Run(s, workdir.Workdir(root, s), mesh), world
+    def build(mesh, options, m=M, reward=token_reward):
+        """(job, task) of a method."""
+        table = bon_references.references(rewards[:, :m], options.estimator)
+        placed = sharding.place({"decoder": params}, mesh)["decoder"]
+        model = sampler(config, placed, mesh, temperature=0.9, max_new_tokens=T, eos_id=3, pad_id=0)
+        job = Job(methods.of_options(options), options, TRAINING, config, len(prompts))
+        return job, Task(prompts, table, reward, model)
 
     sequences = np.random.default_rng(5).integers(4, VOCABULARY, size=(12, 3 + T)).astype(np.int32)
     everything = np.ones(sequences.shape, bool)
@@ -96,9 +78,7 @@ def tiny(tmp_path_factory):
             )
         )  # fmt: skip
 
-    return SimpleNamespace(
-        build=build, log_probs=log_probs, start=log_probs(params), rewards=rewards, config=config
-    )
+    return SimpleNamespace(build=build, log_probs=log_probs, start=log_probs(params))
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +95,10 @@ def passes(state, step, count=ITERATIONS):
     return state, written
 
 
-def single(tiny, mesh, member, spec, **world):
+def single(tiny, mesh, member, options, **task):
     """log-probs of every set of parameters of a run of its own, and what it wrote."""
-    groups = {
-        "method": {
-            "name": spec.name, "estimator": spec.estimator, "n": member.n, "beta": member.beta,
-        }
-    }  # fmt: skip
-    run, world = tiny.build(mesh, spec.estimator, **world, **groups)
-    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, seed=member.seed))
-    state, written = passes(*methods.single(run, world))
+    job, task = tiny.build(mesh, options, **task)
+    state, written = passes(*learning.single(job, task, member, ()))
     return measured(tiny, state.params), written
 
 
@@ -132,9 +106,9 @@ def measured(tiny, params):
     return {name: tiny.log_probs(tree) for name, tree in params.items() if name != "value"}
 
 
-def many(tiny, mesh, spec, members=MEMBERS, at_once=1, **world):
-    run, world = tiny.build(mesh, spec.estimator, **world)
-    state, written = passes(*methods.many(run, world, spec, members, at_once))
+def many(tiny, mesh, options, members=MEMBERS, at_once=1, **task):
+    job, task = tiny.build(mesh, options, **task)
+    state, written = passes(*learning.many(job, task, members, (), at_once))
     every = [measured(tiny, population.member(state.params, i)) for i in range(len(members))]
     return every, written
 
@@ -144,10 +118,10 @@ def singles(tiny, one_device):
     """The runs of the members of a method, each made once."""
     made = {}
 
-    def of(spec):
-        if spec not in made:
-            made[spec] = [single(tiny, one_device, m, spec) for m in MEMBERS]
-        return made[spec]
+    def of(options):
+        if options not in made:
+            made[options] = [single(tiny, one_device, m, options) for m in MEMBERS]
+        return made[options]
 
     return of
 
@@ -166,10 +140,10 @@ def assert_members_equal_singles(found, written, wanted):
                 )
 
 
-@pytest.mark.parametrize(("spec", "at_once"), [(PPO, 1), (PPO, 2), (VBON, 0), (BOND, 0)])
-def test_each_member_equals_the_run_of_its_own(tiny, one_device, singles, spec, at_once):
-    wanted = singles(spec)
-    found, written = many(tiny, one_device, spec, at_once=at_once)
+@pytest.mark.parametrize(("options", "at_once"), [(PPO, 1), (PPO, 2), (VBON, 0), (BOND, 0)])
+def test_each_member_equals_the_run_of_its_own(tiny, one_device, singles, options, at_once):
+    wanted = singles(options)
+    found, written = many(tiny, one_device, options, at_once=at_once)
     assert_members_equal_singles(found, written, wanted)
     for values in written:
         assert values["refused"] == [0.0, 0.0, 0.0]
@@ -190,8 +164,8 @@ def test_members_shared_out_among_devices_equal_those_on_one(tiny, singles, capl
     members = population.padded(MEMBERS, mesh)
     assert len(members) == 8 and members[3:] == [MEMBERS[-1]] * 5
     with jax.set_mesh(mesh):
-        run, world = tiny.build(mesh)
-        state, step = methods.many(run, world, VBON, members, 1)
+        job, task = tiny.build(mesh, VBON)
+        state, step = learning.many(job, task, members, (), 1)
         with jax.log_compiles():
             state, values, _ = step(state, 0)
             assert any("everywhere" in text for text in compiled(caplog))
@@ -264,14 +238,14 @@ def test_other_values_and_seeds_need_no_compile(tiny, one_device, monkeypatch, c
 
 def test_members_with_fewer_references_equal_runs_with_those_alone(tiny, one_device, singles):
     """References of each member's own m, padded with +inf to the most."""
-    run, world = tiny.build(one_device)
-    few = tiny.build(one_device, m=4)[1].references
+    job, task = tiny.build(one_device, VBON)
+    few = tiny.build(one_device, VBON, m=4)[1].references
     few = few._replace(rewards_PxM=jnp.pad(few.rewards_PxM, ((0, 0), (0, M - 4)),
                                            constant_values=jnp.inf))  # fmt: skip
-    tables = jax.tree.map(lambda *x: jnp.stack(x), few, world.references)
+    tables = jax.tree.map(lambda *x: jnp.stack(x), few, task.references)
     members = [dataclasses.replace(MEMBERS[1], m=4), MEMBERS[1]]
-    step = methods.many(run, world._replace(references=tables), VBON, members, 0)
-    state, written = passes(*step)
+    task = dataclasses.replace(task, references=tables)
+    state, written = passes(*learning.many(job, task, members, (), 0))
     found = [measured(tiny, population.member(state.params, i)) for i in range(2)]
     wanted = [single(tiny, one_device, members[0], VBON, m=4), singles(VBON)[1]]
     assert_members_equal_singles(found, written, wanted)
@@ -295,14 +269,14 @@ def infinite_for(which, from_pass=1):
 def test_a_member_that_diverges_is_refused_and_the_others_go_on(tiny, one_device, tmp_path):
     """Through the real loop: its steps are counted and undone, and no other member notices."""
     healthy, _ = many(tiny, one_device, PPO)
-    run, world = tiny.build(one_device, reward=infinite_for([1]))
-    state, step = methods.many(run, world, PPO, MEMBERS, 1)
+    job, task = tiny.build(one_device, PPO, reward=infinite_for([1]))
+    state, step = learning.many(job, task, MEMBERS, (), 1)
     state, _, _ = step(state, 0)
     before = measured(tiny, population.member(state.params, 1))
     opt_state = jax.device_get(population.member(state.opt_state, 1))
     checkpointer, writer = Checkpointer(tmp_path / "c", 1), MetricsWriter(tmp_path, 1)
-    plan = loop.LoopPlan("train", ITERATIONS, ITERATIONS)
-    state = loop.run(state, 1, step, plan, checkpointer, writer, {})
+    schedule = loop.Schedule("train", ITERATIONS, ITERATIONS)
+    state = loop.run(state, 1, step, schedule, loop.Record(checkpointer, writer, {}))
     writer.close()
     checkpointer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -320,11 +294,12 @@ def test_a_member_that_diverges_is_refused_and_the_others_go_on(tiny, one_device
 
 
 def test_a_population_that_diverges_as_a_whole_stops(tiny, one_device, tmp_path):
-    run, world = tiny.build(one_device, reward=infinite_for([0, 1, 2], from_pass=0))
-    state, step = methods.many(run, world, PPO, MEMBERS, 1)
+    job, task = tiny.build(one_device, PPO, reward=infinite_for([0, 1, 2], from_pass=0))
+    state, step = learning.many(job, task, MEMBERS, (), 1)
     checkpointer, writer = Checkpointer(tmp_path / "c", 1), MetricsWriter(tmp_path, 0)
     with pytest.raises(InputError, match="loss is nan at iteration 1; there is no checkpoint yet"):
-        loop.run(state, 0, step, loop.LoopPlan("train", 3, 3), checkpointer, writer, {})
+        record = loop.Record(checkpointer, writer, {})
+        loop.run(state, 0, step, loop.Schedule("train", 3, 3), record)
     writer.close()
     checkpointer.close()
 
@@ -335,10 +310,10 @@ def test_a_nan_reward_names_the_members_prompt(tiny, one_device):
         values[BATCH + 3] = np.nan
         return values
 
-    run, world = tiny.build(one_device, reward=reward)
-    state, step = methods.many(run, world, VBON, MEMBERS, 1)
-    requests = loop.batch_requests(world.prompts, BATCH, 0, MEMBERS[1].seed)
-    text = next(p.text for p in world.prompts if p.id == requests[3].prompt_id)
+    job, task = tiny.build(one_device, VBON, reward=reward)
+    state, step = learning.many(job, task, MEMBERS, (), 1)
+    requests = loop.batch_requests(task.prompts, BATCH, 0, MEMBERS[1].seed)
+    text = next(p.text for p in task.prompts if p.id == requests[3].prompt_id)
     with pytest.raises(InputError, match=rf"1 of 48 responses is NaN.*prompt='{text}' response="):
         step(state, 0)
 
@@ -356,14 +331,14 @@ def test_keep_finite_looks_at_loss_and_gradient():
 
 
 def test_repeated_states_are_copies_with_keys_of_their_own(tiny, one_device):
-    run, world = tiny.build(one_device)
-    keys = jnp.stack([run.key("train", m.seed) for m in MEMBERS])
-    reference = inputs.Decoder(world.config, world.reference)
-    one = methods.first_state(run.settings, VBON, reference, keys[0], len(world.prompts))
+    job, task = tiny.build(one_device, VBON)
+    keys = jnp.stack([named_key(m.seed, "train") for m in MEMBERS])
+    one = job.first_state(task.sampler.model.params, keys[0])
     states = population.repeated(one, keys, one_device)
     for k in range(3):
         member = population.member(states, k)
         jax.tree.map(np.testing.assert_array_equal, member.params, one.params)
         np.testing.assert_array_equal(
-            jax.random.key_data(member.key), jax.random.key_data(run.key("train", MEMBERS[k].seed))
+            jax.random.key_data(member.key),
+            jax.random.key_data(named_key(MEMBERS[k].seed, "train")),
         )
