@@ -392,4 +392,7 @@ def get_config():
     capfd.readouterr()
     assert vbon("sample", place / "others", "chat.py", *flags, "--config.reward.weight=2.0") == 2
     error = capfd.readouterr().err
-    assert "reward.others.short.path='', now it is None (and 6 more keys changed): use another" in error
+    assert (
+        "reward.others.short.path='', now it is None (and 6 more keys changed): use another"
+        in error
+    )

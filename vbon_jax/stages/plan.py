@@ -230,8 +230,8 @@ def need(s: Config, mesh: Mesh, made: Workdir) -> Need:
     """Memory of the stages ``sample`` and ``train`` on each device.
 
     Args:
-      made: the workdir of the run, which need not exist; what is there already is looked at (the reference
-        learned, the prompts made), nothing is written.
+      made: the workdir of the run, which need not exist; what is there already is looked at (the
+        reference learned, the prompts made), nothing is written.
 
     Raises InputError or CheckpointError where the reference or a reward cannot be found out about.
     """
