@@ -17,8 +17,7 @@ from tests.data import imdb_shaped, tldr_shaped
 from vbon_jax import cli, sharding
 from vbon_jax.models import decoder, hf, trainable
 from vbon_jax.models.hf import peft
-from vbon_jax.stages import STAGES, loading
-from vbon_jax.stages.base import Run
+from vbon_jax.stages import STAGES, base, loading
 from vbon_jax.stages.workdir import Workdir
 
 torch.set_num_threads(1)
@@ -245,7 +244,7 @@ def test_tldr_evaluates_what_was_trained_unrounded(tldr):
     config = cli.parse(
         ["evaluate", f"--config={ROOT / 'configs' / 'tldr.py'}", *SIZES, *flags]
     ).config
-    run = Run(config, Workdir(workdir, config, STAGES), sharding.make_mesh())
+    run = base.Run(config, Workdir(workdir, config, STAGES), sharding.make_mesh())
     policy, reference = loading.policy(run).model, loading.reference(run).model
     assert {x.dtype.name for x in jax.tree.leaves(policy.params)} == {"float32"}
     assert {x.dtype.name for x in jax.tree.leaves(reference.params)} == {"bfloat16"}
@@ -392,4 +391,8 @@ def get_config():
     # Without the other reward it is another run, and is refused as one.
     capfd.readouterr()
     assert vbon("sample", place / "others", "chat.py", *flags, "--config.reward.weight=2.0") == 2
-    assert "reward.others=None, now it is {}: use another" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert (
+        "reward.others.short.path='', now it is None (and 6 more keys changed): use another"
+        in error
+    )

@@ -104,9 +104,10 @@ def make_prompts(
     if adopted:
         prompts["train"] = adopted
     if len(prompts["test"]) < 2:
+        source = f"prompts.hub={p.hub!r}" if p.hub else f"prompts.test_path={p.test_path!r}"
         raise InputError(
-            f"prompts.test_path={p.test_path or p.hub!r} has {len(prompts['test'])} prompt: "
-            "intervals are over prompts and need at least 2"
+            f"{source} has {len(prompts['test'])} prompt: intervals are over prompts and need at "
+            "least 2"
         )
     return prompts
 
@@ -183,14 +184,14 @@ def _tldr_prompts(run: Run, tokenizer: PreTrainedTokenizerFast) -> dict[str, lis
 def _chat_prompts(run: Run, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[Prompt]]:
     """Conversations of the files, by the tokenizer's own chat template."""
     p = run.config.prompts
-    paths = {"train": p.path, "test": p.test_path}
-    if p.ood_path:
-        paths["ood"] = p.ood_path
     if p.hub:
         splits = {"train": p.train_split, "test": p.test_split}
         found = {x: hub_data.load_conversations(p.hub, y, p.column) for x, y in splits.items()}
     else:
+        paths = {"train": p.path, "test": p.test_path}
         found = {split: chat.read(path, p.column) for split, path in paths.items()}
+    if p.ood_path:
+        found["ood"] = chat.read(p.ood_path, p.column)
     arguments = template_arguments(p.template_arguments)
     return {
         split: chat.prompts(conversations, tokenizer, arguments, p.longest)

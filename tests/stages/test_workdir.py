@@ -1,0 +1,147 @@
+"""What a stage was done under: the notes and names of workdirs written before some keys existed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vbon_jax import cli, config
+from vbon_jax.errors import InputError
+from vbon_jax.stages import STAGES, sweep
+from vbon_jax.stages.base import Run
+from vbon_jax.stages.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+TABULAR = ROOT / "configs" / "tabular.py"
+
+# Written by the version that had none of the keys of ``config.ADDED``.
+GOLDEN_SAMPLES = {"": "5af10f02", ":sweep": "ec2ee393"}
+GOLDEN_FOLDERS = {
+    "vbon-245fe844", "lower_bound-5e9f22ea", "bond-78f65476", "bonbon-a40dc43b",
+    "bon_sft-1a05cf18", "ppo-8206289f", "dpo-794904da",
+}  # fmt: skip
+GOLDEN_SETTINGS = {
+    "sft": "9232890c", "reward": "1d8ccbb6", "evaluator": "3afa1a50", "sample": "05822800",
+    "train": "3d4c672d", "export": "230ec7cc", "evaluate": "57f6cdfd", "convergence": "12b4a2d3",
+    "sweep": "43d5f08a", "report": "079e0f3f",
+}  # fmt: skip
+OTHERS = {
+    "data.hub": "owner/texts", "data.text_column": "review", "data.label_column": "liked",
+    "data.train_split": "train[:9]", "data.test_split": "validation", "prompts.hub": "owner/asked",
+    "prompts.column": "question", "prompts.train_split": "train[:9]",
+    "prompts.test_split": "validation",
+}  # fmt: skip
+
+
+def parsed(variant="", *flags):
+    return cli.parse(["run", f"--config={TABULAR}{variant}", *flags]).config
+
+
+def folder(root, variant="", *flags):
+    return Workdir(root, parsed(variant, *flags), STAGES)
+
+
+def another(key):
+    return f"--config.{key}={OTHERS[key]}"
+
+
+def stage_of(key):
+    """The first stage whose results follow from a key."""
+    return "sft" if key.startswith("data.") else "sample"
+
+
+def note(root, stage):
+    return root / "stages" / f"{stage}.json"
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A workdir in which every stage is complete, and no note has any of the new keys."""
+    now = folder(tmp_path)
+    for stage in STAGES:
+        assert not now.begin(stage)
+        now.complete(stage)
+        written = json.loads(note(tmp_path, stage).read_text())
+        written["settings"] = {
+            k: v for k, v in written["settings"].items() if k not in config.ADDED
+        }
+        note(tmp_path, stage).write_text(json.dumps(written))
+    return tmp_path
+
+
+def test_notes_without_the_new_keys_are_not_refused(old):
+    here = folder(old)
+    for stage in STAGES:
+        assert here.begin(stage), stage
+        here.require(stage, "its results")
+
+
+@pytest.mark.parametrize("key", sorted(config.ADDED))
+def test_notes_without_a_new_key_are_refused_where_it_has_another_value(old, key):
+    default = config.defaults_flat()[key]
+    words = f"was done with {key}={default!r}, now it is {OTHERS[key]!r}: use another --workdir"
+    here = folder(old, "", another(key))
+    with pytest.raises(InputError) as error:
+        here.begin(stage_of(key))
+    assert words in str(error.value)
+    with pytest.raises(InputError, match=key):
+        here.require("train", "the policy")  # what comes after follows from it too
+
+
+@pytest.mark.parametrize("key", sorted(config.ADDED))
+def test_a_note_in_which_a_new_key_has_another_value_is_refused(tmp_path, key):
+    stage = stage_of(key)
+    there = folder(tmp_path, "", another(key))
+    there.begin(stage)
+    there.complete(stage)
+    assert there.begin(stage)
+    default = config.defaults_flat()[key]
+    with pytest.raises(InputError) as error:
+        folder(tmp_path).begin(stage)
+    assert f"done with {key}={OTHERS[key]!r}, now it is {default!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("variant", ["", ":sweep"])
+@pytest.mark.parametrize("role", ["pool", "opponents"])
+def test_held_out_samples_have_the_names_they_had(variant, role):
+    digest = GOLDEN_SAMPLES[variant]
+    found = folder("/w", variant).held_out(role, "test", 1.0, 200)
+    assert found == Path(f"/w/samples/test_{role}_t1_m200_{digest}.jsonl")
+
+
+def folders(*flags):
+    s = parsed(":sweep", *flags)
+    run = Run(s, Workdir("/w", s, STAGES), None)
+    return {sweep.folder(run, unit).name for unit in sweep.units(s)}
+
+
+def test_folders_of_a_sweep_have_the_names_they_had():
+    assert folders() == GOLDEN_FOLDERS
+
+
+@pytest.mark.parametrize("key", sorted(config.ADDED))
+def test_another_value_of_a_new_key_gives_other_names(key):
+    assert not folders(another(key)) & GOLDEN_FOLDERS
+    found = folder("/w", "", another(key)).held_out("pool", "test", 1.0, 200)
+    assert GOLDEN_SAMPLES[""] not in found.name
+
+
+def test_each_stage_follows_from_the_settings_it_followed_from():
+    """The notes of an old workdir have these keys and values, the new ones apart."""
+    here = folder("/w", ":sweep")
+    found = {stage: here.digest(here.settled(here.relevant(stage))) for stage in STAGES}
+    assert found == GOLDEN_SETTINGS
+
+
+def test_the_new_keys_are_keys_and_what_was_there_before_is_none_of_them():
+    assert set(config.added()) == config.ADDED == OTHERS.keys()
+    assert all(config.added()[key] != value for key, value in OTHERS.items())
+
+
+def test_a_whole_old_workdir_is_run_again_without_work(old, capfd):
+    shutil.copy(note(old, "sft"), old / "as_it_was")
+    assert cli.main(["run", f"--config={TABULAR}", f"--workdir={old}",
+                     "--config.stages=('sft','reward','sample','train')"]) == 0  # fmt: skip
+    assert capfd.readouterr().err.count("complete already") == 4
+    assert note(old, "sft").read_bytes() == (old / "as_it_was").read_bytes()
