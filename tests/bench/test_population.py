@@ -15,6 +15,9 @@ def test_a_population_does_what_its_single_runs_do():
     assert times["difference"] < 1e-4
     assert times["ratio"] == pytest.approx(times["singles_s"] / times["population_s"])
     assert all(times[f"{of}_compile_s"] > times[f"{of}_s"] for of in ("singles", "population"))
+    out = io.StringIO()
+    Console(file=out, width=100).print(population.table(times, members=2))
+    assert all(name in out.getvalue() for name in times)
 
 
 def test_the_table_shows_every_figure():
