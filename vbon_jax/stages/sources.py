@@ -45,7 +45,8 @@ def texts(run: Run, seed: int | None = None) -> Texts:
         return Texts([e for i, e in enumerate(examples) if i % HELD_OUT], held_out, [])
     if data.hub:
         splits = (data.train_split, data.test_split)
-        return Texts(*(hub_data.load(data.hub, x, *columns) for x in splits), [])
+        train, test = (hub_data.load(data.hub, x, *columns) for x in splits)
+        return Texts(train, test, [])
     if data.tfds:
         from vbon_jax.data.sources import tfds  # imports tensorflow_datasets: seconds
 
