@@ -182,6 +182,10 @@ def test_generation_is_a_function_of_its_seed(reference):
         ({"minibatch_size": 7}, "train.batch_size=128 is not a multiple of"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0: must be above 0"),
         ({"value_network": "reward"}, "value_network='reward' needs a run"),
+        (
+            {"memory": vbon.Memory(param_dtype="float8")},
+            "memory.param_dtype='float8': choose one of",
+        ),
         ({"reward": None}, "reward is not given: VBoN learns from rollouts"),
         ({"method": vbon.BOND(n=1)}, "so n must be above 1"),
         ({"num_layers_unfrozen": 9}, "num_layers_unfrozen is 9 and the model has 4 layers"),
@@ -196,6 +200,8 @@ def test_bad_settings_are_named(reference, samples, wrong, message):
 def test_other_bad_input_is_named(reference, prompts, samples):
     with pytest.raises(InputError, match=r"VBoN.n=0.5: must be at least 1"):
         vbon.VBoN(n=0.5)
+    with pytest.raises(TypeError, match="positional"):
+        vbon.DPO(0.1)  # beta or n? it must be said
     with pytest.raises(TypeError, match="give the options of a method, one of VBoN, PPO"):
         vbon.train(reference, samples, reward=length, method="vbon")
     with pytest.raises(InputError, match="need at least 2"):

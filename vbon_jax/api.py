@@ -320,6 +320,9 @@ def _training(
         raise InputError("value_network='reward' needs a run: vbon run --config=...; set 'head'")
     own = cls(**settings)
     keys.check(own)
+    for name, group in (("lora", lora), ("memory", memory)):
+        if group is not None:
+            keys.check(group, name)
     groups = {"train": own} if record.online else {"offline": own}
     training = Training(**groups, lora=lora or Lora(), memory=memory or Memory())
     options.check(training.train, training.lora, training.memory)

@@ -66,6 +66,6 @@ def test_help_has_a_line_for_each(capfd):
 
 def test_every_file_of_a_stage_is_recorded():
     """A module with ``run`` is a stage or a command, so none is out of reach."""
-    helpers = {"__init__", "base", "record", "workdir", "loading", "sources", "fitting", "claims"}
-    found = {path.stem for path in Path(stages.__file__).parent.glob("*.py")} - helpers
+    files = Path(stages.__file__).parent.glob("*.py")
+    found = {path.stem for path in files if "\ndef run(" in path.read_text()}
     assert found == STAGES.keys() | {"plan", "generate"} and found <= cli.commands().keys()

@@ -76,7 +76,13 @@ def _check_data(c: Config) -> None:
         f"prompts.min_tokens={p.min_tokens} is more than prompts.max_tokens={p.max_tokens}",
     )
     _require(
-        p.format == "text" or bool(p.hub) or bool(p.path and p.test_path),
+        not (p.hub and p.test_path),
+        f"prompts.hub={p.hub!r} and prompts.test_path={p.test_path!r}: held-out prompts are "
+        "prompts.test_split of the data set; set one of them",
+    )
+    from_hub = bool(p.hub) and p.format == "chat"
+    _require(
+        p.format == "text" or from_hub or bool(p.path and p.test_path),
         f"prompts.format={p.format}: set prompts.path and prompts.test_path to files of it",
     )
     _require(

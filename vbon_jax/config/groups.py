@@ -163,7 +163,7 @@ class Samples:
     path: str = key("", "File of scored responses made elsewhere, used in place of sampling.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(methods.Options):
     """The training method and the best-of-n it aims at."""
 

@@ -23,7 +23,7 @@ from vbon_jax.training.ppo import Setup
 BEST_OF_N = "bon"  # as `method.name`: best-of-n itself, which trains nothing
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What every method is told: the best-of-n that it aims at or, having no n, is compared with.
 

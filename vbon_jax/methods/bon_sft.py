@@ -17,7 +17,7 @@ from vbon_jax.training.learner import Member
 from vbon_jax.training.options import Offline as OfflineKeys
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BoNSFT(Options):
     """Options of maximum likelihood on best-of-n's winners.
 

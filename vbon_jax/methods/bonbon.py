@@ -19,7 +19,7 @@ from vbon_jax.training.learner import Member
 from vbon_jax.training.options import Offline as OfflineKeys
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BoNBoN(Options):
     """Options of BoNBoN.
 

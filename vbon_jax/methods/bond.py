@@ -14,7 +14,7 @@ from vbon_jax.methods.base import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BOND(Options):
     """Options of BOND's backward form.
 

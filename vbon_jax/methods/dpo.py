@@ -23,7 +23,7 @@ from vbon_jax.training.options import LABELS
 from vbon_jax.training.options import Offline as OfflineKeys
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DPO(Options):
     """Options of DPO.
 

@@ -48,7 +48,7 @@ class Bond:
     beta: float = _beta_key()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class JBOND(Options):
     """Options of J-BOND.
 

@@ -15,7 +15,7 @@ from vbon_jax.methods.base import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PPO(Options):
     """Options of PPO.
 

@@ -31,7 +31,7 @@ def objective_key() -> Any:
                choices=OBJECTIVES)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VBoN(Options):
     """Options of vBoN.
 

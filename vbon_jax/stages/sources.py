@@ -44,8 +44,9 @@ def texts(run: Run, seed: int | None = None) -> Texts:
         held_out = examples[::HELD_OUT]
         return Texts([e for i, e in enumerate(examples) if i % HELD_OUT], held_out, [])
     if data.hub:
-        train = hub_data.load(data.hub, data.train_split, *columns)
-        return Texts(train, hub_data.load(data.hub, data.test_split, *columns), [])
+        splits = (data.train_split, data.test_split)
+        train, test = (hub_data.load(data.hub, x, *columns) for x in splits)
+        return Texts(train, test, [])
     if data.tfds:
         from vbon_jax.data.sources import tfds  # imports tensorflow_datasets: seconds
 

@@ -96,8 +96,8 @@ def units(s: Config) -> list[Unit]:
         members = tuple(Member(n, beta, seed, m) for n, beta in pairs for seed in seeds)
         found.append(Unit(label, method, series, "front", _options(s, method, series), members))
     method, series = methods.SERIES["vbon"]
-    done = getattr(s.sweep, series.label)  # at `samples.m`
-    others = [value for value in s.sweep.m if value != m or s.method.n not in done]
+    trained = getattr(s.sweep, series.label)
+    others = [value for value in s.sweep.m if value != m or s.method.n not in trained]
     members = tuple(Member(s.method.n, s.method.beta, seed, v) for v in others for seed in seeds)
     found.append(Unit("m", method, series, "m", _options(s, method, series), members))
     return sorted((u for u in found if u.members), key=lambda u: -len(u.members))
