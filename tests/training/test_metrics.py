@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -46,9 +47,11 @@ def test_wandb_writes_an_offline_run(tmp_path, wandb_offline):
     assert [x["step"] for x in lines] == [1, 2]  # besides, not instead
     (run,) = (tmp_path / "wandb").glob("offline-run-*-abc123")
     (record,) = run.glob("run-abc123.wandb")
-    content = record.read_bytes()
-    for name in (b"kl_ref", b"loss", b"train.iterations"):
-        assert name in content, name
+    names = (b"kl_ref", b"loss", b"train.iterations")
+    deadline = time.monotonic() + 30
+    while not all(name in record.read_bytes() for name in names):  # its own process writes it
+        assert time.monotonic() < deadline, record.read_bytes()
+        time.sleep(0.05)
 
 
 def test_wandb_gets_the_mean_of_a_population_at_its_step(tmp_path, monkeypatch):
