@@ -145,7 +145,14 @@ def test_empty_files_have_no_records(tmp_path):
     assert read(tmp_path / "d.parquet") == []
 
 
-@pytest.mark.parametrize("name", ["x.json", "x.txt", "x", "x.csv.gz"])
+@pytest.mark.parametrize("name", ["x.json", "x.txt", "x", "x.ndjson"])
+def test_json_lines_may_have_another_suffix(tmp_path, name):
+    path = written(tmp_path / name, b'{"text": "a", "label": 1}')
+    ((_, record),) = read(path)
+    assert record == {"text": "a", "label": 1}
+
+
+@pytest.mark.parametrize("name", ["x.xlsx", "x.csv.gz"])
 def test_another_suffix_is_refused(tmp_path, name):
     path = written(tmp_path / name, b'{"text": "a", "label": 1}')
     with pytest.raises(InputError, match=r"suffix .*; it must be one of \.jsonl, \.csv, \.tsv, "):

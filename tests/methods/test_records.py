@@ -9,6 +9,7 @@ import pytest
 
 from vbon_jax import config as configs
 from vbon_jax import methods
+from vbon_jax.config import groups
 from vbon_jax.methods import base, bond, jbond
 from vbon_jax.methods.learning import Job, Training
 from vbon_jax.training.options import Offline, Train
@@ -55,7 +56,7 @@ def test_labels_names_and_options_are_unique():
 
 
 def test_names_are_the_choices_of_the_config():
-    (name,) = (f for f in dataclasses.fields(configs.Method) if f.name == "name")
+    (name,) = (f for f in dataclasses.fields(groups.Method) if f.name == "name")
     assert name.metadata["choices"] == methods.NAMES
     assert set(methods.NAMES) == {methods.BEST_OF_N, *(m.name for m in methods.METHODS)}
     assert len(set(methods.NAMES)) == len(methods.NAMES)
@@ -75,7 +76,7 @@ def test_groups_are_in_the_config_and_its_defaults():
 
 
 def test_series_are_grids_of_the_sweep():
-    fields = {f.name: f for f in dataclasses.fields(configs.Sweep)}
+    fields = {f.name: f for f in dataclasses.fields(groups.Sweep)}
     for label, (method, series) in methods.SERIES.items():
         assert fields[label].type == (tuple[int, ...] if method.whole_n else tuple[float, ...])
         assert fields[label].metadata["doc"] == series.doc

@@ -14,8 +14,8 @@ from vbon_jax.data import jsonl
 from vbon_jax.errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-LINES = (".jsonl", ".ndjson", ".json", ".txt", "")  # JSON lines under any of these
-SUFFIXES = (*LINES[:-1], *DELIMITERS, ".parquet")
+SUFFIXES = (".jsonl", *DELIMITERS, ".parquet")
+LINES = (".jsonl", ".ndjson", ".json", ".txt", "")  # JSON lines may have any of these
 
 _BATCH = 1024  # rows of a Parquet file that are Python objects at a time
 

@@ -142,9 +142,9 @@ def test_columns_that_are_missing_and_files_without_rows(tmp_path):
     path.write_text("text,label\na,1\nb,1\n")
     with pytest.raises(InputError, match=r"x\.csv: all 2 labels are 1"):
         read(path)
-    other = tmp_path / "x.json"
+    other = tmp_path / "x.xlsx"
     other.write_text("[]")
-    with pytest.raises(InputError, match=r"x\.json has the suffix '\.json'; it must be one of"):
+    with pytest.raises(InputError, match=r"x\.xlsx has the suffix '\.xlsx'; it must be one of"):
         read(other)
 
 
