@@ -56,3 +56,30 @@ def few_programs_in_memory():
         > 3 * 2**30
     ):
         jax.clear_caches()
+
+
+# Files whose tests take more than a few seconds each. All others are marked `fast`.
+SLOW = (
+    "bench/test_load.py", "bench/test_plan.py", "bench/test_population.py",
+    "bon/test_distribution.py", "bon/test_estimators.py", "bon/test_exponential.py",
+    "bon/test_log_f.py", "bon/test_references.py", "data/sources/test_hub.py",
+    "data/test_sample_writer.py", "evaluation/test_heldout.py", "evaluation/test_measure.py",
+    "methods/test_jbond.py", "methods/test_learning.py", "methods/test_vbon.py",
+    "models/hf/test_families.py", "models/hf/test_hf.py", "models/hf/test_peft.py",
+    "models/test_decoder.py", "models/test_encoder.py", "models/test_trainable.py",
+    "report/test_figures.py", "report/test_report.py", "rewards/test_classifier.py",
+    "rl/test_chunked.py", "stages/test_experiments.py", "stages/test_plan.py",
+    "stages/test_stages.py", "stages/test_sweep.py", "test_api.py", "test_docs.py",
+    "training/test_offline.py", "training/test_partly_trained.py", "training/test_population.py",
+    "training/test_ppo.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of every file that is not listed as slow."""
+    here = Path(__file__).parent
+    missing = [name for name in SLOW if not (here / name).exists()]
+    assert not missing, f"tests/conftest.py lists files that are gone: {missing}"
+    for item in items:
+        if item.path.relative_to(here).as_posix() not in SLOW:
+            item.add_marker(pytest.mark.fast)
