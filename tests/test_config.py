@@ -248,7 +248,7 @@ def test_bad_values_are_named(values, key, value, message):
         ({"reward.others": {"a": {}}}, "reward.others.a.path and .function are empty: set one"),
         ({"reward.others": {"a": {"path": "p", "function": "f"}}}, "reward.others.a.path='p' and "),
         ({"prompts.format": "tldr", "prompts.hub": "a/b"}, "prompts.format=tldr: set prompts.path"),
-        ({"prompts.hub": "a/b", "prompts.test_path": "t"}, "prompts.hub='a/b' and prompts.test_path"),
+        ({"prompts.hub": "a/b", "prompts.test_path": "t"}, "prompts.hub='a/b' and prompts.t"),
         ({"stages": ()}, "stages is empty: choose from sft, reward"),
     ],
 )  # fmt: skip

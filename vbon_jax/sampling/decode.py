@@ -1,5 +1,6 @@
 """The jitted rollout: prefill, then a decode loop that ends when every row has emitted EOS."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,10 +41,27 @@ def identity_keys(
     )
 
 
-@partial(
-    jax.jit,
-    static_argnames=("config", "max_new_tokens", "eos_id", "pad_id", "top_k", "top_p", "together"),
-)
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a rollout is compiled for beside the model; hashes by value.
+
+    Attributes:
+      max_new_tokens: T, the length limit in tokens, EOS included.
+      eos_id: ends a response; None for responses of exactly T tokens.
+      pad_id: fills the slots after EOS.
+      top_k: keeps the k likeliest tokens, for generation only: it changes the distribution sampled
+        from, while ``log_probs_BxT`` stays that of the unfiltered one; 0 keeps all.
+      top_p: likewise keeps the smallest set of tokens of this mass; 1.0 keeps all.
+    """
+
+    max_new_tokens: int
+    eos_id: int | None
+    pad_id: int
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@partial(jax.jit, static_argnames=("config", "limits", "together"))
 def rollout(
     params: Any,
     prompt_BxP: jax.Array,
@@ -52,11 +70,7 @@ def rollout(
     temperature: jax.Array | float,
     *,
     config: decoder.DecoderConfig,
-    max_new_tokens: int,
-    eos_id: int | None,
-    pad_id: int,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    limits: Limits,
     together: str | None = None,
 ) -> Rollout:
     """Samples one response a row: prefill and decode loop in one program.
@@ -66,20 +80,16 @@ def rollout(
       prompt_BxP: int32 ids, padded on the left.
       prompt_mask_BxP: bool, True on prompt tokens.
       keys_B: one key a row (``identity_keys``): a row's response does not depend on the others.
-      temperature: > 0, divides the logits.
+      temperature: > 0, divides the logits; data, so another value needs no compile.
       config: the decoder's shape.
-      max_new_tokens: T, the length limit in tokens.
-      eos_id: ends a response; None for responses of exactly T tokens.
-      pad_id: fills the slots after EOS.
-      top_k: keeps the k likeliest tokens, for generation only: it changes the distribution sampled
-        from, while ``log_probs_BxT`` stays that of the unfiltered one; 0 keeps all.
-      top_p: likewise keeps the smallest set of tokens of this mass; 1.0 keeps all.
+      limits: length, end and filters of the responses.
       together: under ``jax.vmap(..., axis_name=together)``, that axis: its members leave the loop
         together. A loop that each left by itself would copy every cache at every step.
 
     Returns:
-      Rollout with T = max_new_tokens slots a row.
+      Rollout with T = ``limits.max_new_tokens`` slots a row.
     """
+    max_new_tokens, eos_id, pad_id = limits.max_new_tokens, limits.eos_id, limits.pad_id
     params = decoder.unstacked(params)
     batch, prompt_len = prompt_BxP.shape
     uniform_TxB = jax.vmap(
@@ -88,7 +98,7 @@ def rollout(
 
     def pick(hidden_BxD: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         tempered = temper(decoder.logits(params, config, hidden_BxD), temperature)
-        filtered = lg.filter_top_p(lg.filter_top_k(tempered, top_k), top_p)
+        filtered = lg.filter_top_p(lg.filter_top_k(tempered, limits.top_k), limits.top_p)
         token = lg.sample(uniform_TxB[t], filtered)
         return token, log_prob(tempered, token)
 

@@ -44,6 +44,11 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    @property
+    def limits(self) -> decode.Limits:
+        """All but the temperature: what a rollout is compiled for."""
+        return decode.Limits(self.max_new_tokens, self.eos_id, self.pad_id, self.top_k, self.top_p)
+
 
 class Prompts(NamedTuple):
     """A left-padded batch of prompts: int32 ids and a bool mask, both [B, P], of NumPy or JAX."""
@@ -198,8 +203,7 @@ def respond(
     """
     return decode.rollout(
         params, *prompts, keys_B, np.float32(sampling.temperature), config=config,
-        max_new_tokens=sampling.max_new_tokens, eos_id=sampling.eos_id, pad_id=sampling.pad_id,
-        top_k=sampling.top_k, top_p=sampling.top_p, together=together,
+        limits=sampling.limits, together=together,
     )  # fmt: skip
 
 

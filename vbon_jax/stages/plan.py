@@ -295,10 +295,10 @@ def _rollout_bytes(w: _World, params: Any, rows: int) -> tuple[int, int]:
     shapes = (_shape(rows, w.prompt), _shape(rows, w.prompt, dtype=bool))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     batch = _abstract((*shapes, keys), w.mesh, "batch")
+    end = 0 if s.sampling.stop_at_eos else None
     lowered = decode.rollout.lower(
         params, *batch, np.float32(s.sampling.temperature), config=w.config,
-        max_new_tokens=s.sampling.max_new_tokens, eos_id=0 if s.sampling.stop_at_eos else None,
-        pad_id=0,
+        limits=decode.Limits(s.sampling.max_new_tokens, end, pad_id=0),
     )  # fmt: skip
     slots = jax.eval_shape(partial(cache.init, w.config, rows, w.columns))
     return _new_bytes(lowered), bytes_of(_abstract(slots, w.mesh, "cache"))
