@@ -18,7 +18,7 @@ DPO = (
     "offline.batch_size=16", "sampling.batch_size=32", "sampling.max_new_tokens=8",
 )  # fmt: skip
 KEYS = {"held", "planned", "planned_saving", "phase"}
-BALLAST = 400 * 10**6
+BALLAST = 250 * 10**6
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,22 @@ def test_the_peak_while_a_checkpoint_is_saved_is_told_apart(root, monkeypatch):
     saved = []
 
     class Heavy(bench.Checkpointer):
+        def __init__(self, *args):
+            assert np.ones(2 * BALLAST // 8).all()  # before the first iteration
+            super().__init__(*args)
+
         def save(self, step, state, metadata):
-            saved.append((step, np.ones(BALLAST // 8).nbytes))
+            assert np.ones(BALLAST // 8).all()
+            saved.append(step)
             super().save(step, state, metadata)
 
     monkeypatch.setattr(bench, "Checkpointer", Heavy)
     monkeypatch.setattr(train, "Checkpointer", train.Checkpointer)  # put back at the end
     peaks = bench._train_here(root, bench.flags(root, bench.Setting(DPO)))
-    assert saved == [(1, BALLAST)]  # in the second run, which is the measured one
+    assert saved == [1]  # in the second run, which is the measured one
     assert peaks.keys() == {"measured", "measured_saving"}
-    assert peaks["measured"] < 0.9 * BALLAST < peaks["measured_saving"] < 2 * BALLAST, peaks
+    assert 0.9 < peaks["measured_saving"] / BALLAST < 1.6, peaks
+    assert 1.9 < peaks["measured"] / BALLAST < 2.6, peaks
     assert (root / "workdir" / "checkpoints" / "train" / "1").is_dir()
 
 

@@ -183,7 +183,8 @@ def table(results: Mapping[str, Mapping[str, float]]) -> Table:
     Returns:
       One row per result, sizes in MB.
     """
-    shown = Table("load", title="Loading a checkpoint: host memory beyond the arrays")
+    shown = Table(title="Loading a checkpoint: host memory beyond the arrays")
+    shown.add_column("load", no_wrap=True)
     for column in ("arrays, MB", "largest tensor, MB", "beyond, MB", "beyond / largest", "s"):
         shown.add_column(column, justify="right")
     for what, row in results.items():
