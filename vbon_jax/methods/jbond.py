@@ -13,7 +13,7 @@ from vbon_jax.bon.references import References
 from vbon_jax.keys import key
 from vbon_jax.methods import bond as backward
 from vbon_jax.methods.base import Method, Online, Options, taken
-from vbon_jax.methods.vbon import best_of_n_density
+from vbon_jax.methods.vbon import best_of_n_density, iteration
 from vbon_jax.models import decoder, log_probs, trainable
 from vbon_jax.rl import bond, kl
 from vbon_jax.sampling.sampler import ScoredRollout
@@ -65,13 +65,6 @@ class JBOND(Options):
     jeffreys: float = _jeffreys_key()
     anchor_rate: float = _anchor_rate_key()
     beta: float = _beta_key()
-
-
-def iteration(learner: Any, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """One iteration: a response of the policy and two of the anchor to each prompt, an update."""
-    responses = learner.roll_out(state, step)
-    scored = learner.score(responses)
-    return learner.update(state, scored, step)
 
 
 def _rows(batch: ScoredRollout) -> tuple[jax.Array, jax.Array, jax.Array]:
