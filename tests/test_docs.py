@@ -49,7 +49,7 @@ def local_models(tmp_path_factory) -> dict[str, str]:
     )
     params = decoder.init(small, jax.random.key(0))
     model = lm.LanguageModel(small, params, tokenizer)
-    lm.save(model, folder / "model", temperature=1.0, eos_id=tokenizer.eos_token_id)
+    lm.save(model, folder / "model", temperature=1.0, end_ids=(tokenizer.eos_token_id,))
     standins.distilbert(folder / "reward", texts)
     return {HUB_MODEL: str(folder / "model"), HUB_REWARD: str(folder / "reward")}
 

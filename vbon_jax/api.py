@@ -6,7 +6,7 @@ They call what the stages call, and the same seed gives the same numbers.
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 from vbon_jax import keys, methods, sharding
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
+from vbon_jax.data import tokenizer as text_tokens
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
+from vbon_jax.data.sources import chat as chats
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import heldout
 from vbon_jax.evaluation.heldout import Models, Protocol
@@ -27,7 +29,7 @@ from vbon_jax.methods import learning
 from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.hf import hub, tokenizers
-from vbon_jax.rewards.base import Reward
+from vbon_jax.rewards.base import Decode, Reward
 from vbon_jax.rewards.classifier import Classifier
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import TextFormat, TextReward
@@ -52,6 +54,7 @@ def load_model(
     temperature: float = 1.0,
     max_new_tokens: int = 64,
     stop_at_eos: bool = True,
+    end_tokens: Sequence[str] = (),
     mesh: Mesh | None = None,
     dtype: str = "float32",
     **arithmetic: Any,
@@ -63,6 +66,8 @@ def load_model(
       temperature: divides the logits, > 0: of the model's responses and of every log-prob.
       max_new_tokens: longest response in tokens, EOS included.
       stop_at_eos: False for responses of exactly ``max_new_tokens`` tokens.
+      end_tokens: tokens that end a response, such as "<|im_end|>"; none for the model's own, the
+        ``eos_token_id`` of its generation_config.json and its tokenizer's EOS.
       mesh: of ``make_mesh``; None for the first device alone.
       dtype: of the parameters, "float32" or "bfloat16".
       **arithmetic: ``compute_dtype`` ("float32", "bfloat16") and ``remat`` ("none", "dots", "full")
@@ -77,10 +82,9 @@ def load_model(
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     model = lm.load(path, place=partial(sharding.sharding_of, mesh), dtype=dtype, **arithmetic)
-    settings = Sampling(
-        temperature, max_new_tokens, lm.eos_id(model.tokenizer, stop_at_eos),
-        lm.pad_id(model.tokenizer),
-    )  # fmt: skip
+    own = model.tokenizer
+    ends = tokenizers.end_ids(own, hub.resolve(os.fspath(path)), end_tokens) if stop_at_eos else ()
+    settings = Sampling(temperature, max_new_tokens, ends, lm.pad_id(own))
     return Sampler(model, mesh, settings)
 
 
@@ -104,8 +108,8 @@ class RewardModel:
 
     def reward(self, model: Sampler) -> TextReward:
         """The reward of token ids of a model."""
-        decode, end = _decode(model), model.settings.eos_id
-        return TextReward(self.classifier, self.text_format, decode, end, self.mesh)
+        decode, ends = _decode(model), model.settings.end_ids
+        return TextReward(self.classifier, self.text_format, decode, ends, self.mesh)
 
 
 def load_reward(
@@ -115,6 +119,7 @@ def load_reward(
     score: str | None = None,
     template: str = "{prompt}{response}",
     max_tokens: int = 0,
+    template_arguments: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> RewardModel:
     """Loads a sequence classifier as a reward.
@@ -126,6 +131,7 @@ def load_reward(
         output; None takes "scalar" where there is one output, else "log_odds".
       template: the text it reads, of {prompt} and {response}; "chat" for its chat template.
       max_tokens: longer texts are truncated on the left; 0 for the model's context length.
+      template_arguments: of its chat template.
       mesh: of ``make_mesh``; None for the first device alone.
 
     Raises:
@@ -140,7 +146,8 @@ def load_reward(
     kind = score or ("scalar" if len(labels) == 1 else "log_odds")
     found = Classifier(params, config, labels, label, kind)
     found.label_index("load_reward")  # refuses what does not fit
-    return RewardModel(found, TextFormat(tokenizers.load(directory), template, max_tokens), mesh)
+    text = TextFormat(tokenizers.load(directory), template, max_tokens, template_arguments or {})
+    return RewardModel(found, text, mesh)
 
 
 def score(
@@ -153,7 +160,7 @@ def score(
     """
     if isinstance(reward, RewardModel):
         found = TextReward(
-            reward.classifier, reward.text_format, lambda rows: [], None, reward.mesh
+            reward.classifier, reward.text_format, lambda prompts, rows: [], (), reward.mesh
         )
         rows = found.tokenized([Prompt(i, p, ()) for i, p in enumerate(prompts)], responses)
         return found.score_ids(rows)
@@ -163,8 +170,8 @@ def score(
     return function.call(name, reward, list(prompts), list(responses))
 
 
-def _decode(model: Sampler) -> Callable[[list[list[int]]], list[str]]:
-    return partial(model.tokenizer.batch_decode, skip_special_tokens=False)
+def _decode(model: Sampler) -> Decode:
+    return partial(text_tokens.continuations, model.tokenizer)
 
 
 def _reward(reward: Any, model: Sampler) -> Reward:
@@ -173,26 +180,44 @@ def _reward(reward: Any, model: Sampler) -> Reward:
         return reward.reward(model)
     if hasattr(reward, "take_counts") or hasattr(reward, "positions"):
         return reward  # it reads ids already
-    return FunctionReward(reward, _decode(model), model.settings.eos_id)
+    return FunctionReward(reward, _decode(model), model.settings.end_ids)
 
 
 # --- Prompts and samples ------------------------------------------------------------------------
 
 
-def prompts(texts: Sequence[str] | str | os.PathLike[str], model: Sampler) -> list[Prompt]:
+def prompts(
+    texts: Sequence[Any] | str | os.PathLike[str],
+    model: Sampler,
+    *,
+    chat: bool = False,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
     """Tokenizes prompts.
 
     Args:
-      texts: prompts; or the path of a .jsonl, .csv, .tsv or .parquet file with a column "prompt".
+      texts: prompts, each a text or a conversation, a list of {"role", "content"} that ends with
+        the user; or the path of a .jsonl, .csv, .tsv or .parquet file with a column "prompt" (or,
+        of a chat, "messages").
       model: whose tokenizer counts.
+      chat: texts, also those of a file, are messages of the user, rendered by the tokenizer's chat
+        template.
+      template_arguments: of the chat template, such as {"enable_thinking": False}.
 
     Raises:
       InputError: a prompt has no token, or does not fit the model's context with a response.
     """
+    tokenizer, arguments = model.tokenizer, template_arguments or {}
     if isinstance(texts, str | os.PathLike):
-        found = prompt_files.read_texts(texts, model.tokenizer)
+        if chat:
+            conversations = chats.read(texts)
+            found = chats.prompts(conversations, tokenizer, arguments, chats.NO_LIMIT)
+        else:
+            found = prompt_files.read_texts(texts, tokenizer)
     else:
-        found = prompt_files.from_texts(list(texts), model.tokenizer)
+        if chat:
+            texts = [[{"role": "user", "content": t}] if isinstance(t, str) else t for t in texts]
+        found = chats.given(texts, tokenizer, arguments)
     model.check_lengths(found)
     return found
 

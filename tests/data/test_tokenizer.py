@@ -44,7 +44,7 @@ def test_bpe_round_trips_any_text_also_from_its_directory(bpe, tmp_path):
 
 def test_bpe_vocabulary_and_special_tokens(bpe, texts):
     assert len(bpe) == 400 == len(bpe.get_vocab())
-    assert bpe.eos_token_id == bpe.bos_token_id == tokenizer.eos_id(bpe) == 0
+    assert bpe.eos_token_id == bpe.bos_token_id == 0 and tokenizer.end_ids(bpe) == (0,)
     assert bpe.convert_ids_to_tokens(0) == "<|endoftext|>"
     assert bpe.pad_token_id == 1 and bpe.convert_ids_to_tokens(1) == "<|pad|>"
     assert set(tokenizer.encode(bpe, " ".join(texts))).isdisjoint({0, 1})
@@ -79,7 +79,7 @@ def test_a_model_config_beside_it_changes_nothing(bpe, tmp_path):
     text = " the film , is n't it ? \n é漢"
     assert loaded.encode(text) == bpe.encode(text)
     assert loaded.decode(loaded.encode(text)) == text
-    assert len(loaded) == 400 and tokenizer.eos_id(loaded) == 0
+    assert len(loaded) == 400 and tokenizer.end_ids(loaded) == (0,)
 
 
 def test_characters_have_sorted_ids_and_no_special_token(tmp_path):
@@ -91,7 +91,7 @@ def test_characters_have_sorted_ids_and_no_special_token(tmp_path):
         assert tok.encode("fabba") == [5, 0, 1, 1, 0]
         assert tok.decode([5, 0, 1, 1, 0]) == "fabba"
         with pytest.raises(InputError, match="tokenizer without EOS"):
-            tokenizer.eos_id(tok)
+            tokenizer.end_ids(tok)
         with pytest.raises(InputError, match="text 'abz' cannot be tokenized"):
             tokenizer.encode(tok, "abz")
 

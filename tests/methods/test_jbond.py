@@ -173,7 +173,7 @@ def test_the_reward_rises_over_iterations_and_the_first_is_at_the_reference(mode
     table = bon_references.references(rewards, "harmonic")
     start = sharding.place({"decoder": models["reference"]}, mesh)["decoder"]
     sampler = tiny.sampler(
-        CONFIG, start, mesh, temperature=1.0, max_new_tokens=T, eos_id=None, pad_id=0
+        CONFIG, start, mesh, temperature=1.0, max_new_tokens=T, end_ids=(), pad_id=0
     )
     task = Task(prompts, table, token_reward, sampler)
     own = partial(

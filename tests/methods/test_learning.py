@@ -333,9 +333,9 @@ def test_the_task_reads_the_workdir(root, mesh):
         task.references.rewards_PxM, np.sort(sample_files.rewards(samples, M), axis=1)
     )
     settings = task.sampler.settings
-    assert settings.max_new_tokens == 4 and settings.eos_id is None
+    assert settings.max_new_tokens == 4 and settings.end_ids == ()
     ids = tokenizers.encode(task.sampler.tokenizer, "fade")
-    assert task.sampler.texts([ids]) == ["fade"]
+    assert task.sampler.texts([task.prompts[0].tokens], [ids]) == ["fade"]
     rows = np.array([ids]), np.ones((1, 4), bool)
     np.testing.assert_allclose(
         task.reward([task.prompts[1]], None, None, *map(jnp.asarray, rows)),

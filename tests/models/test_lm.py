@@ -4,6 +4,7 @@ import json
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers as rust
@@ -38,7 +39,7 @@ def model():
 
 @pytest.fixture
 def saved(tmp_path):
-    lm.save(model(), tmp_path / "saved", temperature=0.7, eos_id=0)
+    lm.save(model(), tmp_path / "saved", temperature=0.7, end_ids=(0,))
     return tmp_path / "saved"
 
 
@@ -60,7 +61,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(saved):
 
 
 def test_a_loaded_model_is_saved_as_the_same_files(saved, tmp_path):
-    lm.save(lm.load(saved), tmp_path / "again", temperature=0.7, eos_id=0)
+    lm.save(lm.load(saved), tmp_path / "again", temperature=0.7, end_ids=(0,))
     first, again = contents(saved), contents(tmp_path / "again")
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= (
         first.keys()
@@ -80,7 +81,7 @@ def test_generation_follows_the_distribution_that_was_trained(saved):
 def test_settings_of_the_source_are_written_back(saved, tmp_path):
     raw = json.loads((saved / "config.json").read_text()) | {"resid_pdrop": 0.25, "note": "mine"}
     (saved / "config.json").write_text(json.dumps(raw))
-    lm.save(lm.load(saved), tmp_path / "again", temperature=1.0, eos_id=0)
+    lm.save(lm.load(saved), tmp_path / "again", temperature=1.0, end_ids=(0,))
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (again["resid_pdrop"], again["note"]) == (0.25, "mine")
 
@@ -88,7 +89,7 @@ def test_settings_of_the_source_are_written_back(saved, tmp_path):
 def test_parameters_of_a_policy_are_written_in_place_of_the_models(saved, tmp_path):
     loaded = lm.load(saved)
     trained = jax.tree.map(lambda x: x + 1, loaded.params)
-    lm.save(loaded, tmp_path / "policy", temperature=1.0, eos_id=None, params=trained)
+    lm.save(loaded, tmp_path / "policy", temperature=1.0, end_ids=(), params=trained)
     policy = lm.load(tmp_path / "policy")
     assert_trees_equal(policy.params, trained)
     assert policy.source["eos_token_id"] is None
@@ -162,11 +163,11 @@ def test_what_is_no_language_model_is_refused(saved, tmp_path):
 
 
 def test_the_id_that_ends_a_response():
-    assert lm.eos_id(word_tokenizer(eos_token="<eos>")) == 0
-    assert lm.eos_id(word_tokenizer(eos_token="<eos>"), stop_at_eos=False) is None
-    assert lm.eos_id(word_tokenizer(), stop_at_eos=False) is None
-    with pytest.raises(InputError, match="tokenizer without EOS: the one built here"):
-        lm.eos_id(word_tokenizer())
+    """Of NumPy arrays on the host as of JAX arrays inside jit."""
+    tokens = np.array([[5, 2], [0, 7]])
+    for array in (tokens, jnp.asarray(tokens)):
+        np.testing.assert_array_equal(lm.is_end(array, (2, 0)), [[False, True], [True, False]])
+        np.testing.assert_array_equal(lm.is_end(array, ()), np.zeros((2, 2), bool))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from vbon_jax.data.prompts import Prompt
 from vbon_jax.rewards import base
 
 TOKENS = np.array([[0, 5, 9, 0], [9, 7, 9, 9], [9, 0, 0, 0], [1, 1, 1, 1]])
@@ -12,12 +13,15 @@ MASK = np.array([[0, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
 def test_texts_are_of_real_tokens_without_eos():
     asked = []
 
-    def decode(rows):
+    def decode(prompts, rows):
         asked.append(rows)
-        return [str(row) for row in rows]
+        return [f"{row} after {prompt}" for prompt, row in zip(prompts, rows, strict=True)]
 
-    assert base.texts_of(jnp.array(TOKENS), jnp.array(MASK), 3, 9, decode) == ["[5]", "[7]", "[]"]
-    assert base.texts_of(TOKENS, MASK, 2, None, decode) == ["[5, 9]", "[9, 7, 9]"]
+    prompts = [Prompt(i, "x", (20 + i,)) for i in range(3)]
+    found = base.texts_of(prompts, jnp.array(TOKENS), jnp.array(MASK), (9, 8), decode)
+    assert found == ["[5] after (20,)", "[7] after (21,)", "[] after (22,)"]
+    found = base.texts_of(prompts[:2], TOKENS, MASK, (), decode)
+    assert found == ["[5, 9] after (20,)", "[9, 7, 9] after (21,)"]
     assert type(asked[0][0][0]) is int
 
 

@@ -17,7 +17,7 @@ def scorer(params, config):
     tree = {"decoder": params, "score": heads.init_score(config, 2, jax.random.key(5))}
 
     def make(kind="logit", label="POSITIVE"):
-        return ClassifierReward(Classifier(tree, config, LABELS, label, kind), EOS)
+        return ClassifierReward(Classifier(tree, config, LABELS, label, kind), (EOS,))
 
     return make
 
@@ -114,7 +114,7 @@ def test_an_encoder_is_told_by_its_config():
 )
 def test_bad_settings_are_named(params, config, labels, label, kind, message):
     with pytest.raises(InputError, match=message):
-        ClassifierReward(Classifier({"decoder": params}, config, labels, label, kind), EOS)
+        ClassifierReward(Classifier({"decoder": params}, config, labels, label, kind), (EOS,))
 
 
 def test_a_scalar_model_needs_no_label_and_messages_name_their_key():

@@ -33,15 +33,15 @@ def score(reward, count=4):
     return reward(PROMPTS[:count], None, None, jnp.asarray(TOKENS), jnp.asarray(MASK))
 
 
-def one(make=on_device, missing_eos="none", value=0.0, eos_id=EOS, weight=1.0):
-    return WeightedReward([("main", weight, make(A))], missing_eos, value, eos_id)
+def one(make=on_device, missing_eos="none", value=0.0, end_ids=(EOS,), weight=1.0):
+    return WeightedReward([("main", weight, make(A))], missing_eos, value, end_ids)
 
 
-@pytest.mark.parametrize("eos_id", [EOS, None])
+@pytest.mark.parametrize("end_ids", [(EOS,), ()])
 @pytest.mark.parametrize("make", [on_device, on_host])
-def test_one_part_alone_is_itself(make, eos_id):
+def test_one_part_alone_is_itself(make, end_ids):
     given = make(A)(PROMPTS)
-    reward = WeightedReward([("main", 1.0, lambda *_: given)], "none", 5.0, eos_id)
+    reward = WeightedReward([("main", 1.0, lambda *_: given)], "none", 5.0, end_ids)
     assert score(reward) is given
     assert reward.take_counts() == {}
 
@@ -67,14 +67,16 @@ def test_a_response_without_an_end_pays(make, missing_eos, value, want):
     assert reward.take_counts() == {"responses": 4, "missing_eos": 0.5}
     assert reward.take_counts() == {}
     # Where responses have a fixed length none can lack its end.
-    np.testing.assert_array_equal(score(one(make, missing_eos, value, eos_id=None)), A)
+    np.testing.assert_array_equal(score(one(make, missing_eos, value, end_ids=())), A)
 
 
 @pytest.mark.parametrize(
     ("first", "second"), [(on_device, on_device), (on_host, on_host), (on_device, on_host)]
 )
 def test_a_weighted_sum(first, second):
-    reward = WeightedReward([("main", 2.0, first(A)), ("length", -0.5, second(B))], "none", 0, EOS)
+    reward = WeightedReward(
+        [("main", 2.0, first(A)), ("length", -0.5, second(B))], "none", 0, (EOS,)
+    )
     got = score(reward)
     assert got.dtype == np.float32
     assert isinstance(got, jax.Array) == (first is second is on_device)
@@ -88,7 +90,7 @@ def test_a_weighted_sum(first, second):
 def test_the_penalty_is_on_the_sum():
     parts = [("main", 1.0, on_device(A)), ("other", 1.0, on_host(B))]
     np.testing.assert_array_equal(
-        score(WeightedReward(parts, "replace", -1.0, EOS)), [A[0] + B[0], -1, -1, A[3] + B[3]]
+        score(WeightedReward(parts, "replace", -1.0, (EOS,))), [A[0] + B[0], -1, -1, A[3] + B[3]]
     )
     np.testing.assert_array_equal(score(one(weight=3.0)), np.float32(3) * A)
 
@@ -96,7 +98,7 @@ def test_the_penalty_is_on_the_sum():
 @pytest.mark.parametrize("second", [on_device, on_host])
 def test_rows_that_only_fill_the_batch_are_not_counted(second):
     parts = [("main", 1.0, on_device(A)), ("other", 1.0, second(B))]
-    reward = WeightedReward(parts, "subtract", 1.0, EOS)
+    reward = WeightedReward(parts, "subtract", 1.0, (EOS,))
     np.testing.assert_allclose(np.asarray(score(reward, 3))[:3], [5.1, -1.8, 1.3], rtol=1e-6)
     score(reward, 1)
     counts = reward.take_counts()
@@ -129,12 +131,12 @@ class Cutter:
 
 
 def test_what_was_cut_is_passed_on():
-    alone = WeightedReward([("main", 1.0, Cutter(0.25, 7))], "none", 0, EOS)
+    alone = WeightedReward([("main", 1.0, Cutter(0.25, 7))], "none", 0, (EOS,))
     score(alone)
     assert alone.take_counts() == {"responses": 4, "reward_truncated": 0.25}
     both = WeightedReward(
         [("main", 1.0, Cutter(0.25, 7)), ("other", 1.0, Cutter(0.5, None)), ("f", 1, on_host(A))],
-        "none", 0, EOS,
+        "none", 0, (EOS,),
     )  # fmt: skip
     score(both)
     counts = both.take_counts()
@@ -156,6 +158,6 @@ def test_what_was_cut_is_passed_on():
 )
 def test_bad_settings_are_named(parts, missing_eos, value, message):
     with pytest.raises(InputError, match=message):
-        WeightedReward(parts, missing_eos, value, EOS)
+        WeightedReward(parts, missing_eos, value, (EOS,))
     with pytest.raises(InputError, match=message.replace("reward", "evaluator")):
-        WeightedReward(parts, missing_eos, value, EOS, "evaluator")
+        WeightedReward(parts, missing_eos, value, (EOS,), "evaluator")

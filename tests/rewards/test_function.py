@@ -64,7 +64,7 @@ def test_the_text_leaves_eos_and_padding_out(module):
     seen = []
     module.record = lambda prompts, responses: seen.append((prompts, responses)) or [0.0, 1.0]
     reward = function.FunctionReward(
-        "a_users_reward:record", lambda rows: ["".join(map(str, r)) for r in rows], eos_id=9
+        "a_users_reward:record", lambda prompts, rows: ["".join(map(str, r)) for r in rows], (9,)
     )
     tokens = np.array([[1, 2, 9, 0], [3, 0, 4, 5]])
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool)
@@ -74,9 +74,11 @@ def test_the_text_leaves_eos_and_padding_out(module):
 
 def test_messages_name_the_key_the_function_came_from(module):
     with pytest.raises(InputError, match=r"evaluator\.function='nothing'"):
-        function.FunctionReward("nothing", lambda rows: [], None, "evaluator")
+        function.FunctionReward("nothing", lambda prompts, rows: [], (), "evaluator")
     module.bad = lambda prompts, responses: [float("nan")]
-    reward = function.FunctionReward("a_users_reward:bad", lambda rows: ["r"], None, "evaluator")
+    reward = function.FunctionReward(
+        "a_users_reward:bad", lambda prompts, rows: ["r"], (), "evaluator"
+    )
     with pytest.raises(InputError, match=r"evaluator\.function='a_users_reward:bad' returned NaN"):
         reward([Prompt(0, "a", (1,))], None, None, np.ones((1, 1), int), np.ones((1, 1), bool))
 
@@ -90,7 +92,7 @@ def test_a_callable_itself_is_named_after_its_definition(module):
             return ["x"]
 
     def score(given, response="abc"):
-        reward = function.FunctionReward(given, lambda rows: [response], None)
+        reward = function.FunctionReward(given, lambda prompts, rows: [response], ())
         return reward([Prompt(0, "a", (1,))], None, None, np.ones((1, 1)), np.ones((1, 1), bool))
 
     assert score(halves).tolist() == [1.5]

@@ -1,5 +1,7 @@
 """Reward models with tokenizers of their own, held against transformers' torch models."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -114,7 +116,7 @@ def make(models_of, policy_tokenizer, mesh):
         reward = TextReward(
             Classifier(sharding.place(params, mesh), config, labels, "POSITIVE", kind),
             TextFormat(tokenizer, **form),
-            lambda rows: policy_tokenizer.batch_decode(rows), len(policy_tokenizer), mesh,
+            partial(tokenizers.continuations, policy_tokenizer), (len(policy_tokenizer),), mesh,
             batch_size=options.pop("batch_size", 4), **options,
         )  # fmt: skip
         return reward, tokenizer, model
@@ -326,6 +328,6 @@ def test_chat_is_the_reward_tokenizers_own_template(make, policy_tokenizer, bpe,
     for row, prompt, response, messages in zip(
         rows, prompts, ["fine", "not"], [(("user", "the film"),), said]
     ):
-        assert row == list(chat.render(tokenizer, messages, response))[-48:], prompt
+        assert row == list(chat.render(tokenizer, messages, response, {}))[-48:], prompt
         assert response in tokenizer.decode(row)
     assert "as the policy" not in tokenizer.decode(rows[1])

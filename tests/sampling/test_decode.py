@@ -14,7 +14,7 @@ EOS = 3
 
 def sampling(**changes):
     return engine.Sampling(
-        **{"temperature": 0.8, "max_new_tokens": T, "eos_id": EOS, "pad_id": 0} | changes
+        **{"temperature": 0.8, "max_new_tokens": T, "end_ids": (EOS,), "pad_id": 0} | changes
     )
 
 
@@ -109,14 +109,14 @@ def test_eos_inside_the_prompt_does_not_end_it(params, config, mesh):
 
 
 def test_without_eos_every_response_is_full(params, config, mesh):
-    found = rows(params, config, mesh, requests(16), 16, eos_id=None)
+    found = rows(params, config, mesh, requests(16), 16, end_ids=())
     assert all(len(v[0]) == T and not v[2] for v in found.values())
     assert any(EOS in v[0] for v in found.values())
 
 
 def test_top_k_one_is_greedy_and_log_probs_stay_unfiltered(params, config, mesh):
-    found = rows(params, config, mesh, requests(4), 4, top_k=1, eos_id=None)
-    again = rows(params, config, mesh, requests(4, 3)[2::3], 4, top_k=1, eos_id=None)
+    found = rows(params, config, mesh, requests(4), 4, top_k=1, end_ids=())
+    again = rows(params, config, mesh, requests(4, 3)[2::3], 4, top_k=1, end_ids=())
     for (prompt, _), (tokens, log_probs, _) in found.items():
         assert tokens == again[prompt, 2][0]  # another sample index, the same argmax
         assert np.all(log_probs < -1e-4)  # a filtered distribution would say 0

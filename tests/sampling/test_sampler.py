@@ -29,15 +29,18 @@ def test_buckets(length, bucket):
 class Vocabulary:
     """As much of a tokenizer as a sampler asks for."""
 
-    def batch_decode(self, rows, skip_special_tokens):
+    def decode(self, row, skip_special_tokens):
         assert not skip_special_tokens
-        return [" ".join(map(str, row)) for row in rows]
+        return "".join(f"{token} " for token in row)
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [self.decode(row, skip_special_tokens) for row in rows]
 
 
 @pytest.fixture(scope="module")
 def drawing(params, config, mesh):
     model = LanguageModel(config, params, Vocabulary())
-    settings = engine.Sampling(temperature=0.7, max_new_tokens=6, eos_id=3, pad_id=0)
+    settings = engine.Sampling(temperature=0.7, max_new_tokens=6, end_ids=(3,), pad_id=0)
     return engine.Sampler(model, mesh, settings)
 
 
@@ -66,7 +69,7 @@ def test_responses_are_scored_in_order_by_their_own_prompt(drawing, prompts):
     assert seen == [[10, 10, 10, 11], [11, 11, 12, 12], [12]]
     for r in found:
         assert r.reward == len(r.tokens) and r.finished == (r.tokens[-1] == 3)
-        assert r.text == " ".join(str(t) for t in r.tokens if t != 3)
+        assert r.text == "".join(f"{t} " for t in r.tokens if t != 3)
         assert r.log_prob < 0
 
 

@@ -16,7 +16,7 @@ PROMPTS = [Prompt(10 + i, f"p{i}", (5 + i, 9)) for i in range(5)]
 
 @pytest.fixture(scope="module")
 def sampler(params, config, mesh):
-    settings = Sampling(temperature=0.7, max_new_tokens=6, eos_id=3, pad_id=0)
+    settings = Sampling(temperature=0.7, max_new_tokens=6, end_ids=(3,), pad_id=0)
     return Sampler(LanguageModel(config, params, Vocabulary()), mesh, settings)
 
 

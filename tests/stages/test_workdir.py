@@ -30,7 +30,9 @@ OTHERS = {
     "data.hub": "owner/texts", "data.text_column": "review", "data.label_column": "liked",
     "data.train_split": "train[:9]", "data.test_split": "validation", "prompts.hub": "owner/asked",
     "prompts.column": "question", "prompts.train_split": "train[:9]",
-    "prompts.test_split": "validation",
+    "prompts.test_split": "validation", "prompts.date": "2024-02-29",
+    "tokenizer.add_bos": "never", "sampling.end_tokens": ["a"],
+    "reward.template_arguments": "{}", "evaluator.template_arguments": "{}",
 }  # fmt: skip
 
 
@@ -43,12 +45,15 @@ def folder(root, variant="", *flags):
 
 
 def another(key):
-    return f"--config.{key}={OTHERS[key]}"
+    value = OTHERS[key]
+    return f"--config.{key}={tuple(value) if isinstance(value, list) else value}"
 
 
 def stage_of(key):
     """The first stage whose results follow from a key."""
-    return "sft" if key.startswith("data.") else "sample"
+    if key.startswith("evaluator."):
+        return "evaluate"
+    return "sft" if key.startswith(("data.", "tokenizer.", "sampling.end")) else "sample"
 
 
 def note(root, stage):
@@ -86,7 +91,7 @@ def test_notes_without_a_new_key_are_refused_where_it_has_another_value(old, key
         here.begin(stage_of(key))
     assert words in str(error.value)
     with pytest.raises(InputError, match=key):
-        here.require("train", "the policy")  # what comes after follows from it too
+        here.require("report", "the page")  # what comes after follows from it too
 
 
 @pytest.mark.parametrize("key", sorted(config.ADDED))

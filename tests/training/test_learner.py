@@ -40,7 +40,7 @@ def task(mesh):
     params = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
     table = bon_references.references(np.zeros((5, 2), np.float32), "smoothed")
     sampler = tiny.sampler(
-        config, params, mesh, temperature=1.0, max_new_tokens=3, eos_id=0, pad_id=0
+        config, params, mesh, temperature=1.0, max_new_tokens=3, end_ids=(0,), pad_id=0
     )
     return Task(PROMPTS, table, digits, sampler)
 

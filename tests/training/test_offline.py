@@ -11,7 +11,7 @@ import pytest
 
 from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.data.samples import PromptSamples
+from vbon_jax.data.samples import PromptSamples, response_ids
 from vbon_jax.errors import InputError
 from vbon_jax.methods import bon_sft, bonbon, dpo
 from vbon_jax.models import decoder
@@ -28,6 +28,16 @@ NAMES = [method.name for method in METHODS]
 
 def samples_of(prompt, responses, **optional):
     return PromptSamples(prompt, tuple(responses), tuple(0.0 for _ in responses), **optional)
+
+
+def ids_of(longest, end_ids=(EOS,)):
+    """Ids of stored responses: those sampled, or a digit a token with an end."""
+
+    def ids(samples, i, prompt):
+        closing = next(iter(end_ids), None)
+        return response_ids(samples, i, encode, end_ids, closing, longest)
+
+    return ids
 
 
 def encode(text):
@@ -48,7 +58,7 @@ def world(config, params):
         samples_of(p.text, ["?"] * M, response_tokens=tuple(r))
         for p, r in zip(prompts, responses, strict=True)
     ]
-    arrays = offline.build_pool(samples, prompts, encode, M, T, COLUMNS, PAD, EOS)
+    arrays = offline.build_pool(samples, prompts, ids_of(T), M, T, COLUMNS, PAD)
     reference = {"decoder": jax.device_get(params)}
     static = {"config": config, "temperature": TEMPERATURE}
     log_ref = offline.log_ref(reference, *arrays, 5, **static)
@@ -108,7 +118,7 @@ def test_the_pool_by_hand():
         # Encoded texts: one ends, one leaves no room for its end.
         samples_of("b", ["1", "123", "5"]),
     ]
-    tokens, mask, response_mask = offline.build_pool(samples, prompts, encode, 2, 3, 3, PAD, EOS)
+    tokens, mask, response_mask = offline.build_pool(samples, prompts, ids_of(3), 2, 3, 3, PAD)
     np.testing.assert_array_equal(
         tokens, [[0, 5, 6, 4, 3, 0], [0, 5, 6, 8, 8, 8], [0, 0, 9, 11, 3, 0], [0, 0, 9, 11, 12, 13]]
     )
@@ -121,11 +131,11 @@ def test_the_pool_by_hand():
 
 def test_a_text_known_to_be_cut_gets_no_end():
     samples = [samples_of("a", ["1", "1", "12345"], finished=(True, False, False))]
-    args = samples, [Prompt(0, "a", (5,))], encode, 3, 4, 1, PAD
-    tokens, _, response_mask = offline.build_pool(*args, EOS)
+    prompts = [Prompt(0, "a", (5,))]
+    tokens, _, response_mask = offline.build_pool(samples, prompts, ids_of(4), 3, 4, 1, PAD)
     np.testing.assert_array_equal(tokens[:, 1:], [[11, 3, 0, 0], [11, 0, 0, 0], [11, 12, 13, 14]])
     np.testing.assert_array_equal(response_mask.sum(1), [2, 1, 4])
-    _, _, response_mask = offline.build_pool(*args, None)
+    _, _, response_mask = offline.build_pool(samples, prompts, ids_of(4, ()), 3, 4, 1, PAD)
     np.testing.assert_array_equal(response_mask.sum(1), [1, 1, 4])
 
 
@@ -136,15 +146,14 @@ def test_a_text_known_to_be_cut_gets_no_end():
         ({"prompt_length": 1}, r"prompt 4 \('a'\) has 2 tokens, more than prompt_length = 1"),
         ({"prompts": [Prompt(4, "other", (5, 6))]}, r"'other'\) was given samples of 'a'"),
         ({"prompts": []}, "samples of 1 prompts were given for 0 prompts"),
-        ({"samples": [samples_of("a", ["1", ""])], "eos_id": None}, "response 1 .* has no token"),
+        ({"samples": [samples_of("a", ["1", ""])], "ids_of": ids_of(3, ())}, "response 1 .* has no token"),
     ],
-    ids=str,
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )  # fmt: skip
 def test_bad_samples_are_refused(change, message):
     good = {
         "samples": [samples_of("a", ["1", "2"])], "prompts": [Prompt(4, "a", (5, 6))],
-        "encode": encode, "m": 2, "max_new_tokens": 3, "prompt_length": 2, "pad_id": PAD,
-        "eos_id": EOS,
+        "ids_of": ids_of(3), "m": 2, "max_new_tokens": 3, "prompt_length": 2, "pad_id": PAD,
     }  # fmt: skip
     offline.build_pool(**good)
     with pytest.raises(InputError, match=message):

@@ -61,7 +61,9 @@ def tiny():
         """(job, task) of a method."""
         table = bon_references.references(rewards[:, :m], options.estimator)
         placed = sharding.place({"decoder": params}, mesh)["decoder"]
-        model = sampler(config, placed, mesh, temperature=0.9, max_new_tokens=T, eos_id=3, pad_id=0)
+        model = sampler(
+            config, placed, mesh, temperature=0.9, max_new_tokens=T, end_ids=(3,), pad_id=0
+        )
         job = Job(methods.of_options(options), options, TRAINING, config, len(prompts))
         return job, Task(prompts, table, reward, model)
 

@@ -19,13 +19,26 @@ class Digits(tiny.Numbers):
     def __call__(self, text, **options):
         return {"input_ids": [int(c) for c in text]}
 
+    chat_template = None
+
+    def __len__(self):
+        return 10
+
+    def convert_ids_to_tokens(self, token):
+        return str(token)
+
+    eos_token_id = EOS
+
     def encode(self, text, **options):
-        return [int(c) for c in text]
+        return [int(c) for c in text if c in "0123456789"]
+
+    def decode(self, ids, *args, **options):
+        return "".join(map(str, ids))
 
 
 @pytest.fixture
 def sampler(mesh):
-    return Sampler(LanguageModel(None, None, Digits()), mesh, Sampling(1.0, T, EOS, 0))
+    return Sampler(LanguageModel(None, None, Digits()), mesh, Sampling(1.0, T, (EOS,), 0))
 
 
 def samples(prompt, responses, rewards, **optional):
@@ -54,7 +67,7 @@ def test_the_order_is_that_of_the_ids_with_their_end(sampler):
     found = references.orders([of_ids, of_texts], 2, sampler)
     assert found.dtype == np.uint32 and found.shape == (2, 2)
     np.testing.assert_array_equal(found, [places((1, 2, EOS), (4, 5, 6))] * 2)
-    endless = sampler.at(eos_id=None)
+    endless = sampler.at(end_ids=())
     np.testing.assert_array_equal(
         references.orders([of_texts], 2, endless), [places((1, 2), (4, 5, 6))]
     )

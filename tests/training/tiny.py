@@ -27,9 +27,12 @@ TEMPERATURE = 0.9
 class Numbers:
     """A tokenizer whose texts are the ids themselves."""
 
-    def batch_decode(self, rows, skip_special_tokens):
+    def decode(self, row, skip_special_tokens):
         assert skip_special_tokens is False
-        return [str([int(x) for x in row]) for row in rows]
+        return "".join(f"{int(x)} " for x in row)
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [self.decode(row, skip_special_tokens) for row in rows]
 
 
 def sampler(config, params, mesh, **settings):
@@ -109,7 +112,7 @@ class World:
     def draw(self, mesh, params, step=0, temperature=TEMPERATURE):
         """Responses of a policy, two to each prompt."""
         model = sampler(
-            self.config, params, mesh, temperature=temperature, max_new_tokens=T, eos_id=3,
+            self.config, params, mesh, temperature=temperature, max_new_tokens=T, end_ids=(3,),
             pad_id=0,
         )  # fmt: skip
         requests = [Request(p.id, s, p.tokens) for s in range(BATCH // 8) for p in self.prompts]

@@ -106,7 +106,7 @@ def _task(config: DecoderConfig, new_tokens: int, rng: np.random.Generator) -> T
         prompts,
         references.references(rewards_PxM, "interval"),
         partial(_reward, config.vocab_size),
-        Sampler(model, mesh, Sampling(1.0, new_tokens, eos_id=0, pad_id=0)),
+        Sampler(model, mesh, Sampling(1.0, new_tokens, end_ids=(0,), pad_id=0)),
     )
 
 

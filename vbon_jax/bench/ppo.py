@@ -204,7 +204,7 @@ def arguments(setup: ppo.Setup, work: Work, dtype: str) -> Arguments:
         config, sharding.place(base, mesh, "decoder"), tokenizer=None
     )
     return Arguments(
-        Sampler(model, mesh, Sampling(1.0, work.new, eos_id=None, pad_id=0)),
+        Sampler(model, mesh, Sampling(1.0, work.new, end_ids=(), pad_id=0)),
         sharding.place(first, mesh),  # as the update leaves it, or its second call would compile
         [Request(i, 0, tuple(row)) for i, row in enumerate(ids.tolist())],
         *sharding.place((rewards, np.arange(work.rows, dtype=np.int32)), mesh, "batch"),

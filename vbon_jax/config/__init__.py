@@ -5,6 +5,7 @@ turns it into frozen dataclasses by ``parse``, and nothing below the stages sees
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from vbon_jax import keys
@@ -23,7 +24,9 @@ from vbon_jax.keys import as_dict, flatten
 # Keys that the first workdirs were written without: the digests in their file names lack them.
 ADDED = frozenset({
     "data.hub", "data.text_column", "data.label_column", "data.train_split", "data.test_split",
-    "prompts.hub", "prompts.column", "prompts.train_split", "prompts.test_split",
+    "prompts.hub", "prompts.column", "prompts.train_split", "prompts.test_split", "prompts.date",
+    "tokenizer.add_bos", "sampling.end_tokens", "reward.template_arguments",
+    "evaluator.template_arguments",
 })  # fmt: skip
 
 
@@ -58,9 +61,18 @@ def parse(values: dict[str, Any]) -> Config:
     return config
 
 
-def added() -> dict[str, Any]:
-    """Returns the defaults of the keys that the first workdirs were written without."""
-    return {name: value for name, value in defaults_flat().items() if name in ADDED}
+def added(names: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns the defaults of the keys that the first workdirs were written without.
+
+    Args:
+      names: Keys of a run, of which those of ``reward.others`` have names of the user's own.
+    """
+    defaults = {name: value for name, value in defaults_flat().items() if name in ADDED}
+    for name in names:
+        group, _, leaf = name.rpartition(".")
+        if group.startswith("reward.others.") and f"reward.{leaf}" in ADDED:
+            defaults[name] = defaults[f"reward.{leaf}"]
+    return defaults
 
 
 def defaults_flat() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What config keys must obey together, checked once, at the start."""
 
+import datetime
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -89,7 +90,13 @@ def _check_data(c: Config) -> None:
         p.format != "tldr" or bool(p.subreddits),
         "prompts.subreddits is empty: name what is in distribution for prompts.format=tldr",
     )
-    template_arguments(p.template_arguments)
+    template_arguments(p.template_arguments, "prompts")
+    try:
+        datetime.date.fromisoformat(p.date or "2000-01-01")
+    except ValueError as error:
+        raise InputError(f"prompts.date={p.date!r}: write it as YYYY-MM-DD, or leave it out") from (
+            error
+        )
 
 
 def _check_models(c: Config) -> None:
@@ -106,6 +113,7 @@ def _check_models(c: Config) -> None:
     others = {f"reward.others.{name}": other for name, other in c.reward.others.items()}
     for name, score in {"reward": c.reward, "evaluator": c.evaluator, **others}.items():
         _at_most_one_of({f"{name}.path": score.path, f"{name}.function": score.function})
+        template_arguments(score.template_arguments, name)
     for name, other in others.items():
         _require(
             bool(other.path or other.function), f"{name}.path and .function are empty: set one"
@@ -201,11 +209,12 @@ def _check_offline(c: Config) -> None:
     )
 
 
-def template_arguments(text: str) -> dict[str, Any]:
-    """Reads ``prompts.template_arguments``.
+def template_arguments(text: str, group: str) -> dict[str, Any]:
+    """Reads the key ``template_arguments`` of a group.
 
     Args:
       text: A JSON object; empty for none.
+      group: The group, for the message: "prompts".
 
     Returns:
       Arguments of the chat template by name.
@@ -216,7 +225,7 @@ def template_arguments(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
     except json.JSONDecodeError as error:
-        raise InputError(f"prompts.template_arguments={text!r}: not JSON ({error})") from error
+        raise InputError(f"{group}.template_arguments={text!r}: not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(f"prompts.template_arguments={text!r}: must be a JSON object")
+        raise InputError(f"{group}.template_arguments={text!r}: must be a JSON object")
     return value

@@ -65,6 +65,8 @@ class PromptSet:
     gap: str = key("\n", "Of format tldr: separator between subreddit, title, post and TL;DR.")
     template_arguments: str = key("", "Of format chat: arguments of the chat template as a JSON "
                                   'object: `{"enable_thinking": false}`.')  # fmt: skip
+    date: str = key("", "Date that chat templates, the reward's too, take for today, "
+                    "`YYYY-MM-DD`; empty for the day on which the workdir was begun.")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Tokenizer:
     kind: str = key("bpe", "Tokenizer to train: bpe, byte-level byte-pair encoding; characters, "
                     "one token per character.", choices=tokenizer.KINDS)  # fmt: skip
     vocab_size: int = key(2_048, "Largest vocabulary of a trained tokenizer.", least=1)
+    add_bos: str = key("auto", "Whether a text begins with the BOS token: auto, as the tokenizer "
+                       "does it itself; always; never. Chat templates write their own.",
+                       choices=("auto", "always", "never"))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Score:
                         "tokenizer's chat template.")  # fmt: skip
     max_tokens: int = key(0, "Longer texts are truncated at their beginning; 0 for the model's "
                           "context length.", least=0)  # fmt: skip
+    template_arguments: str = key("", "Arguments of its chat template as a JSON object.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +158,9 @@ class Sampling:
     max_new_tokens: int = key(64, "Longest response in tokens, EOS included.", least=1)
     stop_at_eos: bool = key(True, "End a response at EOS; False: every response has exactly "
                             "`sampling.max_new_tokens` tokens.")  # fmt: skip
+    end_tokens: tuple[str, ...] = key((), "Tokens that end a response: `('</s>',)`; empty "
+                                      "for the `eos_token_id` of generation_config.json and the "
+                                      "tokenizer's EOS.")  # fmt: skip
     batch_size: int = key(64, "Responses sampled at once outside training.", least=1)
 
 

@@ -24,7 +24,7 @@ class Prompt:
 
     Attributes:
       id: its number, unique within a split.
-      text: the decoded tokens.
+      text: what the tokens say, without the BOS that the tokenizer puts in front of a plain text.
       tokens: the token ids that the model is given.
       messages: the (role, content) pairs that a chat template turned into the tokens, in order;
         empty where the prompt is plain text.
@@ -56,7 +56,7 @@ def _cut(
         cut = tokenizer.decode(tokens[:length])
         splits_character = "\ufffd" in cut and "\ufffd" not in text
         if not splits_character and len(cut) >= end:
-            return Prompt(0, cut, tokens[:length])
+            return Prompt(0, cut, tokenizers.begun(tokenizer, tokens[:length]))
     return None
 
 
@@ -80,7 +80,8 @@ def prefix_prompts(
 
     Args:
       texts: the held-out texts.
-      tokenizer: encodes the texts; no special token is added.
+      tokenizer: encodes the texts; what it begins a text with (BOS) comes in front of each prompt
+        and does not count in its length.
       count: number of prompts.
       min_tokens: least length in tokens.
       max_tokens: greatest length in tokens, included.
@@ -133,7 +134,7 @@ def from_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list
 
     Args:
       texts: the prompts.
-      tokenizer: encodes them; no special token is added.
+      tokenizer: encodes them, BOS in front where it begins a text so.
 
     Returns:
       Prompts with ids 0, 1, ... in order.
@@ -143,7 +144,7 @@ def from_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list
     """
     prompts = []
     for index, text in enumerate(texts):
-        tokens = tokenizers.encode(tokenizer, text)
+        tokens = tokenizers.begun(tokenizer, tokenizers.encode(tokenizer, text))
         if not tokens:
             raise InputError(f"prompt {index} ({text!r}) has no token; give it at least one")
         prompts.append(Prompt(index, text, tokens))
@@ -188,11 +189,16 @@ def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None
                 "id": prompt.id, "prompt": prompt.text, "tokens": list(prompt.tokens)
             }  # fmt: skip
             if prompt.messages:
-                record["messages"] = [{"role": r, "content": c} for r, c in prompt.messages]
+                record["messages"] = message_records(prompt.messages)
             file.write(jsonl.dump_line(record))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def message_records(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """The inverse of `parse_messages`."""
+    return [{"role": role, "content": content} for role, content in messages]
 
 
 def _is_count(value: object) -> bool:
@@ -270,7 +276,7 @@ def read_texts(
 
     Args:
       path: the file.
-      tokenizer: encodes the prompts; no special token is added.
+      tokenizer: encodes the prompts, BOS in front where it begins a text so.
       column: the column (or JSON key) of the prompts, strings.
 
     Returns:
@@ -284,7 +290,7 @@ def read_texts(
     for where, record in records.read(path, {column: COLUMN_SETTING}):
         text = jsonl.text_field(record, column, where)
         try:
-            tokens = tokenizers.encode(tokenizer, text)
+            tokens = tokenizers.begun(tokenizer, tokenizers.encode(tokenizer, text))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         if not tokens:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vbon_jax.data import jsonl
+from vbon_jax.data.prompts import message_records, parse_messages
 from vbon_jax.errors import InputError
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -32,6 +33,10 @@ class PromptSamples:
         temperature.
       finished: whether EOS was sampled before the length limit, of each response.
       evaluator_rewards: m rewards of the evaluator, a second reward model that is not optimized.
+      messages: the (role, content) pairs of a chat prompt; a line may give them as its "prompt".
+      temperature: that the responses were drawn at.
+      top_k: filter that they were drawn under; 0 for none.
+      top_p: filter that they were drawn under; 1.0 for none.
     """
 
     prompt: str
@@ -43,6 +48,10 @@ class PromptSamples:
     log_probs: tuple[float, ...] | None = None
     finished: tuple[bool, ...] | None = None
     evaluator_rewards: tuple[float, ...] | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
 
 
 def _is_number(value: Any) -> bool:
@@ -105,6 +114,35 @@ def _parse_optional(record: dict[str, Any], count: int, where: str) -> dict[str,
     return fields
 
 
+def _prompt(record: dict[str, Any], where: str) -> tuple[str, tuple[tuple[str, str], ...] | None]:
+    """The prompt's text and messages; of a line whose "prompt" are messages, the last one's."""
+    if isinstance(record.get("prompt"), list):
+        messages = parse_messages(record["prompt"], where, "prompt")
+        if not messages:
+            raise InputError(f"{where}: 'prompt' is an empty list; give it messages")
+        return messages[-1][1], messages
+    text = jsonl.text_field(record, "prompt", where)
+    if record.get("messages") is None:
+        return text, None
+    return text, parse_messages(record["messages"], where)
+
+
+def _drawn_how(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """How the responses were drawn, where the line says it; vLLM's top_k of -1 is none."""
+    found: dict[str, Any] = {}
+    for key, kind in (("temperature", float), ("top_k", int), ("top_p", float)):
+        value = record.get(key)
+        if value is None:
+            continue
+        whole = kind is float or isinstance(value, int)
+        if not (_is_number(value) and whole and abs(value) <= _FLOAT32_MAX):
+            raise InputError(f"{where}: {key!r} must be a number, not {value!r}")
+        found[key] = kind(value)
+    if found.get("top_k") == -1:
+        found["top_k"] = 0
+    return found
+
+
 def parse_record(record: dict[str, Any], where: str) -> PromptSamples:
     """Parses a line of the layout with one prompt a line.
 
@@ -119,7 +157,7 @@ def parse_record(record: dict[str, Any], where: str) -> PromptSamples:
       InputError: a key is missing or of a wrong type, the numbers of responses and rewards differ,
         or a reward is NaN, infinite or no number.
     """
-    prompt = jsonl.text_field(record, "prompt", where)
+    prompt, messages = _prompt(record, where)
     responses = _list(record, "responses", where)
     rewards = _list(record, "rewards", where)
     if not all(isinstance(response, str) for response in responses):
@@ -131,7 +169,8 @@ def parse_record(record: dict[str, Any], where: str) -> PromptSamples:
     if not responses:
         raise InputError(f"{where}: 'responses' is empty; a prompt needs at least one response")
     _check_numbers(rewards, "rewards", where)
-    optional = _parse_optional(record, len(responses), where)
+    optional = _parse_optional(record, len(responses), where) | _drawn_how(record, where)
+    optional["messages"] = messages
     return PromptSamples(prompt, tuple(responses), tuple(map(float, rewards)), **optional)
 
 
@@ -161,6 +200,12 @@ def to_record(samples: PromptSamples) -> dict[str, Any]:
         record["finished"] = [bool(finished) for finished in samples.finished]
     if samples.evaluator_rewards is not None:
         record["evaluator_rewards"] = [float(reward) for reward in samples.evaluator_rewards]
+    if samples.messages:
+        record["messages"] = message_records(samples.messages)
+    for key in ("temperature", "top_k", "top_p"):
+        value = getattr(samples, key)
+        if value is not None:
+            record[key] = int(value) if key == "top_k" else float(value)
     return record
 
 

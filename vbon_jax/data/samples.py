@@ -6,7 +6,7 @@
 import fcntl
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -134,6 +134,34 @@ def samples_of(
     ordered = [by_id[p.id] for p in prompts]
     rewards(ordered, m)  # refuses fewer than m
     return ordered
+
+
+def response_ids(
+    samples: PromptSamples,
+    i: int,
+    encode: Callable[[str], Sequence[int]],
+    end_ids: Sequence[int],
+    closing_id: int | None,
+    longest: int,
+) -> list[int]:
+    """Token ids of a stored response: those sampled, or those of its text and an end.
+
+    Args:
+      samples: of a prompt.
+      i: which response.
+      encode: text -> ids after the prompt, for files without the sampled ids.
+      end_ids: the ids that end a response.
+      closing_id: the one put at the end of an encoded text that has none yet, unless the file says
+        that the response was cut; None where responses have no end.
+      longest: length limit in tokens; the rest is cut.
+    """
+    if samples.response_tokens is not None:
+        return list(samples.response_tokens[i][:longest])
+    ids = list(encode(samples.responses[i]))
+    cut = samples.finished is not None and not samples.finished[i]
+    if closing_id is not None and not cut and not (ids and ids[-1] in end_ids):
+        ids.append(closing_id)
+    return ids[:longest]
 
 
 class SampleWriter:

@@ -1,14 +1,17 @@
 """Tokenizers: trained on a corpus, or loaded from a Hugging Face directory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax.errors import InputError
-from vbon_jax.models.hf.tokenizers import eos_id, load, same, save
+from vbon_jax.models.hf.tokenizers import begin_ids, end_ids, load, same, save, set_bos
 
-__all__ = ["build", "encode", "eos_id", "load", "same", "save"]
+__all__ = [
+    "begin_ids", "begun", "build", "continuation_ids", "continuations", "encode", "end_ids", "load",
+    "same", "save", "set_bos",
+]  # fmt: skip
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"  # not EOS: padding must never look like a sampled end
@@ -101,3 +104,97 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(f"text {text!r} cannot be tokenized: {error}") from error
+
+
+def begun(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> tuple[int, ...]:
+    """Puts in front of a text's ids what the tokenizer begins a text with, unless it is there.
+
+    Args:
+      tokenizer: the tokenizer.
+      tokens: ids of the text.
+
+    Returns:
+      The ids, BOS in front where the tokenizer puts it.
+    """
+    begin = begin_ids(tokenizer)
+    return tuple(tokens) if tuple(tokens[: len(begin)]) == begin else (*begin, *tokens)
+
+
+def continuations(
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+) -> list[str]:
+    """Decodes responses in their context: decode(prompt + response) minus decode(prompt).
+
+    Decoded alone, a response would lose its first space under SentencePiece's decoders, and a
+    character whose bytes are divided between the two would be lost under any.
+
+    Args:
+      tokenizer: the tokenizer.
+      prompts: ids of the prompt of each response.
+      responses: ids of each response, without its end.
+
+    Returns:
+      The texts.
+    """
+    contexts = [tuple(prompt) for prompt in prompts]
+    base = {
+        context: tokenizer.decode(list(context), skip_special_tokens=False)
+        for context in set(contexts)
+    }
+    whole = tokenizer.batch_decode(
+        [[*context, *response] for context, response in zip(contexts, responses, strict=True)],
+        skip_special_tokens=False,
+    )
+    return [_without(base[context], text) for context, text in zip(contexts, whole)]
+
+
+def _without(prompt: str, text: str) -> str:
+    """The text after the prompt's. A prompt may end in half a character, which then differs."""
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    differs = (i for i, (one, other) in enumerate(zip(prompt, text)) if one != other)
+    return text[next(differs, len(text)) :]
+
+
+def continuation_ids(
+    tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], text: str
+) -> tuple[int, ...]:
+    """Tokenizes a response in its context, the inverse of `continuations`.
+
+    Args:
+      tokenizer: the tokenizer.
+      prompt: ids of the prompt.
+      text: the response.
+
+    Returns:
+      Ids that say `text` after the prompt. Where the tokenizer cannot say it exactly (it lowercases
+      or normalizes), those of the whole text after the prompt's, or else of the response alone.
+
+    Raises:
+      InputError: the tokenizer has no token for a character of the text.
+    """
+    prompt = tuple(prompt)
+    begin = begin_ids(tokenizer)
+    context = prompt[len(begin) :] if prompt[: len(begin)] == begin else prompt
+    whole = encode(tokenizer, tokenizer.decode(list(context), skip_special_tokens=False) + text)
+    candidates = [whole[len(context) :]] if whole[: len(context)] == context else []
+    candidates.append(encode(tokenizer, text))
+    # After a newline nothing is merged, and the space that SentencePiece adds stands before it.
+    line = _encode_or_none(tokenizer, "\n")
+    after_line = _encode_or_none(tokenizer, "\n" + text)
+    if line and after_line and after_line[: len(line)] == line:
+        candidates.append(after_line[len(line) :])
+    for ids in candidates:
+        if continuations(tokenizer, [prompt], [ids])[0] == text:
+            return ids
+    return candidates[0]
+
+
+def _encode_or_none(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...] | None:
+    """As `encode`; None where the tokenizer has no token for a character of the text."""
+    try:
+        return encode(tokenizer, text)
+    except InputError:
+        return None

@@ -17,7 +17,6 @@ import optax
 
 from vbon_jax import sharding
 from vbon_jax.data import samples as sample_files
-from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.methods.base import Method, Offline, Online
@@ -271,8 +270,8 @@ def _pool(
     sampler, settings = task.sampler, task.sampler.settings
     m = task.references.rewards_PxM.shape[-1]
     rows = offline.build_pool(
-        samples, task.prompts, partial(tokenizers.encode, sampler.tokenizer), m,
-        settings.max_new_tokens, prompt_length(task), settings.pad_id, settings.eos_id,
+        samples, task.prompts, sampler.stored_ids, m, settings.max_new_tokens, prompt_length(task),
+        settings.pad_id,
     )  # fmt: skip
     # Of the sampled ids themselves: encoded texts may have others.
     stored = [x.log_probs for x in samples if x.log_probs and x.response_tokens]

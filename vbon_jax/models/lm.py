@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vbon_jax.errors import InputError
@@ -105,7 +106,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     temperature: float,
-    eos_id: int | None,
+    end_ids: Sequence[int],
     params: Any = None,
 ) -> None:
     """Writes a model as a Hugging Face directory, which ``load`` and transformers read.
@@ -115,7 +116,7 @@ def save(
       path: the directory, made if absent; files of the same names are replaced.
       temperature: what transformers' ``generate`` samples at by default, without top-k or top-p:
         the distribution that the model was trained to have.
-      eos_id: the id that ends a response, or None where responses have a fixed length.
+      end_ids: the ids that end a response; none where responses have a fixed length.
       params: parameters to write in place of the model's own, such as those of a policy trained
         from it; a plain tree, adapters merged (``models.trainable.merged``).
 
@@ -128,25 +129,24 @@ def save(
         path,
         model.config,
         model.params if params is None else params,
-        ids=hf.TokenIds(bos=tokenizer.bos_token_id, eos=eos_id, pad=tokenizer.pad_token_id),
+        ids=hf.TokenIds(bos=tokenizer.bos_token_id, eos=end_ids, pad=tokenizer.pad_token_id),
         temperature=temperature,
         like=model.source,
     )
     tokenizers.save(tokenizer, path)
 
 
-def eos_id(tokenizer: PreTrainedTokenizerFast, stop_at_eos: bool = True) -> int | None:
-    """Returns the id that ends a response.
+def is_end(tokens: Any, end_ids: Sequence[int]) -> Any:
+    """Returns where token ids end a response: bool, of the shape of ``tokens``.
 
     Args:
-      tokenizer: the model's tokenizer.
-      stop_at_eos: whether responses end at the end-of-sequence token; if not, they have a fixed
-        length and the id is None.
-
-    Raises:
-      InputError: if responses end at the end-of-sequence token and the tokenizer has none.
+      tokens: ids, an array of NumPy or JAX.
+      end_ids: the ids that end a response; none where responses have a fixed length.
     """
-    return tokenizers.eos_id(tokenizer) if stop_at_eos else None
+    found = tokens != tokens  # all False
+    for end in end_ids:
+        found = found | (tokens == end)
+    return found
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -6,9 +6,11 @@ from typing import Any, Protocol
 import jax
 
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.models import lm
 
-# Lists of token ids -> their texts; the policy's tokenizer decides.
-Decode = Callable[[list[list[int]]], list[str]]
+# Ids of prompts, ids of a response to each -> what the responses say after them; the policy's
+# tokenizer decides, see ``data.tokenizer.continuations``.
+Decode = Callable[[Sequence[Sequence[int]], list[list[int]]], list[str]]
 
 
 class Reward(Protocol):
@@ -48,29 +50,29 @@ class Reward(Protocol):
 
 
 def texts_of(
+    prompts: Sequence[Prompt],
     response_BxT: jax.Array,
     response_mask_BxT: jax.Array,
-    count: int,
-    eos_id: int | None,
+    end_ids: Sequence[int],
     decode: Decode,
 ) -> list[str]:
-    """Decodes the responses of a padded batch, without EOS.
+    """Decodes the responses of a padded batch after their prompts, without their end.
 
     Args:
+      prompts: the prompts of the first rows; the rest only fill the batch.
       response_BxT: int32 token ids.
       response_mask_BxT: bool mask of the real tokens.
-      count: how many responses to decode, from the first.
-      eos_id: the id of EOS; None where responses have a fixed length.
-      decode: lists of token ids -> texts.
+      end_ids: the ids that end a response; none where responses have a fixed length.
+      decode: (ids of prompts, ids of responses) -> texts.
 
     Returns:
-      `count` texts.
+      A text for each prompt.
     """
     tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
-    tokens, mask = tokens[:count], mask[:count]
-    if eos_id is not None:
-        mask = mask & (tokens != eos_id)
-    return decode([row[keep].tolist() for row, keep in zip(tokens, mask)])
+    tokens, mask = tokens[: len(prompts)], mask[: len(prompts)]
+    mask = mask & ~lm.is_end(tokens, end_ids)
+    rows = [row[keep].tolist() for row, keep in zip(tokens, mask)]
+    return decode([p.tokens for p in prompts], rows)
 
 
 def counts_of(reward: Reward | None, role: str = "reward") -> dict[str, float]:

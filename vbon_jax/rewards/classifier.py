@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.models import decoder, encoder, heads
+from vbon_jax.models import decoder, encoder, heads, lm
 
 KINDS = ("prob", "log_odds", "logit", "scalar")
 
@@ -160,12 +160,12 @@ class ClassifierReward:
       positions: the context length of the classifier, in tokens.
     """
 
-    def __init__(self, model: Classifier, eos_id: int | None, key: str = "reward"):
+    def __init__(self, model: Classifier, end_ids: Sequence[int], key: str = "reward"):
         """Makes the reward of a classifier that has the policy's vocabulary.
 
         Args:
           model: the classifier.
-          eos_id: the policy's EOS; None where responses have a fixed length.
+          end_ids: the ids that end a response of the policy; none where it has a fixed length.
           key: the config group that messages name.
 
         Raises:
@@ -173,7 +173,7 @@ class ClassifierReward:
         """
         self.positions: int = model.config.positions
         self._model, self._label = model, model.label_index(key)
-        self._eos_id = eos_id
+        self._end_ids = tuple(end_ids)
 
     def __call__(
         self,
@@ -185,8 +185,7 @@ class ClassifierReward:
     ) -> jax.Array:
         """Returns float32 rewards [B]; see `base.Reward`. The prompts' texts are not read."""
         del prompts
-        if self._eos_id is not None:
-            response_mask_BxT = response_mask_BxT & (response_BxT != self._eos_id)
+        response_mask_BxT = response_mask_BxT & ~lm.is_end(response_BxT, self._end_ids)
         return score(
             self._model.params,
             jnp.concatenate([prompt_BxP, response_BxT], axis=1),

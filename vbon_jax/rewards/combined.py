@@ -10,6 +10,7 @@ import numpy as np
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
+from vbon_jax.models import lm
 from vbon_jax.rewards.base import Reward
 
 MISSING_EOS = ("none", "replace", "subtract")
@@ -53,7 +54,7 @@ class WeightedReward:
         parts: Sequence[Part | tuple[str, float, Reward]],
         missing_eos: str,
         value: float,
-        eos_id: int | None,
+        end_ids: Sequence[int],
         key: str = "reward",
     ):
         """Makes the sum.
@@ -64,8 +65,8 @@ class WeightedReward:
           missing_eos: the reward of a response without EOS: "none", the sum; "replace", `value`;
             "subtract", the sum minus `value`.
           value: see missing_eos.
-          eos_id: the policy's EOS; None where responses have a fixed length, which turns the
-            penalty off.
+          end_ids: the ids that end a response of the policy; none where it has a fixed length,
+            which turns the penalty off.
           key: the config group that messages name.
 
         Raises:
@@ -93,8 +94,8 @@ class WeightedReward:
                 f"{key}.missing_eos_value={value!r}: it is taken away ({key}.missing_eos="
                 "'subtract'), so give the penalty as a positive number"
             )
-        self._missing_eos = "none" if eos_id is None else missing_eos
-        self._value, self._eos_id = np.float32(value), eos_id
+        self._missing_eos = missing_eos if end_ids else "none"
+        self._value, self._end_ids = np.float32(value), tuple(end_ids)
         own_limits = [getattr(part.reward, "positions", None) for part in self._parts]
         self.positions: int | None = min((p for p in own_limits if p is not None), default=None)
         self._calls: list[_Call] = []
@@ -128,7 +129,7 @@ class WeightedReward:
             mask: Any = response_mask_BxT
             if not on_device:
                 tokens, mask = (x[: len(prompts)] for x in jax.device_get((tokens, mask)))
-            missing = ~(mask & (tokens == self._eos_id)).any(axis=1)
+            missing = ~(mask & lm.is_end(tokens, self._end_ids)).any(axis=1)
         if missing is not None or len(found) > 1:
             self._calls.append(_Call(len(prompts), tuple(found), missing))
             if len(self._calls) >= FOLD:

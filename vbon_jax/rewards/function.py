@@ -104,15 +104,15 @@ class FunctionReward:
         self,
         function: str | RewardFunction,
         decode: Decode,
-        eos_id: int | None,
+        end_ids: Sequence[int],
         key: str = "reward",
     ):
         """Makes the reward of a function.
 
         Args:
           function: (prompts, responses) -> rewards, or its name, "module:function".
-          decode: lists of the policy's token ids -> texts.
-          eos_id: the policy's EOS; None where responses have a fixed length.
+          decode: see `base.Decode`.
+          end_ids: the ids that end a response of the policy; none where it has a fixed length.
           key: the config group that messages name.
 
         Raises:
@@ -123,7 +123,7 @@ class FunctionReward:
         else:
             self._name = getattr(function, "__qualname__", type(function).__name__)
             self._function = function
-        self._decode, self._eos_id, self._key = decode, eos_id, key
+        self._decode, self._end_ids, self._key = decode, tuple(end_ids), key
 
     def __call__(
         self,
@@ -139,7 +139,5 @@ class FunctionReward:
           InputError: as `call`.
         """
         del prompt_BxP, prompt_mask_BxP
-        responses = texts_of(
-            response_BxT, response_mask_BxT, len(prompts), self._eos_id, self._decode
-        )
+        responses = texts_of(prompts, response_BxT, response_mask_BxT, self._end_ids, self._decode)
         return call(self._name, self._function, [p.text for p in prompts], responses, self._key)

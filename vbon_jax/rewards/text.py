@@ -1,8 +1,9 @@
 """A reward model with a tokenizer and a template of its own, scored on the device."""
 
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import sharding
+from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
@@ -32,11 +34,13 @@ class TextFormat:
         without messages is one message of the user.
       max_tokens: longer texts are truncated on the left, leading special tokens excepted, and
         counted; 0 for the model's context length.
+      arguments: of the chat template; see `chat.prompts`.
     """
 
     tokenizer: PreTrainedTokenizerFast
     template: str = "{prompt}{response}"
     max_tokens: int = 0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_template(template: str, key: str = "reward") -> str:
@@ -118,7 +122,7 @@ class TextReward:
         model: Classifier,
         text_format: TextFormat,
         decode: Decode,
-        eos_id: int | None,
+        end_ids: Sequence[int],
         mesh: Mesh,
         batch_size: int = 32,
         key: str = "reward",
@@ -128,8 +132,8 @@ class TextReward:
         Args:
           model: the classifier, its parameters on `mesh`.
           text_format: tokenizer, template and length limit.
-          decode: lists of the policy's token ids -> texts.
-          eos_id: the policy's EOS; None where responses have a fixed length.
+          decode: see `base.Decode`.
+          end_ids: the ids that end a response of the policy; none where it has a fixed length.
           mesh: the devices.
           batch_size: rows scored at once.
           key: the config group that messages name.
@@ -156,10 +160,12 @@ class TextReward:
         if batch_size < 1:
             raise InputError(f"{key}.batch_size={batch_size}: give at least 1")
         self._model, self._tokenizer = model, tokenizer
-        self._decode, self._eos_id = decode, eos_id
+        self._decode, self._end_ids = decode, tuple(end_ids)
         self._mesh, self._key = mesh, key
+        self._arguments = chat.check_arguments(text_format.arguments)
         self._longest = max_tokens or config.positions
         self._batch_size = batch_size
+        self._begin = tokenizers.begin_ids(tokenizer)
         self._specials = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         self._texts = self._truncated = 0
 
@@ -177,9 +183,7 @@ class TextReward:
           InputError: the tokenizer returned an id that the model has no embedding for.
         """
         del prompt_BxP, prompt_mask_BxP
-        responses = texts_of(
-            response_BxT, response_mask_BxT, len(prompts), self._eos_id, self._decode
-        )
+        responses = texts_of(prompts, response_BxT, response_mask_BxT, self._end_ids, self._decode)
         return self.score_ids(self.tokenized(prompts, responses))
 
     def tokenized(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
@@ -201,13 +205,17 @@ class TextReward:
             ]
             # verbose=False: no warning of long texts, which are truncated below.
             whole = self._tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
+            # The text of a chat prompt may begin with BOS: the tokenizer's own is then a second.
+            n = len(self._begin)
+            twice = self._begin * 2
+            whole = [ids[n:] if n and tuple(ids[: 2 * n]) == twice else ids for ids in whole]
         self._texts += len(whole)
         self._truncated += sum(len(ids) > self._longest for ids in whole)
         return [keep_end(ids or [self._first()], self._longest, self._specials) for ids in whole]
 
     def _chat(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Sequence[int]]:
         return [
-            chat.render(self._tokenizer, p.messages or (("user", p.text),), r)
+            chat.render(self._tokenizer, p.messages or (("user", p.text),), r, self._arguments)
             for p, r in zip(prompts, responses)
         ]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vbon_jax import sharding
 from vbon_jax.models import cache as kv_cache
-from vbon_jax.models import decoder
+from vbon_jax.models import decoder, lm
 from vbon_jax.rl.next_token import log_prob, temper
 from vbon_jax.sampling import logits as lg
 
@@ -47,7 +47,7 @@ class Limits:
 
     Attributes:
       max_new_tokens: T, the length limit in tokens, EOS included.
-      eos_id: ends a response; None for responses of exactly T tokens.
+      end_ids: each ends a response; none for responses of exactly T tokens.
       pad_id: fills the slots after EOS.
       top_k: keeps the k likeliest tokens, for generation only: it changes the distribution sampled
         from, while ``log_probs_BxT`` stays that of the unfiltered one; 0 keeps all.
@@ -55,7 +55,7 @@ class Limits:
     """
 
     max_new_tokens: int
-    eos_id: int | None
+    end_ids: tuple[int, ...]
     pad_id: int
     top_k: int = 0
     top_p: float = 1.0
@@ -89,7 +89,7 @@ def rollout(
     Returns:
       Rollout with T = ``limits.max_new_tokens`` slots a row.
     """
-    max_new_tokens, eos_id, pad_id = limits.max_new_tokens, limits.eos_id, limits.pad_id
+    max_new_tokens, pad_id = limits.max_new_tokens, limits.pad_id
     params = decoder.unstacked(params)
     batch, prompt_len = prompt_BxP.shape
     uniform_TxB = jax.vmap(
@@ -107,9 +107,6 @@ def rollout(
     hidden, cache = decoder.prefill(params, config, prompt_BxP, prompt_mask_BxP, cache)
     first, first_log_prob = pick(hidden[:, -1], jnp.int32(0))
     prompt_lengths = jnp.sum(prompt_mask_BxP, axis=-1, dtype=jnp.int32)
-
-    def is_eos(token_B: jax.Array) -> jax.Array:
-        return jnp.zeros_like(token_B, bool) if eos_id is None else token_B == eos_id
 
     tokens = jnp.full((max_new_tokens, batch), pad_id, jnp.int32).at[0].set(first)
     log_probs = jnp.zeros((max_new_tokens, batch), jnp.float32).at[0].set(first_log_prob)
@@ -130,10 +127,10 @@ def rollout(
         tokens = tokens.at[t].set(jnp.where(done, pad_id, token))
         log_probs = log_probs.at[t].set(jnp.where(done, 0.0, log_prob_B))
         mask = mask.at[t].set(~done)
-        done |= is_eos(token)
+        done |= lm.is_end(token, limits.end_ids)
         return t + 1, someone_goes_on(done), token, done, cache, tokens, log_probs, mask
 
-    done = is_eos(first)
+    done = lm.is_end(first, limits.end_ids)
     carry = (jnp.int32(1), someone_goes_on(done), first, done, cache, tokens, log_probs, mask)
     _, _, _, done, _, tokens, log_probs, mask = jax.lax.while_loop(cond, body, carry)
     return sharding.constrain(Rollout(tokens.T, mask.T, log_probs.T, done), "batch")

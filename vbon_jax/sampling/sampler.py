@@ -1,6 +1,7 @@
 """The one way to draw responses and score them: a model with its mesh and sampling settings."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import sharding
 from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.samples import PromptSamples, response_ids
+from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.models import lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
@@ -31,7 +35,7 @@ class Sampling:
     Attributes:
       temperature: divides the logits, > 0.
       max_new_tokens: length limit in tokens, EOS included.
-      eos_id: ends a response; None for responses of exactly ``max_new_tokens`` tokens.
+      end_ids: each ends a response; none for responses of exactly ``max_new_tokens`` tokens.
       pad_id: fills empty slots; may be the EOS, since masks and not ids say what is real.
       top_k: keeps the k likeliest tokens, for generation only; 0 keeps all.
       top_p: keeps the smallest set of tokens of this mass, for generation only; 1.0 keeps all.
@@ -39,7 +43,7 @@ class Sampling:
 
     temperature: float
     max_new_tokens: int
-    eos_id: int | None
+    end_ids: tuple[int, ...]
     pad_id: int
     top_k: int = 0
     top_p: float = 1.0
@@ -47,7 +51,7 @@ class Sampling:
     @property
     def limits(self) -> decode.Limits:
         """All but the temperature: what a rollout is compiled for."""
-        return decode.Limits(self.max_new_tokens, self.eos_id, self.pad_id, self.top_k, self.top_p)
+        return decode.Limits(self.max_new_tokens, self.end_ids, self.pad_id, self.top_k, self.top_p)
 
 
 class Prompts(NamedTuple):
@@ -121,8 +125,8 @@ class Response:
 
     Attributes:
       request: which response it is.
-      tokens: sampled ids, EOS included.
-      text: their decoding without EOS.
+      tokens: sampled ids, the one that ended the response included.
+      text: what they say after the prompt, without that end.
       log_prob: nats, summed over the tokens, at the sampling temperature.
       finished: whether EOS came before the length limit.
       reward: the reward of the text.
@@ -304,12 +308,27 @@ class Sampler:
         assert ahead is not None
         yield ahead
 
+    # --- Stored responses -----------------------------------------------------------------------
+
+    @functools.cached_property
+    def _closing_ids(self) -> dict[bool, int | None]:
+        """The id that ends a text, of plain and of chat prompts."""
+        ends = self.settings.end_ids
+        return {chats: chat.closing_id(self.tokenizer, ends, chats) for chats in (False, True)}
+
+    def stored_ids(self, samples: PromptSamples, i: int, prompt: Sequence[int]) -> list[int]:
+        """Token ids of a stored response to a prompt; see ``data.samples.response_ids``."""
+        encode = functools.partial(tokenizers.continuation_ids, self.tokenizer, prompt)
+        closing = self._closing_ids[bool(samples.messages)]
+        longest = self.settings.max_new_tokens
+        return response_ids(samples, i, encode, self.settings.end_ids, closing, longest)
+
     # --- Scoring ------------------------------------------------------------------------------
 
-    def texts(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Decodes sampled ids, EOS left out."""
-        kept = [[t for t in row if t != self.settings.eos_id] for row in rows]
-        return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
+    def texts(self, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[str]:
+        """Decodes sampled ids after those of their prompts, the end of a response left out."""
+        kept = [[t for t in row if t not in self.settings.end_ids] for row in rows]
+        return tokenizers.continuations(self.tokenizer, prompts, kept)
 
     def rewards(
         self, reward: Reward, prompts: Sequence[Prompt], rows: Prompts, rollout: decode.Rollout
@@ -323,7 +342,8 @@ class Sampler:
         values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
 
         def text_of(row: int) -> str:
-            return self.texts([rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()])[0]
+            ids = rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()
+            return self.texts([prompts[row].tokens], [ids])[0]
 
         return check_rewards(values, prompts, text_of)
 
@@ -358,7 +378,7 @@ class Sampler:
                 row[keep].tolist()
                 for row, keep in zip(rollout.tokens_BxT[: batch.size], rollout.mask_BxT)
             ]
-            texts = self.texts(rows)
+            texts = self.texts([r.tokens for r in batch.requests], rows)
             log_probs = rollout.log_probs_BxT.sum(axis=1, dtype=np.float64)
             yield [
                 Response(
@@ -386,12 +406,13 @@ class Sampler:
     # --- For the user -------------------------------------------------------------------------
 
     def generate(
-        self, texts: Sequence[str], count: int = 1, seed: int = 0, batch_size: int = 64
+        self, texts: Sequence[Any], count: int = 1, seed: int = 0, batch_size: int = 64
     ) -> list[list[str]]:
-        """Generates ``count`` responses to each text.
+        """Generates ``count`` responses to each prompt.
 
         Args:
-          texts: prompts, each at least one token.
+          texts: prompts: texts, or conversations, each a list of {"role", "content"}, which the
+            tokenizer's chat template renders.
           count: responses a prompt.
           seed: another seed, other responses.
           batch_size: responses drawn at once.
@@ -402,14 +423,15 @@ class Sampler:
         Raises:
           InputError: a prompt without a token, or longer than the model's context.
         """
-        prompts = prompt_files.from_texts(list(texts), self.tokenizer)
+        prompts = chat.given(texts, self.tokenizer)
         self.check_lengths(prompts)
         requests = requests_for(prompts, count)
         found: list[str] = []
         key = named_key(seed, "generate")
         for batch in self.batches(key, requests, min(batch_size, max(len(requests), 1))):
             tokens, mask = jax.device_get((batch.rollout.tokens_BxT, batch.rollout.mask_BxT))
-            found += self.texts([t[m].tolist() for t, m in zip(tokens, mask)][: batch.size])
+            rows = [t[m].tolist() for t, m in zip(tokens, mask)][: batch.size]
+            found += self.texts([r.tokens for r in batch.requests], rows)
         return [found[i : i + count] for i in range(0, len(found), count)]
 
     def check_lengths(self, prompts: Sequence[Prompt]) -> None:
@@ -424,6 +446,6 @@ class Sampler:
             self.model,
             Path(path),
             temperature=self.settings.temperature,
-            eos_id=self.settings.eos_id,
+            end_ids=self.settings.end_ids,
             params=trainable.merged(self.model.params, self.model.config.lora_alpha),
         )

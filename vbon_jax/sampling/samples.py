@@ -31,7 +31,8 @@ def _grouped(
         whole = []
         while len(pending) >= m:
             group, pending = pending[:m], pending[m:]
-            whole.append(_prompt_samples(by_id[group[0].request.prompt_id], group))
+            prompt = by_id[group[0].request.prompt_id]
+            whole.append(_prompt_samples(prompt, group, sampler.settings.temperature))
         yield len(responses), whole
 
 
@@ -126,7 +127,9 @@ def _say_counts(report: Reporter, title: str, reward: Reward, evaluator: Reward 
         report.say(f"{title}: {counts_line(counts)}")
 
 
-def _prompt_samples(prompt: Prompt, responses: Sequence[Response]) -> PromptSamples:
+def _prompt_samples(
+    prompt: Prompt, responses: Sequence[Response], temperature: float
+) -> PromptSamples:
     return PromptSamples(
         prompt=prompt.text,
         responses=tuple(r.text for r in responses),
@@ -139,4 +142,6 @@ def _prompt_samples(prompt: Prompt, responses: Sequence[Response]) -> PromptSamp
         evaluator_rewards=tuple(r.extra["evaluator"] for r in responses)
         if "evaluator" in responses[0].extra
         else None,
+        messages=prompt.messages or None,
+        temperature=temperature,
     )

@@ -11,7 +11,7 @@ _STAGES = (
         "tokenizer and reference model",
         depends=(
             "seed", "data", "tokenizer", "reference", "sampling.stop_at_eos",
-            "memory.frozen_dtype",
+            "sampling.end_tokens", "memory.frozen_dtype",
         ),
         leaves=("tokenizer", "reference", "checkpoints/sft"),
     ),

@@ -71,13 +71,13 @@ def classifier(run: Run, stage: str, r: Reward | Evaluator, path: Path, seed: in
     check_positions(stage, options.max_tokens, r.model.positions)
     if r.label not in LABELS:
         raise InputError(f"{stage}.label={r.label!r}: label 0 is NEGATIVE, label 1 POSITIVE")
-    end, pad = lm.eos_id(tokenizer, run.config.sampling.stop_at_eos), lm.pad_id(tokenizer)
+    ends, pad = loading.end_ids(run, tokenizer), lm.pad_id(tokenizer)
     found = sources.texts(run, seed)
     # The texts of the reference without their EOS: it is part of no reward.
     data = {
         split: Corpus(
             [
-                tuple(t for t in row if t != end)
+                tuple(t for t in row if t not in ends)
                 for row in sources.encode_texts(run, tokenizer, examples, options.max_tokens)
             ],
             [e.label for e in examples],
@@ -95,7 +95,7 @@ def classifier(run: Run, stage: str, r: Reward | Evaluator, path: Path, seed: in
     loss = partial(supervised.classifier_loss, config=config)
     params, held_out = fit(run, stage, params, loss, options, data)
     hf.save_classifier(
-        path, config, params, LABELS, ids=hf.TokenIds(bos=tokenizer.bos_token_id, eos=end, pad=pad)
+        path, config, params, LABELS, ids=hf.TokenIds(bos=tokenizer.bos_token_id, eos=ends, pad=pad)
     )
     tokenizers.save(tokenizer, path)
     accuracy = supervised.accuracy(

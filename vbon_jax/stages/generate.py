@@ -7,10 +7,12 @@ import jax
 import numpy as np
 
 from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare, measure
-from vbon_jax.sampling.sampler import Response, requests_for
-from vbon_jax.stages import loading
+from vbon_jax.sampling.sampler import Response, Sampler, requests_for
+from vbon_jax.stages import loading, sources
 from vbon_jax.stages.base import Run
 
 
@@ -24,12 +26,21 @@ def run(run: Run, texts: Sequence[str]) -> None:
             print(json.dumps(line, ensure_ascii=False))
 
 
+def _prompts(run: Run, texts: Sequence[str], model: Sampler) -> list[Prompt]:
+    """The prompts as the run was trained on them: of a chat run, messages of the user."""
+    if run.config.prompts.format != "chat":
+        return prompt_files.from_texts(list(texts), model.tokenizer)
+    found = [chat.Conversation((("user", text),), f"--prompt={text!r}") for text in texts]
+    arguments = sources.chat_arguments(run.config, run.workdir)
+    return chat.prompts(found, model.tokenizer, arguments, run.config.prompts.longest)
+
+
 def _generated(run: Run, texts: Sequence[str]) -> list[list[Response]]:
     """``generate.count`` responses to each prompt, from the model the config names."""
     s = run.config
     g = s.generate
     model = loading.policy(run) if g.model == "policy" else loading.reference(run)
-    prompts = prompt_files.from_texts(list(texts), model.tokenizer)
+    prompts = _prompts(run, texts, model)
     score = loading.reward(run, model.tokenizer)
     loading.check_lengths(run, prompts, model, score)
     bon = g.model == "bon"

@@ -10,12 +10,20 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import methods, sharding
-from vbon_jax.config import Config, Evaluator, Reward, RewardPart, as_dict
+from vbon_jax.config import (
+    Config,
+    Evaluator,
+    Reward,
+    RewardPart,
+    as_dict,
+    template_arguments,
+)
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
+from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation.heldout import Models
 from vbon_jax.methods.learning import Job, Training, ValueNetwork
@@ -25,7 +33,7 @@ from vbon_jax.models.hf import hub, peft
 from vbon_jax.rewards.classifier import Classifier, ClassifierReward
 from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
-from vbon_jax.rewards.text import TextFormat, TextReward
+from vbon_jax.rewards.text import CHAT, TextFormat, TextReward
 from vbon_jax.sampling.sampler import Sampler, Sampling
 from vbon_jax.stages.base import Run
 from vbon_jax.training.learner import Member
@@ -41,13 +49,27 @@ def tokenizer(run: Run) -> PreTrainedTokenizerFast:
     return tokenizers.load(run.workdir.tokenizer)
 
 
-def sampling(config: Config, tokenizer: PreTrainedTokenizerFast) -> Sampling:
+def end_ids(run: Run, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The ids that end a response; none where it has a fixed length.
+
+    Of a reference that is trained here it is the tokenizer's EOS.
+
+    Raises:
+      InputError: there is none to stop at.
+    """
+    s, path = run.config.sampling, run.config.reference.path
+    if not s.stop_at_eos:
+        return ()
+    return tokenizers.end_ids(tokenizer, hub.resolve(path) if path else None, s.end_tokens)
+
+
+def sampling(run: Run, tokenizer: PreTrainedTokenizerFast) -> Sampling:
     """How responses are drawn in training."""
-    s = config.sampling
+    s = run.config.sampling
     return Sampling(
         temperature=s.temperature,
         max_new_tokens=s.max_new_tokens,
-        eos_id=lm.eos_id(tokenizer, s.stop_at_eos),
+        end_ids=end_ids(run, tokenizer),
         pad_id=lm.pad_id(tokenizer),
     )
 
@@ -90,7 +112,7 @@ def language_model(run: Run, path: str | Path, dtype: str = "") -> Sampler:
         remat=c.memory.remat,
         lora_alpha=c.lora.alpha,
     )
-    return Sampler(model, run.mesh, sampling(c, own))
+    return Sampler(model, run.mesh, sampling(run, own))
 
 
 def reference_path(run: Run) -> Path:
@@ -233,12 +255,12 @@ def reward(run: Run, tokenizer: PreTrainedTokenizerFast) -> WeightedReward:
 
     With it the others that are added to it, and the penalty on a missing EOS.
     """
-    r, end = run.config.reward, lm.eos_id(tokenizer, run.config.sampling.stop_at_eos)
+    r, ends = run.config.reward, end_ids(run, tokenizer)
     parts = [Part("main", r.weight, _score(run, tokenizer, "reward", r, run.workdir.reward))]
     for name, other in r.others.items():
         score = _score(run, tokenizer, f"reward.others.{name}", other, None)
         parts.append(Part(name, other.weight, score))
-    return WeightedReward(parts, r.missing_eos, r.missing_eos_value, end)
+    return WeightedReward(parts, r.missing_eos, r.missing_eos_value, ends)
 
 
 def evaluator(run: Run, tokenizer: PreTrainedTokenizerFast) -> RewardModel | None:
@@ -268,16 +290,19 @@ def _score(
     A model trained here reads the policy's own ids. A user's re-tokenizes the text with its own
     tokenizer.
     """
-    end = lm.eos_id(tokenizer, run.config.sampling.stop_at_eos)
-    decode = partial(tokenizer.batch_decode, skip_special_tokens=False)
+    ends = end_ids(run, tokenizer)
+    decode = partial(tokenizers.continuations, tokenizer)
     if r.function:
-        return FunctionReward(r.function, decode, end, key)
+        return FunctionReward(r.function, decode, ends, key)
     if made is not None and not r.path:
         run.workdir.require(key, f"the {key} model")
-        return ClassifierReward(_classifier(run, made, r), end, key)
+        return ClassifierReward(_classifier(run, made, r), ends, key)
     path = hub.resolve(r.path)
-    text = TextFormat(tokenizers.load(path), r.template, r.max_tokens)
-    return TextReward(_classifier(run, path, r), text, decode, end, run.mesh, key=key)
+    arguments: dict[str, Any] = template_arguments(r.template_arguments, key)
+    if r.template == CHAT:
+        arguments = chat.dated(arguments, run.workdir.date())
+    text = TextFormat(tokenizers.load(path), r.template, r.max_tokens, arguments)
+    return TextReward(_classifier(run, path, r), text, decode, ends, run.mesh, key=key)
 
 
 def _classifier(run: Run, path: Path, r: Reward | RewardPart | Evaluator) -> Classifier:

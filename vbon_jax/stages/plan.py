@@ -41,7 +41,7 @@ from vbon_jax.models.hf import config_files, hub
 from vbon_jax.rewards import classifier, text
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.sampler import ScoredRollout, bucket_length
-from vbon_jax.stages import loading, sources
+from vbon_jax.stages import loading
 from vbon_jax.stages.base import refuse_uneven
 from vbon_jax.stages.fitting import LABELS, decoder_config
 from vbon_jax.stages.workdir import Workdir
@@ -183,12 +183,14 @@ def _prompts(s: Config, workdir: Workdir) -> tuple[int, int]:
     if _done(workdir, "sample"):
         return _counted(prompt_files.read_jsonl(workdir.prompts("train")))
     known = s.tokenizer.path or s.reference.path
-    tokenizer = tokenizers.load(hub.resolve(known)) if known else None
+    tokenizer = None
+    if known:
+        tokenizer = tokenizers.set_bos(tokenizers.load(hub.resolve(known)), s.tokenizer.add_bos)
     if s.samples.path:
         found = sample_files.read(s.samples.path)
         if tokenizer is None:
             return len(found), p.longest
-        return _counted(sources.prompts_of(found, tokenizer, s.samples.m))
+        return _counted(adoption.prompts_of(s, workdir, found, tokenizer))
     if p.path and p.format == "text" and tokenizer is not None:
         return _counted(prompt_files.read_texts(p.path, tokenizer))
     if p.path and p.format == "chat":
@@ -295,10 +297,10 @@ def _rollout_bytes(w: _World, params: Any, rows: int) -> tuple[int, int]:
     shapes = (_shape(rows, w.prompt), _shape(rows, w.prompt, dtype=bool))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     batch = _abstract((*shapes, keys), w.mesh, "batch")
-    end = 0 if s.sampling.stop_at_eos else None
+    ends = (0,) if s.sampling.stop_at_eos else ()
     lowered = decode.rollout.lower(
         params, *batch, np.float32(s.sampling.temperature), config=w.config,
-        limits=decode.Limits(s.sampling.max_new_tokens, end, pad_id=0),
+        limits=decode.Limits(s.sampling.max_new_tokens, ends, pad_id=0),
     )  # fmt: skip
     slots = jax.eval_shape(partial(cache.init, w.config, rows, w.columns))
     return _new_bytes(lowered), bytes_of(_abstract(slots, w.mesh, "cache"))

@@ -4,7 +4,7 @@ from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
 from vbon_jax.progress import log
 from vbon_jax.sampling import samples
-from vbon_jax.stages import loading, sources
+from vbon_jax.stages import adoption, loading, sources
 from vbon_jax.stages.base import Run
 
 
@@ -13,17 +13,17 @@ def run(run: Run) -> None:
     s, workdir = run.config, run.workdir
     reference = loading.reference(run)
     score = loading.reward(run, reference.tokenizer)
-    found = sample_files.read(s.samples.path) if s.samples.path else None
-    adopted = None
-    if found is not None:
-        adopted = sources.prompts_of(found, reference.tokenizer, s.samples.m)
+    adopted, found = None, None
+    if s.samples.path:
+        adopted, found = adoption.adopt(run, sample_files.read(s.samples.path), reference)
     prompts = sources.make_prompts(run, reference.tokenizer, adopted)
     for split, chosen in prompts.items():
         loading.check_lengths(run, chosen, reference, score)
         workdir.prompts(split).parent.mkdir(parents=True, exist_ok=True)
         prompt_files.write_jsonl(workdir.prompts(split), chosen)
     if found is not None:
-        sources.copy_samples(workdir.train_samples, prompts["train"], found)
+        adoption.check_scores(s.samples.path, prompts["train"], found, reference, score)
+        adoption.write(workdir.train_samples, found)
         log(f"sample: {len(found)} prompts with their samples from {s.samples.path}")
         return
     samples.write(

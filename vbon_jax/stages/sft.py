@@ -11,7 +11,7 @@ from vbon_jax.models import hf, lm
 from vbon_jax.models.hf import hub
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.progress import log
-from vbon_jax.stages import fitting, sources
+from vbon_jax.stages import fitting, loading, sources
 from vbon_jax.stages.base import Run
 from vbon_jax.training import supervised
 from vbon_jax.training.supervised import Corpus
@@ -23,7 +23,7 @@ def run(run: Run) -> None:
     own = bool(s.reference.path)
     train, test, _ = sources.Texts([], [], []) if own else sources.texts(run)
     tokenizer = sources.make_tokenizer(run, train)
-    end = lm.eos_id(tokenizer, s.sampling.stop_at_eos)  # refuses one without EOS before any work
+    ends = loading.end_ids(run, tokenizer)  # refuses one without EOS before any work
     if own:
         config = hf.read_config(hub.resolve(s.reference.path))[1]
         if config.vocab_size < len(tokenizer):
@@ -46,7 +46,7 @@ def run(run: Run) -> None:
     tokenizers.save(tokenizer, workdir.tokenizer)
     lm.save(
         LanguageModel(config, params["decoder"], tokenizer), workdir.reference,
-        temperature=s.sampling.temperature, eos_id=end,
+        temperature=s.sampling.temperature, end_ids=ends,
     )  # fmt: skip
     workdir.write_json(
         workdir.reference / "fit.json", {"held_out_nats_per_token": held_out, "texts": len(train)}

@@ -1,26 +1,24 @@
 """The texts and prompts of a run, from where its config says."""
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from vbon_jax.config import template_arguments
+from vbon_jax.config import Config, template_arguments
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import tabular
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.data.samples import PromptSamples, SampleWriter, sorted_rewards
 from vbon_jax.data.sources import chat, text, tldr
 from vbon_jax.data.sources import hub as hub_data
 from vbon_jax.data.sources.text import Example
 from vbon_jax.errors import InputError
-from vbon_jax.models import lm
 from vbon_jax.models.hf import hub
 from vbon_jax.progress import log
+from vbon_jax.stages import loading
 from vbon_jax.stages.base import Run
+from vbon_jax.stages.workdir import Workdir
 
 HELD_OUT = 10  # without a test file, every tenth text is held out
 
@@ -63,20 +61,29 @@ def make_tokenizer(run: Run, train: Sequence[Example]) -> PreTrainedTokenizerFas
     """The run's tokenizer: the one named, the reference model's own, or one learned here."""
     s = run.config
     if s.tokenizer.path or s.reference.path:
-        return tokenizers.load(hub.resolve(s.tokenizer.path or s.reference.path))
-    return tokenizers.build([e.text for e in train], s.tokenizer.kind, s.tokenizer.vocab_size)
+        found = tokenizers.load(hub.resolve(s.tokenizer.path or s.reference.path))
+    else:
+        found = tokenizers.build([e.text for e in train], s.tokenizer.kind, s.tokenizer.vocab_size)
+    return tokenizers.set_bos(found, s.tokenizer.add_bos)
 
 
 def encode_texts(
     run: Run, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], max_tokens: int
 ) -> list[tuple[int, ...]]:
-    """Token ids of each text, EOS at the end unless the text was cut at ``max_tokens``.
+    """Token ids of each text, BOS in front where the tokenizer begins a text so.
+
+    EOS is at the end unless the text was cut at ``max_tokens`` or ends so itself.
 
     The one rule for what a text is to the reference; a classifier reads the same without the EOS.
     """
-    end = lm.eos_id(tokenizer, run.config.sampling.stop_at_eos)
-    tail = () if end is None else (end,)
-    return [(*tokenizers.encode(tokenizer, e.text), *tail)[:max_tokens] for e in examples]
+    ends = loading.end_ids(run, tokenizer)
+    closing = chat.closing_id(tokenizer, ends, is_chat=False)
+    rows = []
+    for example in examples:
+        ids = tokenizers.begun(tokenizer, tokenizers.encode(tokenizer, example.text))
+        tail = () if closing is None or (ids and ids[-1] in ends) else (closing,)
+        rows.append((*ids, *tail)[:max_tokens])
+    return rows
 
 
 def make_prompts(
@@ -193,36 +200,14 @@ def _chat_prompts(run: Run, tokenizer: PreTrainedTokenizerFast) -> dict[str, lis
         found = {split: chat.read(path, p.column) for split, path in paths.items()}
     if p.ood_path:
         found["ood"] = chat.read(p.ood_path, p.column)
-    arguments = template_arguments(p.template_arguments)
+    arguments = chat_arguments(run.config, run.workdir)
     return {
         split: chat.prompts(conversations, tokenizer, arguments, p.longest)
         for split, conversations in found.items()
     }
 
 
-def prompts_of(
-    found: Sequence[PromptSamples], tokenizer: PreTrainedTokenizerFast, m: int
-) -> list[Prompt]:
-    """The prompts of samples made elsewhere, under new ids; their own token ids where given."""
-    sorted_rewards(found, m)  # refuses fewer than m samples a prompt
-    encoded = prompt_files.from_texts([f.prompt for f in found], tokenizer)
-    vocabulary = len(tokenizer)
-    prompts = []
-    for prompt, samples in zip(encoded, found, strict=True):
-        tokens = samples.prompt_tokens or prompt.tokens
-        # Ids of another tokenizer decode to another text: then the text counts.
-        ours = max(tokens) < vocabulary and tokenizer.decode(list(tokens)) == samples.prompt
-        prompts.append(dataclasses.replace(prompt, tokens=tuple(tokens) if ours else prompt.tokens))
-    return prompts
-
-
-def copy_samples(target: Path, prompts: Sequence[Prompt], found: Sequence[PromptSamples]) -> None:
-    """Writes samples made elsewhere under the ids of ``prompts``."""
-    target.unlink(missing_ok=True)
-    with SampleWriter(target) as writer:
-        for prompt, samples in zip(prompts, found, strict=True):
-            writer.append(
-                PromptSamples(
-                    samples.prompt, samples.responses, samples.rewards, prompt.id, prompt.tokens
-                )
-            )
+def chat_arguments(config: Config, workdir: Workdir) -> dict[str, Any]:
+    """Arguments of the policy's chat template, the run's date among them."""
+    arguments = template_arguments(config.prompts.template_arguments, "prompts")
+    return chat.dated(arguments, workdir.date())

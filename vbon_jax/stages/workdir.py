@@ -1,5 +1,6 @@
 """The run's folder: where each thing lies, and which stage has been done under which settings."""
 
+import datetime
 import fcntl
 import hashlib
 import json
@@ -71,6 +72,28 @@ class Workdir:
         digest = self.digest(self.settled(follows))
         return self.root / "samples" / f"{split}_{role}_t{temperature:g}_m{m}_{digest}.jsonl"
 
+    def date(self) -> datetime.date:
+        """The day on which the workdir was begun, for chat templates that write a date.
+
+        It is ``prompts.date`` where that is set. The first call writes it down.
+        """
+        given = self._flat["prompts.date"]
+        if given:
+            return datetime.date.fromisoformat(given)
+        path = self.root / "date"
+        try:
+            return datetime.date.fromisoformat(path.read_text().strip())
+        except FileNotFoundError:
+            today = datetime.datetime.now().astimezone().date()
+            if self.root.is_dir():
+                self.write_text(path, f"{today}\n")
+            return today
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be read ({error}): write the day of the run into it, as "
+                "2026-01-31, or set prompts.date"
+            ) from error
+
     def checkpoints(self, stage: str) -> Path:
         """Where a stage's checkpoints lie."""
         return self.root / "checkpoints" / stage
@@ -92,7 +115,7 @@ class Workdir:
 
         So the files of an older workdir, which are named by a digest of its settings, are found.
         """
-        added = config.added()
+        added = config.added(follows)
         return {k: v for k, v in follows.items() if added.get(k, _OTHER) != v}
 
     @staticmethod
@@ -149,7 +172,7 @@ class Workdir:
     def _refuse_changes(self, stage: str, note: dict[str, Any]) -> None:
         wanted = self.relevant(stage)
         # A note written before a key existed: that stage was done under what is now its default.
-        done = config.defaults_flat() | note["settings"]
+        done = config.defaults_flat() | config.added(wanted) | note["settings"]
         changed = [k for k, v in wanted.items() if done.get(k, _OTHER) != v]
         changed += [k for k in note["settings"] if k not in wanted]  # parts that were removed
         if changed:
@@ -212,14 +235,19 @@ class Workdir:
             )
         self._refuse_changes(stage, note)
 
-    @staticmethod
-    def write_json(path: Path, value: Any) -> None:
+    @classmethod
+    def write_json(cls, path: Path, value: Any) -> None:
         """Writes JSON so that the file is whole or not there."""
+        cls.write_text(path, json.dumps(value, indent=1))
+
+    @staticmethod
+    def write_text(path: Path, text: str) -> None:
+        """Writes a text so that the file is whole or not there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: another worker may be writing the same file.
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         with temporary.open("w") as file:
-            json.dump(value, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

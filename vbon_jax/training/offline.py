@@ -83,43 +83,26 @@ class OfflineSetup:
     chunk: int = log_probs.CHUNK
 
 
-def _response_ids(
-    samples: PromptSamples,
-    i: int,
-    encode: Callable[[str], Sequence[int]],
-    max_new_tokens: int,
-    eos_id: int | None,
-) -> list[int]:
-    """Ids of response i: those sampled, or of its text, with EOS unless it is known to be cut."""
-    if samples.response_tokens is not None:
-        return list(samples.response_tokens[i][:max_new_tokens])
-    ids = list(encode(samples.responses[i]))
-    cut = samples.finished is not None and not samples.finished[i]
-    return (ids if eos_id is None or cut else [*ids, eos_id])[:max_new_tokens]
-
-
 def build_pool(
     samples: Sequence[PromptSamples],
     prompts: Sequence[Prompt],
-    encode: Callable[[str], Sequence[int]],
+    ids_of: Callable[[PromptSamples, int, Sequence[int]], Sequence[int]],
     m: int,
     max_new_tokens: int,
     prompt_length: int,
     pad_id: int,
-    eos_id: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first m samples of each prompt as rows of tokens: a `Pool` without its log_ref.
 
     Args:
       samples: one a prompt, in the order of prompts.
       prompts: their token ids are what the model sees.
-      encode: text -> ids, for files without the sampled ids.
+      ids_of: (samples of a prompt, i, the prompt's ids) -> ids of response i, at most
+        max_new_tokens; see ``Sampler.stored_ids``.
       m: samples taken of each prompt.
-      max_new_tokens: T; longer responses are cut.
+      max_new_tokens: T.
       prompt_length: P, columns of the prompt in tokens.
       pad_id: fills empty slots.
-      eos_id: put at the end of an encoded text, if it fits and the file does not say that the
-        response was cut; None where responses have no end.
 
     Returns:
       (tokens_NxS int32, mask_NxS bool, response_mask_NxT bool), N = P m, S = prompt_length + T.
@@ -148,7 +131,7 @@ def build_pool(
                 f"{name} has {len(prompt.tokens)} tokens, more than prompt_length = {prompt_length}"
             )
         for i in range(m):
-            rows.append(_response_ids(of_prompt, i, encode, max_new_tokens, eos_id))
+            rows.append(list(ids_of(of_prompt, i, prompt.tokens)))
             if not rows[-1]:
                 raise InputError(
                     f"{name}: response {i} ({of_prompt.responses[i]!r}) has no token to train on; "

@@ -45,17 +45,13 @@ def orders(samples: Sequence[PromptSamples], m: int, sampler: Sampler) -> np.nda
     Returns:
       uint32 [P, M].
     """
-    end, longest = sampler.settings.eos_id, sampler.settings.max_new_tokens
     rows = []
     for of_prompt in samples:
-        for i in range(m):
-            if of_prompt.response_tokens is not None:
-                ids: Sequence[int] = of_prompt.response_tokens[i]
-            else:
-                tail = () if end is None else (end,)
-                ids = (*tokenizers.encode(sampler.tokenizer, of_prompt.responses[i]), *tail)
-            rows.append(ids[:longest])
-    return response_orders(rows, longest).reshape(len(samples), m)
+        prompt = of_prompt.prompt_tokens or tokenizers.begun(
+            sampler.tokenizer, tokenizers.encode(sampler.tokenizer, of_prompt.prompt)
+        )
+        rows += [sampler.stored_ids(of_prompt, i, prompt) for i in range(m)]
+    return response_orders(rows, sampler.settings.max_new_tokens).reshape(len(samples), m)
 
 
 def response_orders(rows: Sequence[Sequence[int]], longest: int) -> np.ndarray:

@@ -77,7 +77,8 @@ def test_reads_messages_and_prompts_and_drops_the_reference_answer(tmp_path):
     ("line", "message"),
     [
         ({"text": "x"}, "neither 'messages' nor 'prompt' is there (found: 'text')"),
-        ({"prompt": ["x"]}, "'prompt' must be a string"),
+        ({"prompt": ["x"]}, "message 1 must be"),
+        ({"prompt": 7}, "'prompt' must be a string or a list of messages, not 7"),
         ({"messages": "x"}, "'messages' must be a list of messages, not 'x'"),
         ({"messages": []}, "must end with one of the user"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "there is none"),
@@ -126,7 +127,9 @@ def test_a_named_column_holds_messages_or_what_the_user_says(tmp_path):
     assert chat.read(path) == [Conversation((("user", "no"),), f"{path}:2")]
     path = tmp_path / "c.jsonl"
     path.write_text('{"prompt": [{"role": "user", "content": "why?"}]}\n{"prompt": 3}')
-    with pytest.raises(InputError, match=r"jsonl:2: 'prompt' must be a list of messages, not 3"):
+    with pytest.raises(
+        InputError, match=r"jsonl:2: 'prompt' must be a string or a list of messages, not 3"
+    ):
         chat.read(path, "prompt")
     path.write_text('{"prompt": [{"role": "user", "content": "why?"}]}\n{"text": ""}')
     with pytest.raises(InputError, match=r"jsonl:2: key 'prompt' is missing.*set prompts\.column"):
@@ -180,7 +183,7 @@ def test_a_tokenizer_that_adds_bos_does_not_add_a_second(tmp_path):
         assert tok.encode("x")[0] == bos
         (made,) = chat.prompts(said(("user", "hi")), tok, {}, 100)
         assert made.tokens[0] == bos and made.tokens.count(bos) == 1
-        assert chat.render(tok, (("user", "hi"),), "yes").count(bos) == 1
+        assert chat.render(tok, (("user", "hi"),), "yes", {}).count(bos) == 1
 
 
 def test_a_prompt_that_is_too_long_is_named_not_cut(talker):
@@ -197,7 +200,7 @@ def test_no_template_and_a_template_that_refuses(talker):
     bare = build(None)
     for call in (
         lambda: chat.prompts(said(("user", "hi")), bare, {}, 100),
-        lambda: chat.render(bare, (("user", "hi"),), "yes"),
+        lambda: chat.render(bare, (("user", "hi"),), "yes", {}),
     ):
         with pytest.raises(InputError, match=r"tokenizer built here has no chat template.*_config"):
             call()
@@ -211,7 +214,7 @@ def test_no_template_and_a_template_that_refuses(talker):
 
 def test_render_is_the_whole_conversation_in_the_rewards_tokens(talker):
     messages = (("system", "s"), ("user", "the film ?"))
-    found = chat.render(talker, messages, " fine .")
+    found = chat.render(talker, messages, " fine .", {})
     assert found == ids(
         talker,
         "<|bos|><|start|>system\ns<|end|>\n<|start|>user\nthe film ?<|end|>\n"

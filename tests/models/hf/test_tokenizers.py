@@ -20,7 +20,7 @@ def test_a_tokenizer_comes_back_from_its_directory(tmp_path):
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizers.save(tokenizer, tmp_path / "new")
     loaded = tokenizers.load(tmp_path / "new")
-    assert tokenizers.same(loaded, tokenizer) and tokenizers.eos_id(loaded) == 4
+    assert tokenizers.same(loaded, tokenizer) and tokenizers.end_ids(loaded) == (4,)
     assert loaded.encode("a .b") == [0, 2, 3, 1]
     assert loaded.chat_template == "{{ messages[0].content }}"
 
@@ -44,7 +44,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no tokenizer could be loaded from .*needs tokenizer.js"):
         tokenizers.load(tmp_path)
     with pytest.raises(InputError, match="tokenizer without EOS: the one built here sets no"):
-        tokenizers.eos_id(letters("ab"))
+        tokenizers.end_ids(letters("ab"))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "qwen2", "gpt_neox", "bert"])

@@ -1,5 +1,6 @@
 """Chat prompts: conversations tokenized with the tokenizer's own chat template."""
 
+import datetime
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,10 +8,11 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax.data import jsonl, records
-from vbon_jax.data.prompts import COLUMN_SETTING, Prompt, parse_messages
+from vbon_jax.data.prompts import COLUMN_SETTING, Prompt, from_texts, parse_messages
 from vbon_jax.errors import InputError
 
 Messages = tuple[tuple[str, str], ...]
+NO_LIMIT = 2**31  # prompts of a call are held against the model's context alone
 
 # Arguments of apply_chat_template that are decided here, not the template's own.
 _RESERVED = frozenset(
@@ -41,7 +43,7 @@ def read(path: str | os.PathLike[str], column: str = "") -> list[Conversation]:
       path: the file.
       column: the column (or JSON key) of the conversations, each a list of {"role", "content"}
         or a string, which is one message of the user. "" for "messages", a list, or else "prompt",
-        a string. Other columns are ignored.
+        either. Other columns are ignored.
 
     Returns:
       The conversations in file order. The last message is the user's; an answer of the assistant
@@ -60,14 +62,19 @@ def settings(column: str) -> dict[str, str]:
 
 
 def _messages(record: Mapping[str, Any], column: str, where: str) -> Messages:
-    if column and isinstance(record[column], str):
-        return (("user", record[column]),)
-    if column or "messages" in record:
-        column = column or "messages"
+    may_be_text = bool(column) or "messages" not in record
+    column = column or next((c for c in ("messages", "prompt") if c in record), "")
+    if column and may_be_text:
+        value = record[column]
+        if isinstance(value, str):
+            return (("user", value),)
+        if not isinstance(value, list):
+            raise InputError(
+                f"{where}: {column!r} must be a string or a list of messages, not {value!r}"
+            )
+    if column:
         messages = parse_messages(record[column], where, column)
         return messages[:-1] if messages and messages[-1][0] == "assistant" else messages
-    if "prompt" in record:
-        return (("user", jsonl.text_field(record, "prompt", where)),)
     found = ", ".join(map(repr, record)) or "none"
     raise InputError(
         f"{where}: neither 'messages' nor 'prompt' is there (found: {found}); add one, or set "
@@ -153,7 +160,7 @@ def prompts(
       conversations: what `read` returned.
       tokenizer: the policy's; its chat template writes the special tokens, and no other is added.
       template_arguments: passed to the template, such as {"enable_thinking": False} for Qwen3; a
-        template ignores arguments that it does not use.
+        template ignores arguments that it does not use. See `dated` for the date.
       max_tokens: greatest length of a prompt in tokens; prompts are never cut.
 
     Returns:
@@ -165,12 +172,7 @@ def prompts(
         an error, or a prompt is empty or too long; the last three name the line.
     """
     _check_template(tokenizer)
-    reserved = sorted(_RESERVED & template_arguments.keys())
-    if reserved:
-        raise InputError(
-            f"template argument {reserved[0]!r} is not one of the template: it is decided by what "
-            "reads the prompts; remove it"
-        )
+    check_arguments(template_arguments)
     made: list[Prompt] = []
     for messages, where in conversations:
         try:
@@ -189,8 +191,97 @@ def prompts(
     return made
 
 
+def check_arguments(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the arguments of a chat template as they are.
+
+    Raises:
+      InputError: one is decided here and not the template's own.
+    """
+    reserved = sorted(_RESERVED & arguments.keys())
+    if reserved:
+        raise InputError(
+            f"template argument {reserved[0]!r} is not one of the template: it is decided by what "
+            "reads the prompts; remove it"
+        )
+    return arguments
+
+
+def dated(arguments: Mapping[str, Any], date: datetime.date) -> dict[str, Any]:
+    """Adds a date to the arguments of a chat template.
+
+    Templates such as Llama 3's write the date of the day, so that a run would see other prompts
+    after midnight. Theirs is ``strftime_now``, which this replaces.
+
+    Args:
+      arguments: of the template.
+      date: what the template takes for today.
+    """
+    midnight = datetime.datetime.combine(date, datetime.time())
+    return {"strftime_now": midnight.strftime, **arguments}
+
+
+def given(
+    items: Sequence[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
+    """Tokenizes prompts that are texts, or conversations.
+
+    Args:
+      items: all texts, or all conversations: lists of {"role", "content"} that end with the user.
+      tokenizer: the policy's.
+      template_arguments: of the chat template.
+
+    Returns:
+      Prompts with ids 0, 1, ... in order.
+
+    Raises:
+      InputError: texts and conversations are mixed, or as `prompts` and `prompts.from_texts`.
+    """
+    texts = [item for item in items if isinstance(item, str)]
+    if len(texts) == len(items):
+        return from_texts(texts, tokenizer)
+    if texts:
+        raise InputError(
+            f"prompts: {len(texts)} texts among {len(items) - len(texts)} conversations; make all "
+            'of one kind: a text as [{"role": "user", "content": text}]'
+        )
+    found = [
+        (f"prompt {i}", {"messages": [dict(message) for message in item]})
+        for i, item in enumerate(items)
+    ]
+    return prompts(conversations(found, "prompts"), tokenizer, template_arguments or {}, NO_LIMIT)
+
+
+def closing_id(
+    tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int], is_chat: bool
+) -> int | None:
+    """Returns the id to end a response with that is given as text.
+
+    Args:
+      tokenizer: the policy's.
+      end_ids: the ids that end a response.
+      is_chat: whether it answers a conversation: then the one that the chat template writes after
+        an answer, "<end_of_turn>" of Gemma's <eos> and <end_of_turn>.
+
+    Returns:
+      The id, else the tokenizer's EOS where that is among the end ids, else the first of them; None
+      where there are none.
+    """
+    if is_chat and tokenizer.chat_template and end_ids:
+        example = (("user", "a"), ("assistant", "b"))
+        written = [i for i in _apply(tokenizer, example) if i in end_ids]
+        if written:
+            return written[-1]
+    own = tokenizer.eos_token_id
+    return own if own in end_ids else next(iter(end_ids), None)
+
+
 def render(
-    tokenizer: PreTrainedTokenizerFast, messages: Messages, response: str
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Messages,
+    response: str,
+    template_arguments: Mapping[str, Any],
 ) -> tuple[int, ...]:
     """Tokenizes a whole conversation with the reward model's own chat template.
 
@@ -198,6 +289,7 @@ def render(
       tokenizer: the reward model's.
       messages: (role, content) pairs that end with the user.
       response: the assistant's answer.
+      template_arguments: of the template, see `prompts`.
 
     Returns:
       The token ids of the messages and the response, special tokens included.
@@ -206,4 +298,5 @@ def render(
       InputError: the tokenizer has no chat template, or the template raises an error.
     """
     _check_template(tokenizer)
-    return _apply(tokenizer, (*messages, ("assistant", response)), add_generation_prompt=False)
+    whole = (*messages, ("assistant", response))
+    return _apply(tokenizer, whole, add_generation_prompt=False, **template_arguments)

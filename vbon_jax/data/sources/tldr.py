@@ -130,7 +130,7 @@ def prompts(
 
     Args:
       posts: the posts to choose from.
-      tokenizer: encodes the prompts; no special token is added.
+      tokenizer: encodes the prompts, BOS in front where it begins a text so.
       max_tokens: greatest length of a prompt in tokens (OpenAI: 512).
       count: number of prompts, or 0 for all.
       seed: seed of the choice and the order; the first k prompts do not depend on count.
@@ -154,7 +154,7 @@ def prompts(
     for index in order[: count or len(posts)]:
         post = posts[index]
         text = prompt_text(post, gap)
-        tokens = tokenizers.encode(tokenizer, text)
+        tokens = tokenizers.begun(tokenizer, tokenizers.encode(tokenizer, text))
         cuts += len(tokens) > max_tokens
         while len(tokens) > max_tokens:
             if not post.post:
@@ -164,6 +164,6 @@ def prompts(
                 )
             post = replace(post, post=_shortened(post.post))
             text = prompt_text(post, gap)
-            tokens = tokenizers.encode(tokenizer, text)
+            tokens = tokenizers.begun(tokenizer, tokenizers.encode(tokenizer, text))
         made.append(Prompt(len(made), text, tokens))
     return made, cuts

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +27,13 @@ class TokenIds(NamedTuple):
 
     Attributes:
       bos: the id that starts a text; None if there is none.
-      eos: the id that ends a text; None if there is none.
+      eos: the ids that end a text; None or () if there is none. One is written as a number,
+        several as a list.
       pad: the id of padding; None if there is none.
     """
 
     bos: int | None
-    eos: int | None
+    eos: int | Sequence[int] | None
     pad: int | None
 
 
@@ -221,7 +222,7 @@ def describe(
     return family, value
 
 
-def token_ids(config: Config, ids: TokenIds) -> dict[str, int | None]:
+def token_ids(config: Config, ids: TokenIds) -> dict[str, int | list[int] | None]:
     """Returns the config.json keys of special tokens.
 
     Args:
@@ -231,10 +232,13 @@ def token_ids(config: Config, ids: TokenIds) -> dict[str, int | None]:
     Raises:
       ValueError: if an id is outside the vocabulary.
     """
-    keys = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
-    for name, token_id in keys.items():
+    ends = [ids.eos] if isinstance(ids.eos, int) else list(ids.eos or ())
+    named = [("bos_token_id", ids.bos), ("pad_token_id", ids.pad)]
+    for name, token_id in [*named, *(("eos_token_id", end) for end in ends)]:
         if token_id is not None and not 0 <= token_id < config.vocab_size:
             raise ValueError(
                 f"{name} is {token_id}: give None or an id below vocab_size, {config.vocab_size}"
             )
+    eos: int | list[int] | None = ends if len(ends) > 1 else next(iter(ends), None)
+    keys = {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
     return keys  # None too is written: where the key is absent transformers assumes its default
