@@ -146,7 +146,10 @@ def test_a_text_known_to_be_cut_gets_no_end():
         ({"prompt_length": 1}, r"prompt 4 \('a'\) has 2 tokens, more than prompt_length = 1"),
         ({"prompts": [Prompt(4, "other", (5, 6))]}, r"'other'\) was given samples of 'a'"),
         ({"prompts": []}, "samples of 1 prompts were given for 0 prompts"),
-        ({"samples": [samples_of("a", ["1", ""])], "ids_of": ids_of(3, ())}, "response 1 .* has no token"),
+        (
+            {"samples": [samples_of("a", ["1", ""])], "ids_of": ids_of(3, ())},
+            "response 1 .* has no token",
+        ),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )  # fmt: skip

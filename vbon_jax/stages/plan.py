@@ -41,7 +41,7 @@ from vbon_jax.models.hf import config_files, hub
 from vbon_jax.rewards import classifier, text
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.sampler import ScoredRollout, bucket_length
-from vbon_jax.stages import loading
+from vbon_jax.stages import adoption, loading
 from vbon_jax.stages.base import refuse_uneven
 from vbon_jax.stages.fitting import LABELS, decoder_config
 from vbon_jax.stages.workdir import Workdir

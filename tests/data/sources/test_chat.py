@@ -128,7 +128,7 @@ def test_a_named_column_holds_messages_or_what_the_user_says(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"prompt": [{"role": "user", "content": "why?"}]}\n{"prompt": 3}')
     with pytest.raises(
-        InputError, match=r"jsonl:2: 'prompt' must be a string or a list of messages, not 3"
+        InputError, match=r"jsonl:2: 'prompt' must be a string or a list of mess.*not 3"
     ):
         chat.read(path, "prompt")
     path.write_text('{"prompt": [{"role": "user", "content": "why?"}]}\n{"text": ""}')

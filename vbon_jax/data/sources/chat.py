@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from vbon_jax.data import jsonl, records
+from vbon_jax.data import records
 from vbon_jax.data.prompts import COLUMN_SETTING, Prompt, from_texts, parse_messages
 from vbon_jax.errors import InputError
 
