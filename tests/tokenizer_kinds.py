@@ -1,9 +1,17 @@
-"""Tokenizers of the kinds that real checkpoints have, in miniature, by transformers' own classes."""
+"""Tokenizers of the kinds real checkpoints have, in miniature, of transformers' own classes."""
 
 import json
 
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 TEXTS = [
     "The film is a wonderful story about hope and love .",

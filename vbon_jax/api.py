@@ -146,7 +146,8 @@ def load_reward(
     kind = score or ("scalar" if len(labels) == 1 else "log_odds")
     found = Classifier(params, config, labels, label, kind)
     found.label_index("load_reward")  # refuses what does not fit
-    text = TextFormat(tokenizers.load(directory), template, max_tokens, template_arguments or {})
+    rendering = chats.Rendering(template_arguments or {})
+    text = TextFormat(tokenizers.load(directory), template, max_tokens, rendering)
     return RewardModel(found, text, mesh)
 
 
@@ -207,17 +208,17 @@ def prompts(
     Raises:
       InputError: a prompt has no token, or does not fit the model's context with a response.
     """
-    tokenizer, arguments = model.tokenizer, template_arguments or {}
+    tokenizer, rendering = model.tokenizer, chats.Rendering(template_arguments or {})
     if isinstance(texts, str | os.PathLike):
         if chat:
             conversations = chats.read(texts)
-            found = chats.prompts(conversations, tokenizer, arguments, chats.NO_LIMIT)
+            found = chats.prompts(conversations, tokenizer, rendering, chats.NO_LIMIT)
         else:
             found = prompt_files.read_texts(texts, tokenizer)
     else:
         if chat:
             texts = [[{"role": "user", "content": t}] if isinstance(t, str) else t for t in texts]
-        found = chats.given(texts, tokenizer, arguments)
+        found = chats.given(texts, tokenizer, rendering)
     model.check_lengths(found)
     return found
 

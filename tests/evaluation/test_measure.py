@@ -45,7 +45,7 @@ def twin_log_probs(model):
 def drawn(small, mesh):
     """20,000 responses of the policy, with their KL measurements."""
     policy, reference = small
-    sampler = Sampler(policy, mesh, Sampling(TEMPERATURE, T, None, 0))
+    sampler = Sampler(policy, mesh, Sampling(TEMPERATURE, T, (), 0))
     requests = [Request(0, i, (1,)) for i in range(20_000)]
     batch = sampler.draw(jax.random.key(0), 0, requests)
     return jax.device_get((batch.rollout, measure.sequence_kls(policy, reference, batch)))

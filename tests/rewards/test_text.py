@@ -328,6 +328,8 @@ def test_chat_is_the_reward_tokenizers_own_template(make, policy_tokenizer, bpe,
     for row, prompt, response, messages in zip(
         rows, prompts, ["fine", "not"], [(("user", "the film"),), said]
     ):
-        assert row == list(chat.render(tokenizer, messages, response, {}))[-48:], prompt
+        assert row == list(chat.render(tokenizer, messages, response, chat.Rendering()))[-48:], (
+            prompt
+        )
         assert response in tokenizer.decode(row)
     assert "as the policy" not in tokenizer.decode(rows[1])

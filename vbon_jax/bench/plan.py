@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +52,7 @@ LABELS = ("NEGATIVE", "POSITIVE")
 BASE = (
     f"samples.m={SAMPLES}", "train.iterations=2", "train.checkpoint_every=2", "train.batch_size=32",
     "train.minibatch_size=16", "train.ppo_epochs=1", "train.penalty=sampled", "memory.chunk=1024",
-    "sampling.max_new_tokens=56", "reward.function=vbon_jax.bench.plan:length",
+    "sampling.max_new_tokens=56", "reward.function=vbon_jax.bench.plan:zero",
 )  # fmt: skip
 CLASSIFIER = ("reward.function=", "reward.path={root}/reward")
 
@@ -90,18 +90,18 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A reward that takes no memory: the length of the response in characters.
+def zero(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """A reward that takes no memory, and is that of the random classifier, whose head is zero.
 
     Args:
       prompts: not used.
       responses: texts.
 
     Returns:
-      One reward per response.
+      A zero per response.
     """
     del prompts
-    return [float(len(response)) for response in responses]
+    return [0.0 for _ in responses]
 
 
 def make_models(root: Path, policy: DecoderConfig = POLICY, reward: DecoderConfig = REWARD) -> None:
@@ -117,18 +117,16 @@ def make_models(root: Path, policy: DecoderConfig = POLICY, reward: DecoderConfi
     tokenizer = tokenizers.build(texts, "bpe", 400)
     load.random_checkpoint(root / "policy", policy)
     body = jax.jit(decoder.init, static_argnums=0)(reward, jax.random.key(0))
-    score = heads.init_score(reward, len(LABELS), jax.random.key(1))
+    score = jax.tree.map(jnp.zeros_like, heads.init_score(reward, len(LABELS), jax.random.key(1)))
     hf.save_classifier(
         root / "reward", reward, {"decoder": body, "score": score}, LABELS,
         ids=hf.TokenIds(0, 0, 1),
     )  # fmt: skip
     for name in ("policy", "reward"):
         tokenizers.save(tokenizer, root / name)
-    rng = np.random.default_rng(0)
     prompts = [{"prompt": text} for text in texts[:PROMPTS]]
     samples = [
-        line | {"responses": ["a film"] * SAMPLES, "rewards": rng.normal(size=SAMPLES).tolist()}
-        for line in prompts
+        line | {"responses": ["a film"] * SAMPLES, "rewards": [0.0] * SAMPLES} for line in prompts
     ]
     for name, lines in (("prompts", prompts), ("samples", samples)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,9 +1,8 @@
 """A reward model with a tokenizer and a template of its own, scored on the device."""
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,13 +33,13 @@ class TextFormat:
         without messages is one message of the user.
       max_tokens: longer texts are truncated on the left, leading special tokens excepted, and
         counted; 0 for the model's context length.
-      arguments: of the chat template; see `chat.prompts`.
+      rendering: arguments and date of the chat template.
     """
 
     tokenizer: PreTrainedTokenizerFast
     template: str = "{prompt}{response}"
     max_tokens: int = 0
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    rendering: chat.Rendering = field(default_factory=chat.Rendering)
 
 
 def check_template(template: str, key: str = "reward") -> str:
@@ -162,7 +161,7 @@ class TextReward:
         self._model, self._tokenizer = model, tokenizer
         self._decode, self._end_ids = decode, tuple(end_ids)
         self._mesh, self._key = mesh, key
-        self._arguments = chat.check_arguments(text_format.arguments)
+        self._rendering = text_format.rendering
         self._longest = max_tokens or config.positions
         self._batch_size = batch_size
         self._begin = tokenizers.begin_ids(tokenizer)
@@ -215,7 +214,7 @@ class TextReward:
 
     def _chat(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Sequence[int]]:
         return [
-            chat.render(self._tokenizer, p.messages or (("user", p.text),), r, self._arguments)
+            chat.render(self._tokenizer, p.messages or (("user", p.text),), r, self._rendering)
             for p, r in zip(prompts, responses)
         ]
 

@@ -130,8 +130,8 @@ def _prompt(
     if samples.messages or config.prompts.format == "chat":
         messages = samples.messages or (("user", samples.prompt),)
         conversation = chat.Conversation(messages, f"{config.samples.path}: prompt {number}")
-        arguments = sources.chat_arguments(config, workdir)
-        made = chat.prompts([conversation], tokenizer, arguments, config.prompts.longest)[0]
+        rendering = sources.rendering(config, workdir)
+        made = chat.prompts([conversation], tokenizer, rendering, config.prompts.longest)[0]
     else:
         made = prompt_files.from_texts([samples.prompt], tokenizer)[0]
     return dataclasses.replace(made, id=number), given is None
@@ -149,7 +149,9 @@ def _says(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], text: str) 
 def _says_its_texts(samples: PromptSamples, reference: Sampler) -> bool:
     """Whether the response ids say the responses' texts after the prompt."""
     rows = samples.response_tokens
-    if rows is None or max((t for row in rows for t in row), default=0) >= len(reference.tokenizer):
+    # More than the tokenizer's: a model may have embeddings beyond, which say nothing.
+    known = reference.model.config.vocab_size
+    if rows is None or max((t for row in rows for t in row), default=0) >= known:
         return False
     prompts = [samples.prompt_tokens or ()] * len(rows)
     return reference.texts(prompts, rows) == list(samples.responses)

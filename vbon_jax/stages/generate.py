@@ -31,8 +31,8 @@ def _prompts(run: Run, texts: Sequence[str], model: Sampler) -> list[Prompt]:
     if run.config.prompts.format != "chat":
         return prompt_files.from_texts(list(texts), model.tokenizer)
     found = [chat.Conversation((("user", text),), f"--prompt={text!r}") for text in texts]
-    arguments = sources.chat_arguments(run.config, run.workdir)
-    return chat.prompts(found, model.tokenizer, arguments, run.config.prompts.longest)
+    rendering = sources.rendering(run.config, run.workdir)
+    return chat.prompts(found, model.tokenizer, rendering, run.config.prompts.longest)
 
 
 def _generated(run: Run, texts: Sequence[str]) -> list[list[Response]]:

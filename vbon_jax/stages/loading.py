@@ -298,10 +298,9 @@ def _score(
         run.workdir.require(key, f"the {key} model")
         return ClassifierReward(_classifier(run, made, r), ends, key)
     path = hub.resolve(r.path)
-    arguments: dict[str, Any] = template_arguments(r.template_arguments, key)
-    if r.template == CHAT:
-        arguments = chat.dated(arguments, run.workdir.date())
-    text = TextFormat(tokenizers.load(path), r.template, r.max_tokens, arguments)
+    date = run.workdir.date() if r.template == CHAT else None
+    rendering = chat.Rendering(template_arguments(r.template_arguments, key), date)
+    text = TextFormat(tokenizers.load(path), r.template, r.max_tokens, rendering)
     return TextReward(_classifier(run, path, r), text, decode, ends, run.mesh, key=key)
 
 

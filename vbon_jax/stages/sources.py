@@ -1,7 +1,7 @@
 """The texts and prompts of a run, from where its config says."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
@@ -200,14 +200,14 @@ def _chat_prompts(run: Run, tokenizer: PreTrainedTokenizerFast) -> dict[str, lis
         found = {split: chat.read(path, p.column) for split, path in paths.items()}
     if p.ood_path:
         found["ood"] = chat.read(p.ood_path, p.column)
-    arguments = chat_arguments(run.config, run.workdir)
+    how = rendering(run.config, run.workdir)
     return {
-        split: chat.prompts(conversations, tokenizer, arguments, p.longest)
+        split: chat.prompts(conversations, tokenizer, how, p.longest)
         for split, conversations in found.items()
     }
 
 
-def chat_arguments(config: Config, workdir: Workdir) -> dict[str, Any]:
-    """Arguments of the policy's chat template, the run's date among them."""
+def rendering(config: Config, workdir: Workdir) -> chat.Rendering:
+    """How the policy's chat template is rendered, on the run's date."""
     arguments = template_arguments(config.prompts.template_arguments, "prompts")
-    return chat.dated(arguments, workdir.date())
+    return chat.Rendering(arguments, workdir.date())

@@ -150,7 +150,7 @@ def test_an_empty_file_says_what_is_needed(tmp_path):
 
 def test_tokens_are_what_the_template_writes(talker):
     messages = (("system", "be brief"), ("user", "the film , why ?"))
-    (a, b) = chat.prompts(said(*messages) + said(messages[1]), talker, {}, 100)
+    (a, b) = chat.prompts(said(*messages) + said(messages[1]), talker, chat.Rendering(), 100)
     text = (
         "<|bos|><|start|>system\nbe brief<|end|>\n<|start|>user\nthe film , why ?<|end|>\n"
         "<|start|>assistant\n"
@@ -165,14 +165,18 @@ def test_tokens_are_what_the_template_writes(talker):
 
 
 def test_template_arguments_reach_the_template(talker):
-    (thinks,) = chat.prompts(said(("user", "hi")), talker, {"enable_thinking": True}, 100)
-    (not_,) = chat.prompts(said(("user", "hi")), talker, {"enable_thinking": False}, 100)
+    (thinks,) = chat.prompts(
+        said(("user", "hi")), talker, chat.Rendering({"enable_thinking": True}), 100
+    )
+    (not_,) = chat.prompts(
+        said(("user", "hi")), talker, chat.Rendering({"enable_thinking": False}), 100
+    )
     assert not_.text == thinks.text + "<no_think>\n"
-    (default,) = chat.prompts(said(("user", "hi")), talker, {"unknown": 1}, 100)
+    (default,) = chat.prompts(said(("user", "hi")), talker, chat.Rendering({"unknown": 1}), 100)
     assert default == thinks
     for name in ("tokenize", "add_generation_prompt", "max_length", "return_dict"):
         with pytest.raises(InputError, match=f"template argument '{name}' is not one of"):
-            chat.prompts(said(("user", "hi")), talker, {name: True}, 100)
+            chat.prompts(said(("user", "hi")), talker, chat.Rendering({name: True}), 100)
 
 
 def test_a_tokenizer_that_adds_bos_does_not_add_a_second(tmp_path):
@@ -181,51 +185,51 @@ def test_a_tokenizer_that_adds_bos_does_not_add_a_second(tmp_path):
     for tok in (adds, AutoTokenizer.from_pretrained(tmp_path)):
         bos = tok.bos_token_id
         assert tok.encode("x")[0] == bos
-        (made,) = chat.prompts(said(("user", "hi")), tok, {}, 100)
+        (made,) = chat.prompts(said(("user", "hi")), tok, chat.Rendering(), 100)
         assert made.tokens[0] == bos and made.tokens.count(bos) == 1
-        assert chat.render(tok, (("user", "hi"),), "yes", {}).count(bos) == 1
+        assert chat.render(tok, (("user", "hi"),), "yes", chat.Rendering()).count(bos) == 1
 
 
 def test_a_prompt_that_is_too_long_is_named_not_cut(talker):
-    (made,) = chat.prompts(said(("user", "the film")), talker, {}, 100)
+    (made,) = chat.prompts(said(("user", "the film")), talker, chat.Rendering(), 100)
     length = len(made.tokens)
-    assert chat.prompts(said(("user", "the film")), talker, {}, length) == [made]
+    assert chat.prompts(said(("user", "the film")), talker, chat.Rendering(), length) == [made]
     with pytest.raises(
         InputError, match=rf"x\.jsonl:7: the prompt has {length} tokens and {length - 1} are"
     ):
-        chat.prompts(said(("user", "the film")), talker, {}, length - 1)
+        chat.prompts(said(("user", "the film")), talker, chat.Rendering(), length - 1)
 
 
 def test_no_template_and_a_template_that_refuses(talker):
     bare = build(None)
     for call in (
-        lambda: chat.prompts(said(("user", "hi")), bare, {}, 100),
-        lambda: chat.render(bare, (("user", "hi"),), "yes", {}),
+        lambda: chat.prompts(said(("user", "hi")), bare, chat.Rendering(), 100),
+        lambda: chat.render(bare, (("user", "hi"),), "yes", chat.Rendering()),
     ):
         with pytest.raises(InputError, match=r"tokenizer built here has no chat template.*_config"):
             call()
     strict = build(ALTERNATE)
-    assert chat.prompts(said(("user", "hi")), strict, {}, 9)[0].text == "hi"
+    assert chat.prompts(said(("user", "hi")), strict, chat.Rendering(), 9)[0].text == "hi"
     with pytest.raises(InputError, match=r"x\.jsonl:7: .*failed .*System role not supported"):
-        chat.prompts(said(("system", "s"), ("user", "hi")), strict, {}, 100)
+        chat.prompts(said(("system", "s"), ("user", "hi")), strict, chat.Rendering(), 100)
     with pytest.raises(InputError, match=r"x\.jsonl:7: the chat template makes no token"):
-        chat.prompts(said(("user", "")), strict, {}, 100)
+        chat.prompts(said(("user", "")), strict, chat.Rendering(), 100)
 
 
 def test_render_is_the_whole_conversation_in_the_rewards_tokens(talker):
     messages = (("system", "s"), ("user", "the film ?"))
-    found = chat.render(talker, messages, " fine .", {})
+    found = chat.render(talker, messages, " fine .", chat.Rendering())
     assert found == ids(
         talker,
         "<|bos|><|start|>system\ns<|end|>\n<|start|>user\nthe film ?<|end|>\n"
         "<|start|>assistant\n fine .<|end|>\n",
     )
     # The policy's prompt is its beginning, where both have one template and tokenizer.
-    (prompt,) = chat.prompts(said(*messages), talker, {}, 100)
+    (prompt,) = chat.prompts(said(*messages), talker, chat.Rendering(), 100)
     assert found[: len(prompt.tokens)] == prompt.tokens
 
 
 def test_prompts_survive_the_disk(talker, tmp_path):
-    made = chat.prompts(said(("system", "s"), ("user", "é\n漢")) * 2, talker, {}, 100)
+    made = chat.prompts(said(("system", "s"), ("user", "é\n漢")) * 2, talker, chat.Rendering(), 100)
     prompts.write_jsonl(tmp_path / "p.jsonl", made)
     assert prompts.read_jsonl(tmp_path / "p.jsonl") == made

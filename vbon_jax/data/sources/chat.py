@@ -1,7 +1,9 @@
 """Chat prompts: conversations tokenized with the tokenizer's own chat template."""
 
+import dataclasses
 import datetime
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,8 @@ from vbon_jax.data.prompts import COLUMN_SETTING, Prompt, from_texts, parse_mess
 from vbon_jax.errors import InputError
 
 Messages = tuple[tuple[str, str], ...]
+# transformers gives templates this function of the clock, and takes no other in its place.
+_DATE = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
 NO_LIMIT = 2**31  # prompts of a call are held against the model's context alone
 
 # Arguments of apply_chat_template that are decided here, not the template's own.
@@ -22,6 +26,38 @@ _RESERVED = frozenset(
         "return_assistant_tokens_mask", "tokenizer_kwargs",
     }
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """How a chat template is rendered.
+
+    Attributes:
+      arguments: passed to the template, such as {"enable_thinking": False} for Qwen3; a template
+        ignores arguments that it does not use.
+      date: what a template that writes a date, as Llama 3's does by ``strftime_now``, takes for
+        today: without it, a run would see other prompts after midnight. None for the day itself.
+    """
+
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    date: datetime.date | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for an argument that is decided here and not the template's own."""
+        reserved = sorted(_RESERVED & self.arguments.keys())
+        if reserved:
+            raise InputError(
+                f"template argument {reserved[0]!r} is not one of the template: it is decided by "
+                "what reads the prompts; remove it"
+            )
+
+    def template(self, tokenizer: PreTrainedTokenizerFast) -> str:
+        """The tokenizer's chat template with its date written in."""
+        source = tokenizer.get_chat_template()
+        if self.date is None:
+            return source
+        midnight = datetime.datetime.combine(self.date, datetime.time())
+        return _DATE.sub(lambda call: repr(midnight.strftime(call["form"])), source)
 
 
 class Conversation(NamedTuple):
@@ -127,7 +163,10 @@ def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _apply(
-    tokenizer: PreTrainedTokenizerFast, messages: Messages, **arguments: Any
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Messages,
+    rendering: Rendering,
+    add_generation_prompt: bool,
 ) -> tuple[int, ...]:
     """Tokenizes messages with the tokenizer's chat template.
 
@@ -138,7 +177,14 @@ def _apply(
     try:
         # A list, not the dict that transformers 5 returns by default. No special token is added to
         # those the template writes, so there is one BOS at most.
-        ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **arguments)
+        ids = tokenizer.apply_chat_template(
+            said,
+            chat_template=rendering.template(tokenizer),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=False,
+            **rendering.arguments,
+        )
     except Exception as error:  # a template raises whatever it likes
         reason = str(error).strip().split("\n")[0]
         raise InputError(
@@ -151,7 +197,7 @@ def _apply(
 def prompts(
     conversations: Sequence[Conversation],
     tokenizer: PreTrainedTokenizerFast,
-    template_arguments: Mapping[str, Any],
+    rendering: Rendering,
     max_tokens: int,
 ) -> list[Prompt]:
     """Tokenizes conversations up to the generation prompt, where the assistant's answer begins.
@@ -159,8 +205,7 @@ def prompts(
     Args:
       conversations: what `read` returned.
       tokenizer: the policy's; its chat template writes the special tokens, and no other is added.
-      template_arguments: passed to the template, such as {"enable_thinking": False} for Qwen3; a
-        template ignores arguments that it does not use. See `dated` for the date.
+      rendering: arguments and date of the template.
       max_tokens: greatest length of a prompt in tokens; prompts are never cut.
 
     Returns:
@@ -172,11 +217,10 @@ def prompts(
         an error, or a prompt is empty or too long; the last three name the line.
     """
     _check_template(tokenizer)
-    check_arguments(template_arguments)
     made: list[Prompt] = []
     for messages, where in conversations:
         try:
-            tokens = _apply(tokenizer, messages, add_generation_prompt=True, **template_arguments)
+            tokens = _apply(tokenizer, messages, rendering, add_generation_prompt=True)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         if not tokens:
@@ -191,46 +235,17 @@ def prompts(
     return made
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the arguments of a chat template as they are.
-
-    Raises:
-      InputError: one is decided here and not the template's own.
-    """
-    reserved = sorted(_RESERVED & arguments.keys())
-    if reserved:
-        raise InputError(
-            f"template argument {reserved[0]!r} is not one of the template: it is decided by what "
-            "reads the prompts; remove it"
-        )
-    return arguments
-
-
-def dated(arguments: Mapping[str, Any], date: datetime.date) -> dict[str, Any]:
-    """Adds a date to the arguments of a chat template.
-
-    Templates such as Llama 3's write the date of the day, so that a run would see other prompts
-    after midnight. Theirs is ``strftime_now``, which this replaces.
-
-    Args:
-      arguments: of the template.
-      date: what the template takes for today.
-    """
-    midnight = datetime.datetime.combine(date, datetime.time())
-    return {"strftime_now": midnight.strftime, **arguments}
-
-
 def given(
     items: Sequence[Any],
     tokenizer: PreTrainedTokenizerFast,
-    template_arguments: Mapping[str, Any] | None = None,
+    rendering: Rendering | None = None,
 ) -> list[Prompt]:
     """Tokenizes prompts that are texts, or conversations.
 
     Args:
       items: all texts, or all conversations: lists of {"role", "content"} that end with the user.
       tokenizer: the policy's.
-      template_arguments: of the chat template.
+      rendering: arguments and date of the chat template.
 
     Returns:
       Prompts with ids 0, 1, ... in order.
@@ -250,7 +265,7 @@ def given(
         (f"prompt {i}", {"messages": [dict(message) for message in item]})
         for i, item in enumerate(items)
     ]
-    return prompts(conversations(found, "prompts"), tokenizer, template_arguments or {}, NO_LIMIT)
+    return prompts(conversations(found, "prompts"), tokenizer, rendering or Rendering(), NO_LIMIT)
 
 
 def closing_id(
@@ -270,7 +285,7 @@ def closing_id(
     """
     if is_chat and tokenizer.chat_template and end_ids:
         example = (("user", "a"), ("assistant", "b"))
-        written = [i for i in _apply(tokenizer, example) if i in end_ids]
+        written = [i for i in _apply(tokenizer, example, Rendering(), False) if i in end_ids]
         if written:
             return written[-1]
     own = tokenizer.eos_token_id
@@ -281,7 +296,7 @@ def render(
     tokenizer: PreTrainedTokenizerFast,
     messages: Messages,
     response: str,
-    template_arguments: Mapping[str, Any],
+    rendering: Rendering,
 ) -> tuple[int, ...]:
     """Tokenizes a whole conversation with the reward model's own chat template.
 
@@ -289,7 +304,7 @@ def render(
       tokenizer: the reward model's.
       messages: (role, content) pairs that end with the user.
       response: the assistant's answer.
-      template_arguments: of the template, see `prompts`.
+      rendering: arguments and date of the template.
 
     Returns:
       The token ids of the messages and the response, special tokens included.
@@ -299,4 +314,4 @@ def render(
     """
     _check_template(tokenizer)
     whole = (*messages, ("assistant", response))
-    return _apply(tokenizer, whole, add_generation_prompt=False, **template_arguments)
+    return _apply(tokenizer, whole, rendering, add_generation_prompt=False)
