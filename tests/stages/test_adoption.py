@@ -82,10 +82,10 @@ def test_samples_carry_their_messages_and_temperature(first):
 
 
 def test_a_run_that_reads_its_samples_back_is_the_same_run(place, first, tmp_path):
-    """Under another date too: what was asked is in the file."""
+    """To the byte, log-probs and ids included."""
     samples = first / "samples" / "train.jsonl"
-    stages = "('sft','reward','sample')"
-    assert vbon(place, "run", tmp_path, samples__path=samples, stages=stages) == 0
+    same = {"stages": "('sft','reward','sample')", "prompts__date": "2024-02-29"}
+    assert vbon(place, "run", tmp_path, samples__path=samples, **same) == 0
     for name in ("samples/train.jsonl", "prompts/train.jsonl"):
         assert (tmp_path / name).read_bytes() == (first / name).read_bytes(), name
 
@@ -127,6 +127,14 @@ def test_generate_asks_by_the_template_of_the_run(place, first, tmp_path, capfd)
     prompt = prompt_files.read_jsonl(workdir / "prompts" / "train.jsonl")[0]
     assert prompt.messages == (("user", "hello"),)
     assert tokenizer.decode(list(prompt.tokens)) == prompt.text
+
+
+def test_another_date_is_another_reward(place, first, tmp_path, capfd):
+    """Where the reward's template writes it: the file's rewards are not those of this run."""
+    samples = first / "samples" / "train.jsonl"
+    later = {"stages": "('sft','reward','sample')", "prompts__date": "2024-03-01"}
+    assert vbon(place, "run", tmp_path, samples__path=samples, **later) == 2
+    assert "prompts.date too" in capfd.readouterr().err
 
 
 def adopted(place, workdir, rows, **changes):

@@ -193,7 +193,8 @@ def check_scores(
         raise InputError(
             f"samples.path={path!r}: the reward of prompt={prompt.text!r} "
             f"response={samples_.responses[0]!r} is {said:g} in the file, the configured reward "
-            f"gives {value:g}: configure the reward that scored the file, or score it again"
+            f"gives {value:g}: configure the reward that scored the file (where its template "
+            "writes a date, prompts.date too), or score it again"
         )
     known = [i for i, s in enumerate(scored) if s.log_probs and s.response_tokens]
     if known:
