@@ -16,6 +16,7 @@ from tests.tokenizer_kinds import CAUSAL
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.data.sources import chat
+from vbon_jax.errors import InputError
 
 PROMPTS = ["The film is", "I loved the acting , but", "hello"]
 CHATS = [name for name in CAUSAL if CAUSAL[name][0]().chat_template]
@@ -164,6 +165,17 @@ def test_a_chat_has_the_templates_own_bos_and_no_other(kind, model):
     assert tokenizer.decode(ids) == tokenizer.decode(want) + " a story"
     if tokenizer.bos_token:
         assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("kind", ["qwen3"], indirect=True)
+def test_generate_takes_conversations(kind, model):
+    messages = [{"role": "user", "content": "hello"}]
+    asked = kind[3].apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # Qwen's tokenizer adds no BOS: the rendered text is the same prompt.
+    assert model.generate([messages], count=2) == model.generate([asked], count=2)
+    assert vbon.prompts(["hello"], model, chat=True) == vbon.prompts([messages], model)
+    with pytest.raises(InputError, match="1 texts among 1 conversations"):
+        model.generate(["hello", messages])
 
 
 @pytest.mark.parametrize("kind", CHATS, indirect=True)
