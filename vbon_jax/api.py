@@ -123,7 +123,8 @@ def load_reward(
       path: a Hugging Face directory, or a name on the hub.
       label: the label whose score is the reward.
       score: "prob", "log_odds" or "logit" of the label, or "scalar" for a reward model with one
-        output; None takes "scalar" where there is one output, else "log_odds".
+        output; None takes "scalar" where there is one output, else "log_odds" ("logit" of a
+        regression). A multi-label classifier has a sigmoid for each label.
       template: the text it reads, of {prompt} and {response}; "chat" for its chat template.
       max_tokens: longer texts are truncated on the left; 0 for the model's context length.
       mesh: of ``make_mesh``; None for the first device alone.
@@ -137,10 +138,16 @@ def load_reward(
     config, params, labels = hf.load_classifier(
         directory, place=partial(sharding.sharding_of, mesh)
     )
-    kind = score or ("scalar" if len(labels) == 1 else "log_odds")
+    kind = score or _default_score(labels)
     found = Classifier(params, config, labels, label, kind)
     found.label_index("load_reward")  # refuses what does not fit
     return RewardModel(found, TextFormat(tokenizers.load(directory), template, max_tokens), mesh)
+
+
+def _default_score(labels: hf.Labels) -> str:
+    if len(labels.names) == 1:
+        return "scalar"
+    return "logit" if labels.problem == "regression" else "log_odds"
 
 
 def score(

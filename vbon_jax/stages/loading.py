@@ -22,7 +22,7 @@ from vbon_jax.methods.learning import Job, Training, ValueNetwork
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.hf import hub, peft
-from vbon_jax.rewards.classifier import Classifier, ClassifierReward
+from vbon_jax.rewards.classifier import Classifier, ClassifierReward, label_index
 from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import TextFormat, TextReward
@@ -164,7 +164,7 @@ def value_network(run: Run, policy: DecoderConfig) -> ValueNetwork | None:
             f"{key}: {path} has another vocabulary than the policy, whose tokens it would read: "
             "set train.value_network=head"
         )
-    column = 0 if c.reward.score == "scalar" else labels.index(c.reward.label)
+    column = label_index(labels, c.reward.label, c.reward.score, "reward")
     kernel = params["score"]["kernel"][:, column : column + 1].astype(jnp.float32)
     head = {"kernel": kernel, "bias": jnp.zeros(1)}
     return ValueNetwork(arithmetic(c, config), {"decoder": params["decoder"], "head": head})
@@ -276,8 +276,9 @@ def _score(
         run.workdir.require(key, f"the {key} model")
         return ClassifierReward(_classifier(run, made, r), end, key)
     path = hub.resolve(r.path)
+    model = _classifier(run, path, r)  # before its tokenizer, which an adapter may lack
     text = TextFormat(tokenizers.load(path), r.template, r.max_tokens)
-    return TextReward(_classifier(run, path, r), text, decode, end, run.mesh, key=key)
+    return TextReward(model, text, decode, end, run.mesh, key=key)
 
 
 def _classifier(run: Run, path: Path, r: Reward | RewardPart | Evaluator) -> Classifier:
