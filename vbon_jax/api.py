@@ -27,7 +27,7 @@ from vbon_jax.methods import learning
 from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.hf import hub, tokenizers
-from vbon_jax.rewards.base import Reward
+from vbon_jax.rewards.base import Reward, checked
 from vbon_jax.rewards.classifier import Classifier
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import TextFormat, TextReward
@@ -156,14 +156,14 @@ def score(
     """Float32 rewards [B] of responses to prompts, each a text.
 
     Raises:
-      InputError: a reward is not a number.
+      InputError: a reward is not a finite number.
     """
     if isinstance(reward, RewardModel):
         found = TextReward(
             reward.classifier, reward.text_format, lambda rows: [], None, reward.mesh
         )
         rows = found.tokenized([Prompt(i, p, ()) for i, p in enumerate(prompts)], responses)
-        return found.score_ids(rows)
+        return checked(found.score_ids(rows), "the reward gave", prompts, responses.__getitem__)
     from vbon_jax.rewards import function
 
     name = getattr(reward, "__qualname__", type(reward).__name__)
@@ -249,7 +249,7 @@ def sample(
       batch_size: responses drawn at once.
 
     Raises:
-      InputError: a reward is not a number.
+      InputError: a reward is not a finite number.
     """
     with jax.set_mesh(model.mesh):
         found = sampling.draw(

@@ -81,15 +81,21 @@ def test_a_second_score_is_measured_beside(drawing, prompts):
         assert r.extra == {"evaluator": 2 * r.reward}
 
 
-def test_a_nan_reward_is_refused_with_its_response(drawing, prompts):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["reward", "evaluator"])
+def test_a_reward_that_is_not_finite_is_refused_with_its_response(drawing, prompts, value, name):
     def reward(of, *rows):
         values = lengths(of, *rows).astype(np.float32)
-        values[1] = np.nan
+        values[1] = value
         return values
 
     requests = engine.requests_for(prompts, 1)
-    with pytest.raises(InputError, match=r"1 of 3 responses is NaN.*prompt='p1' response='\d"):
-        list(drawing.responses(jax.random.key(1), prompts, requests, 3, reward))
+    shown = "NaN" if np.isnan(value) else f"{value}"
+    message = rf"the {name} gave {shown} for prompt='p1' response='\d.*1 of 3 .*; clip it"
+    also = drawing.measure(reward, prompts, "evaluator") if name == "evaluator" else None
+    first = reward if name == "reward" else lengths
+    with pytest.raises(InputError, match=message):
+        list(drawing.responses(jax.random.key(1), prompts, requests, 3, first, also))
 
 
 def test_other_settings_and_parameters_leave_the_sampler_alone(drawing):

@@ -18,7 +18,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.models import lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
-from vbon_jax.rewards.base import Reward
+from vbon_jax.rewards.base import Reward, checked
 from vbon_jax.sampling import decode
 
 BUCKET = 8  # longer prompts are padded up to a multiple of this: one compile a bucket
@@ -207,24 +207,6 @@ def respond(
     )  # fmt: skip
 
 
-def check_rewards(
-    rewards: np.ndarray, prompts: Sequence[Prompt], text_of: Callable[[int], str]
-) -> np.ndarray:
-    """Returns ``rewards`` as they are.
-
-    Raises:
-      InputError: a reward is NaN; names the first such prompt and response.
-    """
-    bad = np.flatnonzero(np.isnan(rewards))
-    if bad.size:
-        i = int(bad[0])
-        raise InputError(
-            f"the reward of {bad.size} of {rewards.size} responses is NaN, the first of them "
-            f"prompt={prompts[i].text!r} response={text_of(i)!r}: a reward must be a number"
-        )
-    return rewards
-
-
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """A language model that responds to prompts: model, mesh and sampling settings.
@@ -312,12 +294,17 @@ class Sampler:
         return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
 
     def rewards(
-        self, reward: Reward, prompts: Sequence[Prompt], rows: Prompts, rollout: decode.Rollout
+        self,
+        reward: Reward,
+        prompts: Sequence[Prompt],
+        rows: Prompts,
+        rollout: decode.Rollout,
+        name: str = "reward",
     ) -> np.ndarray:
         """Float32 rewards [B] of the first B = len(prompts) rows, on the host.
 
         Raises:
-          InputError: a reward is NaN; names prompt and response.
+          InputError: a reward is not finite; names prompt and response, and the reward by ``name``.
         """
         found = reward(prompts, *rows, rollout.tokens_BxT, rollout.mask_BxT)
         values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
@@ -325,7 +312,7 @@ class Sampler:
         def text_of(row: int) -> str:
             return self.texts([rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()])[0]
 
-        return check_rewards(values, prompts, text_of)
+        return checked(values, f"the {name} gave", [p.text for p in prompts], text_of)
 
     def responses(
         self,
@@ -347,7 +334,7 @@ class Sampler:
           also: measures more on a batch; ends up in ``Response.extra``.
 
         Raises:
-          InputError: a reward is NaN.
+          InputError: a reward is not finite.
         """
         by_id, _ = index(prompts)
         for batch in self.batches(key, requests, batch_size):
@@ -379,7 +366,7 @@ class Sampler:
 
         def also(batch: Batch) -> dict[str, Any]:
             of = [by_id[r.prompt_id] for r in batch.requests]
-            return {name: self.rewards(reward, of, batch.prompts, batch.rollout)}
+            return {name: self.rewards(reward, of, batch.prompts, batch.rollout, name)}
 
         return also
 

@@ -113,8 +113,8 @@ def test_the_problem_is_that_of_the_file(problem):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"num_labels": 0}, "num_labels is 0: an integer of at least 1"),
-        ({"num_labels": "2"}, "num_labels is '2': an integer"),
+        ({"num_labels": 0}, "num_labels is 0: give an integer of at least 1"),
+        ({"num_labels": "2"}, "num_labels is '2': give an integer"),
         ({"problem_type": "ranking"}, "problem_type is 'ranking': give one of single_label"),
         ({"id2label": {"0": "a"}}, "id2label says 1, but the weights have 2 rows of scores: set"),
     ],

@@ -151,9 +151,7 @@ def labels(raw: Mapping[str, Any], where: str, rows: int | None = None) -> Label
     """
     count = raw.get("num_labels")
     if count is not None and (type(count) is not int or count < 1):
-        raise CheckpointError(
-            f"{where}: num_labels is {count!r}: an integer of at least 1 is needed"
-        )
+        raise CheckpointError(f"{where}: num_labels is {count!r}: give an integer of at least 1")
     id2label = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count or 2)}
     ids = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else []
     if not ids or set(id2label) != set(ids) or not all(type(id2label[i]) is str for i in ids):
