@@ -309,7 +309,9 @@ def train(
         state, step = learning.single(job, task, member, samples.samples)
         state = loop.run(state, 0, step, loop.Schedule("train", job.iterations))
         own = trainable.join(sampler.model.params, state.params["decoder"])
-        return reference.with_params(trainable.merged(own, training.lora.alpha))
+        config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
+        model = dataclasses.replace(reference.model, config=config, params=own)
+        return dataclasses.replace(reference, model=model).merged()
 
 
 def _training(

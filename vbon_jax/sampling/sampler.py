@@ -18,6 +18,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.models import lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
+from vbon_jax.progress import log
 from vbon_jax.rewards.base import Reward, checked
 from vbon_jax.sampling import decode
 
@@ -405,6 +406,28 @@ class Sampler:
             prompts, self.settings.max_new_tokens, self.model.config.positions
         )
 
+    def merged(self) -> Self:
+        """The same model without adapters, which are added to its weights.
+
+        Where the sums are float32 the arithmetic is too: that of bfloat16 would round most of a
+        small update away. Where all is bfloat16, what rounding loses is logged.
+        """
+        model = self.model
+        alpha = model.config.lora_alpha
+        params = trainable.merged(model.params, alpha)
+        config = dataclasses.replace(model.config, lora_alpha=DecoderConfig.lora_alpha)
+        if trainable.has_adapters(model.params):
+            if lost := trainable.merge_loss(model.params, alpha):
+                log(
+                    f"merging the adapters in bfloat16 rounds away {lost:.1%} of their update "
+                    "(relative Frobenius norm): memory.param_dtype=float32 keeps it"
+                )
+            else:
+                config = dataclasses.replace(config, compute_dtype="float32")
+        return dataclasses.replace(
+            self, model=dataclasses.replace(model, config=config, params=params)
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes the model as a Hugging Face directory, with its sampling settings as defaults."""
         lm.save(
@@ -412,5 +435,5 @@ class Sampler:
             Path(path),
             temperature=self.settings.temperature,
             eos_id=self.settings.eos_id,
-            params=trainable.merged(self.model.params, self.model.config.lora_alpha),
+            params=self.merged().model.params,
         )

@@ -128,13 +128,23 @@ def policy(run: Run) -> Sampler:
         )
     run.workdir.require("export", "the policy")
     if c.export.form == "model":
-        # In the reference's dtype, small steps of what was trained would be rounded away.
-        return language_model(run, run.workdir.policy, c.memory.param_dtype)
+        return _exported_model(run)
     base = language_model(run, reference_path(run))
     own, alpha = peft.load(run.workdir.policy, base.model.config, base=reference_path(run))
     model = dataclasses.replace(base.model.config, lora_alpha=alpha)
     base = dataclasses.replace(base, model=dataclasses.replace(base.model, config=model))
     return policy_of(base, sharding.place(own, run.mesh))
+
+
+def _exported_model(run: Run) -> Sampler:
+    """The whole model in ``policy/``, in its own dtype: what is measured is what was written."""
+    dtype = hf.read_config(run.workdir.policy)[2]["dtype"]
+    found = language_model(run, run.workdir.policy, dtype)
+    if not run.config.lora.rank or dtype != "float32":
+        return found
+    # As ``Sampler.merged``: other arithmetic would round the merged update away.
+    config = dataclasses.replace(found.model.config, compute_dtype="float32")
+    return dataclasses.replace(found, model=dataclasses.replace(found.model, config=config))
 
 
 def value_network(run: Run, policy: DecoderConfig) -> ValueNetwork | None:
