@@ -210,6 +210,10 @@ def test_other_bad_input_is_named(reference, prompts, samples):
         vbon.evaluate(reference, reference, prompts, reward=length, m=2)
     with pytest.raises(InputError, match="returned NaN for"):
         vbon.sample(reference, prompts, m=2, reward=lambda p, r: [float("nan")] * len(r))
+    for use in (lambda f: vbon.score(f, ["a"], ["b"]),
+                lambda f: vbon.sample(reference, prompts, m=2, reward=f)):  # fmt: skip
+        with pytest.raises(InputError, match=r"returned -inf for .*finite in float32; clip it"):
+            use(lambda p, r: [float("-inf")] * len(r))
     with pytest.raises(InputError, match="has no token"):
         vbon.prompts(["the film", ""], reference)
     with pytest.raises(InputError, match="positions and the model has 48"):

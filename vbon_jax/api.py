@@ -29,7 +29,7 @@ from vbon_jax.methods import learning
 from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.hf import hub, tokenizers
-from vbon_jax.rewards.base import Decode, Reward
+from vbon_jax.rewards.base import Decode, Reward, checked
 from vbon_jax.rewards.classifier import Classifier
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import TextFormat, TextReward
@@ -128,7 +128,8 @@ def load_reward(
       path: a Hugging Face directory, or a name on the hub.
       label: the label whose score is the reward.
       score: "prob", "log_odds" or "logit" of the label, or "scalar" for a reward model with one
-        output; None takes "scalar" where there is one output, else "log_odds".
+        output; None takes "scalar" where there is one output, else "log_odds" ("logit" of a
+        regression). A multi-label classifier has a sigmoid for each label.
       template: the text it reads, of {prompt} and {response}; "chat" for its chat template.
       max_tokens: longer texts are truncated on the left; 0 for the model's context length.
       template_arguments: of its chat template.
@@ -143,12 +144,18 @@ def load_reward(
     config, params, labels = hf.load_classifier(
         directory, place=partial(sharding.sharding_of, mesh)
     )
-    kind = score or ("scalar" if len(labels) == 1 else "log_odds")
+    kind = score or _default_score(labels)
     found = Classifier(params, config, labels, label, kind)
     found.label_index("load_reward")  # refuses what does not fit
     rendering = chats.Rendering(template_arguments or {})
     text = TextFormat(tokenizers.load(directory), template, max_tokens, rendering)
     return RewardModel(found, text, mesh)
+
+
+def _default_score(labels: hf.Labels) -> str:
+    if len(labels.names) == 1:
+        return "scalar"
+    return "logit" if labels.problem == "regression" else "log_odds"
 
 
 def score(
@@ -157,14 +164,14 @@ def score(
     """Float32 rewards [B] of responses to prompts, each a text.
 
     Raises:
-      InputError: a reward is not a number.
+      InputError: a reward is not a finite number.
     """
     if isinstance(reward, RewardModel):
         found = TextReward(
             reward.classifier, reward.text_format, lambda prompts, rows: [], (), reward.mesh
         )
         rows = found.tokenized([Prompt(i, p, ()) for i, p in enumerate(prompts)], responses)
-        return found.score_ids(rows)
+        return checked(found.score_ids(rows), "the reward gave", prompts, responses.__getitem__)
     from vbon_jax.rewards import function
 
     name = getattr(reward, "__qualname__", type(reward).__name__)
@@ -268,7 +275,7 @@ def sample(
       batch_size: responses drawn at once.
 
     Raises:
-      InputError: a reward is not a number.
+      InputError: a reward is not a finite number.
     """
     with jax.set_mesh(model.mesh):
         found = sampling.draw(
@@ -328,7 +335,9 @@ def train(
         state, step = learning.single(job, task, member, samples.samples)
         state = loop.run(state, 0, step, loop.Schedule("train", job.iterations))
         own = trainable.join(sampler.model.params, state.params["decoder"])
-        return reference.with_params(trainable.merged(own, training.lora.alpha))
+        config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
+        model = dataclasses.replace(reference.model, config=config, params=own)
+        return dataclasses.replace(reference, model=model).merged()
 
 
 def _training(

@@ -213,7 +213,9 @@ def test_sorted_rewards_refuses():
         reference.sorted_rewards(unequal, m=0)
     with pytest.raises(InputError, match="0 prompts"):
         reference.sorted_rewards([])
-    with pytest.raises(InputError, match=r"prompt 0 \('p0'\) has rewards that are not finite"):
+    with pytest.raises(
+        InputError, match=r"prompt 0 \('p0'\) has rewards that are not finite in float32"
+    ):
         reference.sorted_rewards(samples_of([1, math.nan]))
     by_id = [PromptSamples("p", ("r",), (1.0,)), PromptSamples("q", ("r",) * 2, (1.0, 2.0), 17)]
     with pytest.raises(InputError, match="prompt 17 "):

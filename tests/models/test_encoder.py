@@ -153,11 +153,11 @@ def test_a_directory_is_read_and_written_back(loaded, tmp_path):
     _, model, config, params = loaded
     model.save_pretrained(tmp_path / "theirs")
     config_read, params_read, labels = hf.load_classifier(tmp_path / "theirs")
-    assert config_read == config and len(labels) == model.config.num_labels
+    assert config_read == config and len(labels.names) == model.config.num_labels
     jax.tree.map(np.testing.assert_array_equal, params_read, params)
     *_, raw = hf.read_config(tmp_path / "theirs")
     ids = hf.TokenIds(*(raw.get(f"{name}_token_id") for name in ("bos", "eos", "pad")))
-    hf.save_classifier(tmp_path / "ours", config, params_read, labels, ids=ids, like=raw)
+    hf.save_classifier(tmp_path / "ours", config, params_read, labels.names, ids=ids, like=raw)
     back, info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )

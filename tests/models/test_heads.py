@@ -48,7 +48,7 @@ def test_scores_equal_those_of_torch(torch_classifier, padded_batch, tmp_path):
     model = torch_classifier(id2label={0: "bad", 1: "good", 2: "neither"})
     model.save_pretrained(tmp_path)
     config, params, labels = hf.load_classifier(tmp_path)
-    assert labels == ("bad", "good", "neither")
+    assert labels == hf.Labels(("bad", "good", "neither"), "single_label_classification")
     tokens_BxT, mask_BxT = padded_batch
 
     @jax.jit

@@ -320,3 +320,38 @@ def test_adapters_are_added_to_bfloat16_weights_in_float32():
     got = trainable.merged({"blocks": {"attention": {"q": q}}})["blocks"]["attention"]["q"]
     assert got.keys() == {"kernel"} and got["kernel"].dtype == jnp.bfloat16
     assert float(got["kernel"][0, 0, 0, 0]) == 2.0**-14
+
+
+@pytest.mark.parametrize("what", [LORA, Trainable(layers=1)])
+def test_merging_keeps_float32_steps_over_a_bfloat16_reference(what):
+    """A step of 2^-12 of the weights: bfloat16, of 8 bits, would round all of it away."""
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), reference("gpt2"))
+    base = trainable.divide(low, what, 3)
+    own = trainable.start(base, what, KEY)
+    if what.rank:
+        own = jax.tree.map(lambda x: x + 2.0**-10, own)
+    else:
+        own = jax.tree.map(lambda x: x * (1 + 2.0**-12), own)
+    merged = trainable.merged(trainable.join(base, own), ALPHA)
+    float32 = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+    exact = trainable.merged(trainable.join(float32, own), ALPHA)
+    jax.tree.map(np.testing.assert_array_equal, merged, dict(exact))
+    q = merged["blocks"]["attention"]["q"]["kernel"]
+    assert q.dtype == jnp.float32
+    kernel = low["blocks"]["attention"]["q"]["kernel"]
+    step = np.abs(q - kernel.astype(jnp.float32))[-1]
+    assert 0 < step.max() < 0.01 and np.mean(q.astype(jnp.bfloat16) == kernel) > 0.5
+    assert trainable.merge_loss(trainable.join(base, own), ALPHA) == 0
+
+
+def test_what_merging_in_bfloat16_loses_by_hand():
+    """1 + 2^-6 is kept, and of 1 + 2^-9 all of the 2^-9: 2^-9 of sqrt(2^-12 + 2^-18) is lost."""
+    kernel = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    a = jnp.ones((1, 1, 1), jnp.bfloat16)
+    b = jnp.array([[[2.0**-6, 2.0**-9]]], jnp.bfloat16)
+    q = {"kernel": kernel, "lora_a": a, "lora_b": b}
+    tree = {"blocks": {"attention": {"q": q}}}
+    assert trainable.merge_loss(tree) == pytest.approx(2.0**-9 / (2.0**-12 + 2.0**-18) ** 0.5)
+    still = {"blocks": {"attention": {"q": q | {"lora_b": 0 * b}}}}
+    assert trainable.merge_loss(still) == 0
+    assert trainable.has_adapters(tree) and not trainable.has_adapters(trainable.merged(tree))

@@ -5,10 +5,13 @@ import pytest
 
 from vbon_jax.errors import InputError
 from vbon_jax.models import encoder, heads
+from vbon_jax.models.hf import Labels, config_files
 from vbon_jax.rewards import classifier
 from vbon_jax.rewards.classifier import Classifier, ClassifierReward
 
-LABELS = ("NEGATIVE", "POSITIVE")
+NAMES = ("NEGATIVE", "POSITIVE")
+LABELS = Labels(NAMES)
+ONE = Labels(("LABEL_0",))
 EOS = 3
 
 
@@ -46,6 +49,32 @@ def test_the_kinds_by_hand(kind, label, want):
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
+def test_independent_labels_have_a_sigmoid_each():
+    """sigmoid(0.5) = 0.622459, sigmoid(-2) = 0.119203; the other labels do not matter."""
+    logits = jnp.float32([[1.0, 0.5, -1.0], [0.0, -2.0, 0.0]])
+    got = classifier.score_of(logits, "prob", 1, independent=True)
+    np.testing.assert_allclose(got, [0.622459, 0.119203], atol=1e-6)
+    for kind in ("log_odds", "logit"):
+        got = classifier.score_of(logits, kind, 1, independent=True)
+        np.testing.assert_array_equal(got, [0.5, -2.0])
+
+
+def test_a_reward_scores_labels_as_their_problem_says(params, config):
+    tree = {"decoder": params, "score": heads.init_score(config, 2, jax.random.key(5))}
+
+    def scores(problem, kind):
+        labels = Labels(NAMES, problem)
+        reward = ClassifierReward(Classifier(tree, config, labels, "POSITIVE", kind), EOS)
+        return np.asarray(reward(None, *PROMPT, *RESPONSE))
+
+    single, multi, regression = config_files.PROBLEMS
+    logit = scores(single, "logit")
+    np.testing.assert_array_equal(scores(regression, "logit"), logit)
+    np.testing.assert_array_equal(scores(multi, "log_odds"), logit)
+    np.testing.assert_allclose(scores(multi, "prob"), 1 / (1 + np.exp(-logit)), atol=1e-6)
+    assert np.abs(scores(single, "prob") - scores(multi, "prob")).max() > 1e-4
+
+
 def test_scalar_is_the_only_column_and_bf16_is_read_as_float32():
     got = classifier.score_of(jnp.bfloat16([[1.5], [-3.0]]), "scalar", 0)
     assert got.dtype == jnp.float32
@@ -63,7 +92,7 @@ def test_log_odds_do_not_saturate_where_probabilities_do():
 def test_kinds_agree_with_each_other(scorer):
     p = np.asarray(scorer("prob")(None, *PROMPT, *RESPONSE))
     odds = np.asarray(scorer("log_odds")(None, *PROMPT, *RESPONSE))
-    both = [np.asarray(scorer("logit", name)(None, *PROMPT, *RESPONSE)) for name in LABELS]
+    both = [np.asarray(scorer("logit", name)(None, *PROMPT, *RESPONSE)) for name in NAMES]
     np.testing.assert_allclose(odds, both[1] - both[0], atol=1e-5)
     np.testing.assert_allclose(p, 1 / (1 + np.exp(-odds)), atol=1e-6)
     np.testing.assert_allclose(
@@ -108,8 +137,10 @@ def test_an_encoder_is_told_by_its_config():
         (LABELS, "GOOD", "logit", "reward.label='GOOD': the reward model knows NEGATIVE, POSITIVE"),
         (LABELS, "POSITIVE", "rank", "reward.score='rank': choose one of"),
         (LABELS, "POSITIVE", "scalar", r"reward.score='scalar' is for models with one.*has 2"),
-        (("LABEL_0",), "LABEL_0", "prob", "needs two labels.*set reward.score=scalar"),
-        (("LABEL_0",), "LABEL_0", "log_odds", "needs two labels"),
+        (ONE, "LABEL_0", "prob", "needs two labels.*set reward.score=scalar"),
+        (ONE, "LABEL_0", "log_odds", "needs two labels"),
+        (LABELS, "POSITIVE", "scalar", r"set reward\.label to one of them"),
+        (Labels(NAMES, "regression"), "POSITIVE", "prob", "regression: set reward.score=logit"),
     ],
 )
 def test_bad_settings_are_named(params, config, labels, label, kind, message):
@@ -117,8 +148,13 @@ def test_bad_settings_are_named(params, config, labels, label, kind, message):
         ClassifierReward(Classifier({"decoder": params}, config, labels, label, kind), (EOS,))
 
 
+def test_one_label_with_a_sigmoid_has_odds():
+    only = Labels(("toxic",), "multi_label_classification")
+    assert classifier.label_index(only, "toxic", "prob", "reward") == 0
+
+
 def test_a_scalar_model_needs_no_label_and_messages_name_their_key():
-    assert classifier.label_index(("LABEL_0",), "", "scalar", "reward") == 0
+    assert classifier.label_index(ONE, "", "scalar", "reward") == 0
     assert classifier.label_index(LABELS, "POSITIVE", "prob", "reward") == 1
     with pytest.raises(InputError, match=r"^reward\.others\.tone\.label='x'"):
         classifier.label_index(LABELS, "x", "prob", "reward.others.tone")

@@ -17,6 +17,10 @@ def module():
     m.boom = lambda prompts, responses: 1 / 0
     m.short = lambda prompts, responses: [1.0]
     m.nan = lambda prompts, responses: [0.0, float("nan")]
+    m.inf = lambda prompts, responses: [float("-inf"), 0.0]
+    m.beyond = lambda prompts, responses: [0.0, 1e39]
+    m.integer = lambda prompts, responses: [0, 10**400]
+    m.none = lambda prompts, responses: [None, 0.0]
     m.words = lambda prompts, responses: [1.0, "two"]
     m.number = 3
     sys.modules["a_users_reward"] = m
@@ -50,7 +54,11 @@ def test_fractions_survive(module):
     [
         ("boom", "raised ZeroDivisionError.*first of it prompt='p0' response='r0'"),
         ("short", "returned 1 values for 2 responses"),
-        ("nan", "returned NaN for prompt='p1' response='r1'"),
+        ("nan", "returned NaN for prompt='p1' response='r1'.*finite in float32; clip it"),
+        ("inf", "returned -inf for prompt='p0' response='r0' .1 of 2 in this batch.*clip it"),
+        ("beyond", r"returned 1e\+39 for prompt='p1' response='r1'.*finite in float32; clip it"),
+        ("integer", "returned 10000.*0 for prompt='p1' response='r1'"),
+        ("none", "returned None, not a number, for prompt='p0' response='r0'"),
         ("words", "returned 'two', not a number, for prompt='p1' response='r1'"),
     ],
 )
@@ -58,6 +66,12 @@ def test_what_a_function_may_not_do(module, name, message):
     full = f"a_users_reward:{name}"
     with pytest.raises(InputError, match=message):
         function.call(full, function.load(full), ["p0", "p1"], ["r0", "r1"])
+
+
+def test_large_rewards_that_are_finite_are_kept(module):
+    module.large = lambda prompts, responses: [1e30, -3.4e38]
+    found = function.call("m:f", module.large, ["p", "p"], ["a", "b"])
+    np.testing.assert_array_equal(found, np.float32([1e30, -3.4e38]))
 
 
 def test_the_text_leaves_eos_and_padding_out(module):

@@ -1,9 +1,12 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
+from vbon_jax.models import decoder, trainable
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import sampler as engine
 
@@ -84,15 +87,21 @@ def test_a_second_score_is_measured_beside(drawing, prompts):
         assert r.extra == {"evaluator": 2 * r.reward}
 
 
-def test_a_nan_reward_is_refused_with_its_response(drawing, prompts):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["reward", "evaluator"])
+def test_a_reward_that_is_not_finite_is_refused_with_its_response(drawing, prompts, value, name):
     def reward(of, *rows):
         values = lengths(of, *rows).astype(np.float32)
-        values[1] = np.nan
+        values[1] = value
         return values
 
     requests = engine.requests_for(prompts, 1)
-    with pytest.raises(InputError, match=r"1 of 3 responses is NaN.*prompt='p1' response='\d"):
-        list(drawing.responses(jax.random.key(1), prompts, requests, 3, reward))
+    shown = "NaN" if np.isnan(value) else f"{value}"
+    message = rf"the {name} gave {shown} for prompt='p1' response='\d.*1 of 3 .*; clip it"
+    also = drawing.measure(reward, prompts, "evaluator") if name == "evaluator" else None
+    first = reward if name == "reward" else lengths
+    with pytest.raises(InputError, match=message):
+        list(drawing.responses(jax.random.key(1), prompts, requests, 3, first, also))
 
 
 def test_other_settings_and_parameters_leave_the_sampler_alone(drawing):
@@ -109,3 +118,26 @@ def test_named_keys_differ_by_seed_and_name():
     assert len({tuple(np.asarray(jax.random.key_data(k))) for k in keys}) == 4
     again = jax.random.key_data(engine.named_key(0, "sample"))
     np.testing.assert_array_equal(jax.random.key_data(keys[0]), again)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_keeps_the_update_or_says_what_is_lost(drawing, dtype, capsys):
+    """Under bfloat16 arithmetic too: float32 sums are computed with in float32."""
+    model = drawing.model
+    low = jax.tree.map(lambda x: x.astype("bfloat16"), model.params)
+    what = trainable.Trainable(rank=2, targets=("q", "v"))
+    own = trainable.start(low, what, jax.random.key(3), dtype)
+    own = jax.tree.map(lambda x: x + 0.01, own)
+    config = dataclasses.replace(model.config, compute_dtype="bfloat16", lora_alpha=0.5)
+    adapted = dataclasses.replace(model, config=config, params=trainable.join(low, own))
+    merged = dataclasses.replace(drawing, model=adapted).merged().model
+    assert merged.params["blocks"]["attention"]["q"]["kernel"].dtype == dtype
+    assert merged.config.compute_dtype == dtype
+    said = capsys.readouterr()
+    assert ("rounds away" in said.out + said.err) == (dtype == "bfloat16")
+    tokens, mask = np.arange(3, 11)[None], np.ones((1, 8), bool)
+    exact = dataclasses.replace(config, compute_dtype="float32")
+    expected = decoder.hidden(adapted.params, exact, tokens, mask)
+    got = decoder.hidden(merged.params, merged.config, tokens, mask)
+    apart = np.abs(np.asarray(got, np.float32) - np.asarray(expected)).max()
+    assert (apart < 1e-4) == (dtype == "float32")

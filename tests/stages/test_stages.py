@@ -226,7 +226,13 @@ def test_a_loss_that_is_not_finite_names_step_and_checkpoint(tabular, tmp_path, 
     )
     assert vbon("train", tmp_path, *flags) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "returned inf for prompt=" in last and "clip it" in last  # not a loss at fault later
+    huge = 1e30  # finite, and its square is not
+    sys.modules["inf_reward"].reward = lambda prompts, responses: [huge] * len(responses)
+    assert vbon("train", tmp_path, *flags) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
     assert "at iteration 3" in last and str(tmp_path / "checkpoints" / "train" / "2") in last
+    assert "(mean reward 1e+30)" in last
 
 
 def test_samples_made_elsewhere_are_used(tabular, tmp_path):

@@ -79,7 +79,7 @@ def test_a_nan_reward_names_prompt_and_response(task):
     text = next(p.text for p in PROMPTS if p.id == requests[6].prompt_id)
     own = learning(bad)
     drawn = own.roll_out(state_of(bad), 0)
-    with pytest.raises(InputError, match=rf"1 of 8 responses is NaN.*prompt='{text}' response='\d"):
+    with pytest.raises(InputError, match=rf"gave NaN for prompt='{text}' response='\d.*1 of 8 "):
         own.score(drawn)
 
 

@@ -316,7 +316,7 @@ def test_a_nan_reward_names_the_members_prompt(tiny, one_device):
     state, step = learning.many(job, task, MEMBERS, (), 1)
     requests = loop.batch_requests(task.prompts, BATCH, 0, MEMBERS[1].seed)
     text = next(p.text for p in task.prompts if p.id == requests[3].prompt_id)
-    with pytest.raises(InputError, match=rf"1 of 48 responses is NaN.*prompt='{text}' response="):
+    with pytest.raises(InputError, match=rf"gave NaN for prompt='{text}' response=.*1 of 48 "):
         step(state, 0)
 
 

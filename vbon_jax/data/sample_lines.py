@@ -18,6 +18,21 @@ from vbon_jax.errors import InputError
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a number may be a reward: one rule wherever rewards are made, read or stored.
+
+    Args:
+      value: a number, of Python, NumPy or JAX.
+
+    Returns:
+      Whether it is finite in float32.
+    """
+    try:
+        return abs(float(value)) <= _FLOAT32_MAX
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
 @dataclass(frozen=True)
 class PromptSamples:
     """The samples of one prompt; the optional fields are None in a file made by other code.
@@ -75,7 +90,7 @@ def _list(record: dict[str, Any], key: str, where: str) -> list[Any]:
 
 def _check_numbers(values: Sequence[Any], key: str, where: str) -> None:
     """Raises InputError unless all values are numbers that are finite in float32."""
-    wrong = [v for v in values if not _is_number(v) or not abs(v) <= _FLOAT32_MAX]
+    wrong = [v for v in values if not _is_number(v) or not is_finite(v)]
     if wrong:
         raise InputError(
             f"{where}: {len(wrong)} of {len(values)} {key!r} are not finite numbers (the first is "

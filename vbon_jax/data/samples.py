@@ -4,7 +4,6 @@
 """
 
 import fcntl
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,13 @@ import numpy as np
 
 from vbon_jax.data import jsonl
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.data.sample_lines import PromptSamples, group_responses, parse_record, to_record
+from vbon_jax.data.sample_lines import (
+    PromptSamples,
+    group_responses,
+    is_finite,
+    parse_record,
+    to_record,
+)
 from vbon_jax.errors import InputError
 
 
@@ -84,8 +89,11 @@ def rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np.ndarra
                 f"{name} ({sample.prompt!r}) has {count} rewards, m = {wanted} are needed; "
                 "sample more or lower m"
             )
-        if not all(map(math.isfinite, sample.rewards[:wanted])):
-            raise InputError(f"{name} ({sample.prompt!r}) has rewards that are not finite")
+        if not all(map(is_finite, sample.rewards[:wanted])):
+            raise InputError(
+                f"{name} ({sample.prompt!r}) has rewards that are not finite in float32: correct "
+                "them or sample again"
+            )
     return np.asarray([sample.rewards[:wanted] for sample in samples], np.float32)
 
 

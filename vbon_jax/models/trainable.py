@@ -15,6 +15,7 @@ reference. ``own`` is one of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -147,10 +148,18 @@ def join(base: Params, own: Params) -> Params:
     return {**base, "blocks": unflatten_dict(flat, sep="/")}
 
 
+def has_adapters(params: Params) -> bool:
+    """Returns whether a policy's tree has adapters."""
+    return any(path.endswith("/lora_a") for path in flatten_dict(_stack(params), sep="/"))
+
+
 def merged(params: Params, lora_alpha: float = 1.0) -> Params:
     """Merges a policy's tree into a plain one: one stack of blocks, adapters added to the weights.
 
-    Arrays stay on their devices, which must have room for a second copy of the model.
+    The sums are made in float32, and stored in the wider dtype of weights and adapters: bfloat16
+    would round most of a small update away, see ``merge_loss``. Likewise a stack of trained and
+    frozen blocks has the wider dtype of the two. Arrays stay on their devices, which must have room
+    for a second copy of the model.
 
     Args:
       params: the policy's tree, from ``join``.
@@ -159,15 +168,48 @@ def merged(params: Params, lora_alpha: float = 1.0) -> Params:
     Returns:
       A tree as ``decoder.init`` creates it.
     """
+    flat = flatten_dict(_stack(params), sep="/")
+    for path, exact, dtype in list(_sums(flat, lora_alpha)):
+        flat[path] = exact.astype(dtype)
+    plain = {path: leaf for path, leaf in flat.items() if "/lora_" not in path}
+    return {**params, "blocks": unflatten_dict(plain, sep="/")}
+
+
+def merge_loss(params: Params, lora_alpha: float = 1.0) -> float:
+    """Measures what ``merged`` loses of the adapters' update W' - W.
+
+    Args:
+      params: as for ``merged``.
+      lora_alpha: as for ``merged``.
+
+    Returns:
+      ||stored - W'|| / ||W' - W||, Frobenius norms over all matrices with adapters; 0.0 where these
+      are stored in float32, or no adapter has moved.
+    """
+    flat = flatten_dict(_stack(params), sep="/")
+    lost = moved = 0.0
+    for path, exact, dtype in _sums(flat, lora_alpha):
+        lost += float(jnp.sum((exact.astype(dtype).astype(jnp.float32) - exact) ** 2))
+        moved += float(jnp.sum((exact - flat[path].astype(jnp.float32)) ** 2))
+    return (lost / moved) ** 0.5 if moved else 0.0
+
+
+def _stack(params: Params) -> Params:
+    """Returns the blocks of a policy's tree as one stack, adapters beside their weights."""
     blocks = params["blocks"]
-    if isinstance(blocks, tuple):
-        blocks = jax.tree.map(lambda *x: jnp.concatenate(x), *blocks)
-    flat = flatten_dict(blocks, sep="/")
-    for path in [p for p in flat if p.endswith("/lora_a")]:
-        a, b = flat.pop(path), flat.pop(path.replace("lora_a", "lora_b"))
-        kernel = flat[path.replace("lora_a", "kernel")]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *blocks) if divided(params) else blocks
+
+
+def _sums(
+    flat: dict[str, jax.Array], lora_alpha: float
+) -> Iterator[tuple[str, jax.Array, jnp.dtype]]:
+    """Yields each kernel with an adapter: its path, its sum in float32, and the wider dtype."""
+    for path, a in flat.items():
+        if not path.endswith("/lora_a"):
+            continue
+        place = path.removesuffix("lora_a")
+        b, kernel = flat[f"{place}lora_b"], flat[f"{place}kernel"]
         added = (lora_alpha / a.shape[-1]) * jnp.einsum("LIR,LRO->LIO", *(
             x.astype(jnp.float32) for x in (a, b)))  # fmt: skip
-        new = kernel.astype(jnp.float32) + added.reshape(kernel.shape)
-        flat[path.replace("lora_a", "kernel")] = new.astype(kernel.dtype)
-    return {**params, "blocks": unflatten_dict(flat, sep="/")}
+        exact = kernel.astype(jnp.float32) + added.reshape(kernel.shape)
+        yield f"{place}kernel", exact, jnp.promote_types(kernel.dtype, a.dtype)

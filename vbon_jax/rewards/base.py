@@ -4,8 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.sample_lines import is_finite
+from vbon_jax.errors import InputError
 from vbon_jax.models import lm
 
 # Ids of prompts, ids of a response to each -> what the responses say after them; the policy's
@@ -47,6 +50,42 @@ class Reward(Protocol):
           have a prompt.
         """
         ...
+
+
+def checked(
+    values: Sequence[Any] | np.ndarray,
+    who: str,
+    prompts: Sequence[str],
+    response_of: Callable[[int], str],
+) -> np.ndarray:
+    """Returns rewards as float32, after checking that they are finite.
+
+    An infinite reward has no mean and no difference from another, and stands for any number of
+    ranks; so it is refused wherever one is made, from the first call on.
+
+    Args:
+      values: B numbers.
+      who: what gave them, with which the message starts.
+      prompts: B texts.
+      response_of: the text of a response, by its row.
+
+    Returns:
+      float32 [B].
+
+    Raises:
+      InputError: a value is NaN, or not finite in float32; names the first with its example.
+    """
+    bad = [i for i, value in enumerate(values) if not is_finite(value)]
+    if bad:
+        i = bad[0]
+        shown = values[i].item() if isinstance(values[i], np.generic) else values[i]
+        raise InputError(
+            f"{who} {'NaN' if shown != shown else repr(shown)} for prompt={prompts[i]!r} "
+            f"response={response_of(i)!r} ({len(bad)} of {len(values)} in this batch): a reward "
+            "must be a number that is finite in float32; clip it, or give such a response a large "
+            "finite number, as -100.0"
+        )
+    return np.asarray(values, np.float32)
 
 
 def texts_of(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.models import decoder, encoder, heads, lm
+from vbon_jax.models.hf import Labels
 
 KINDS = ("prob", "log_odds", "logit", "scalar")
 
@@ -24,14 +25,14 @@ class Classifier:
     Attributes:
       params: its parameters, on the mesh: {"decoder", "score"} or {"encoder", "score"}.
       config: its configuration.
-      labels: the name of each logit.
+      labels: what each logit is: its name, and whether it is one of a softmax or of its own.
       label: the label whose score is the reward; not read where kind is "scalar".
       kind: one of KINDS, see `score_of`.
     """
 
     params: Any
     config: Config
-    labels: Sequence[str]
+    labels: Labels
     label: str
     kind: str
 
@@ -40,7 +41,7 @@ class Classifier:
         return label_index(self.labels, self.label, self.kind, key)
 
 
-def score_of(logits_BxC: jax.Array, kind: str, label: int) -> jax.Array:
+def score_of(logits_BxC: jax.Array, kind: str, label: int, independent: bool = False) -> jax.Array:
     """Computes the score of one label from a classifier's logits.
 
     Args:
@@ -49,6 +50,8 @@ def score_of(logits_BxC: jax.Array, kind: str, label: int) -> jax.Array:
         float32, which makes ties), "log_odds" (log p - log(1 - p)), "logit" (the label's logit) or
         "scalar" (the only output of a reward model without labels).
       label: index of the label; not read where kind is "scalar".
+      independent: whether p is the sigmoid of the label's own logit, and not a softmax over all;
+        its log odds are then the logit itself.
 
     Returns:
       float32 [B].
@@ -59,8 +62,10 @@ def score_of(logits_BxC: jax.Array, kind: str, label: int) -> jax.Array:
     logits_BxC = logits_BxC.astype(jnp.float32)
     if kind == "scalar":
         return logits_BxC[:, 0]
-    if kind == "logit":
+    if kind == "logit" or (kind == "log_odds" and independent):
         return logits_BxC[:, label]
+    if kind == "prob" and independent:
+        return jax.nn.sigmoid(logits_BxC[:, label])
     if kind == "prob":
         return jnp.exp(jax.nn.log_softmax(logits_BxC, axis=-1)[:, label])
     if kind == "log_odds":
@@ -87,7 +92,7 @@ def logits(params: Any, config: Config, tokens_BxS: jax.Array, mask_BxS: jax.Arr
     return heads.score(params["score"], hidden, mask_BxS)
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "label"))
+@partial(jax.jit, static_argnames=("config", "kind", "label", "independent"))
 def score(
     params: Any,
     tokens_BxS: jax.Array,
@@ -96,6 +101,7 @@ def score(
     config: Config,
     kind: str,
     label: int,
+    independent: bool = False,
 ) -> jax.Array:
     """Computes the classifier's score of each row.
 
@@ -107,14 +113,15 @@ def score(
       config: the classifier's configuration.
       kind: one of KINDS, see `score_of`.
       label: index of the label, see `score_of`.
+      independent: see `score_of`.
 
     Returns:
       float32 [B].
     """
-    return score_of(logits(params, config, tokens_BxS, mask_BxS), kind, label)
+    return score_of(logits(params, config, tokens_BxS, mask_BxS), kind, label, independent)
 
 
-def label_index(labels: Sequence[str], label: str, kind: str, key: str) -> int:
+def label_index(labels: Labels, label: str, kind: str, key: str) -> int:
     """Finds the index of a label among a classifier's labels.
 
     Args:
@@ -132,22 +139,30 @@ def label_index(labels: Sequence[str], label: str, kind: str, key: str) -> int:
     """
     if kind not in KINDS:
         raise InputError(f"{key}.score={kind!r}: choose one of {', '.join(KINDS)}")
-    known = ", ".join(labels)
+    names, known = labels.names, ", ".join(labels.names)
     if kind == "scalar":
-        if len(labels) != 1:
+        if len(names) != 1:
             raise InputError(
                 f"{key}.score='scalar' is for models with one label, the {key} model has "
-                f"{len(labels)} ({known}): choose prob, log_odds or logit and set {key}.label"
+                f"{len(names)} ({known}): choose prob, log_odds or logit and set {key}.label to one"
+                " of them"
             )
         return 0
-    if label not in labels:
+    if label not in names:
         raise InputError(f"{key}.label={label!r}: the {key} model knows {known}; name one")
-    if len(labels) < 2 and kind != "logit":
+    if kind == "logit" or labels.independent:
+        return names.index(label)
+    if len(names) < 2:
         raise InputError(
             f"{key}.score={kind!r} needs two labels, the {key} model has only {known!r}: "
             f"set {key}.score=scalar"
         )
-    return list(labels).index(label)
+    if labels.problem == "regression":
+        raise InputError(
+            f"{key}.score={kind!r} needs probabilities, and the problem_type of the {key} model is "
+            f"regression: set {key}.score=logit, which is the output itself"
+        )
+    return names.index(label)
 
 
 class ClassifierReward:
@@ -193,4 +208,5 @@ class ClassifierReward:
             config=self._model.config,
             kind=self._model.kind,
             label=self._label,
+            independent=self._model.labels.independent,
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.rewards.base import Decode, texts_of
+from vbon_jax.rewards.base import Decode, checked, texts_of
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -65,7 +65,7 @@ def call(
 
     Raises:
       InputError: the function raised, or returned another number of values than there are
-        responses, a value that is no number, or NaN; names the example.
+        responses, a value that is no number, or one that is not finite; names the example.
     """
     try:
         values = list(function(prompts, responses))
@@ -80,21 +80,17 @@ def call(
         raise InputError(
             f"{key}.function={name!r} returned {len(values)} values for {len(responses)} responses"
         )
-    rewards = np.empty(len(values), np.float32)
     for i, value in enumerate(values):
         try:
-            rewards[i] = value
+            float(value)
+        except OverflowError:
+            pass  # a number, which is not finite
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{key}.function={name!r} returned {value!r}, not a number, for "
                 f"prompt={prompts[i]!r} response={responses[i]!r}"
             ) from error
-        if np.isnan(rewards[i]):
-            raise InputError(
-                f"{key}.function={name!r} returned NaN for "
-                f"prompt={prompts[i]!r} response={responses[i]!r}"
-            )
-    return rewards
+    return checked(values, f"{key}.function={name!r} returned", prompts, responses.__getitem__)
 
 
 class FunctionReward:

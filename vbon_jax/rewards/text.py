@@ -270,6 +270,7 @@ class TextReward:
             config=self._model.config,
             kind=self._model.kind,
             label=self._label,
+            independent=self._model.labels.independent,
         )
 
     def take_counts(self) -> dict[str, float]:

@@ -22,7 +22,8 @@ from vbon_jax.errors import InputError
 from vbon_jax.models import lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
-from vbon_jax.rewards.base import Reward
+from vbon_jax.progress import log
+from vbon_jax.rewards.base import Reward, checked
 from vbon_jax.sampling import decode
 
 BUCKET = 8  # longer prompts are padded up to a multiple of this: one compile a bucket
@@ -211,24 +212,6 @@ def respond(
     )  # fmt: skip
 
 
-def check_rewards(
-    rewards: np.ndarray, prompts: Sequence[Prompt], text_of: Callable[[int], str]
-) -> np.ndarray:
-    """Returns ``rewards`` as they are.
-
-    Raises:
-      InputError: a reward is NaN; names the first such prompt and response.
-    """
-    bad = np.flatnonzero(np.isnan(rewards))
-    if bad.size:
-        i = int(bad[0])
-        raise InputError(
-            f"the reward of {bad.size} of {rewards.size} responses is NaN, the first of them "
-            f"prompt={prompts[i].text!r} response={text_of(i)!r}: a reward must be a number"
-        )
-    return rewards
-
-
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """A language model that responds to prompts: model, mesh and sampling settings.
@@ -331,12 +314,17 @@ class Sampler:
         return tokenizers.continuations(self.tokenizer, prompts, kept)
 
     def rewards(
-        self, reward: Reward, prompts: Sequence[Prompt], rows: Prompts, rollout: decode.Rollout
+        self,
+        reward: Reward,
+        prompts: Sequence[Prompt],
+        rows: Prompts,
+        rollout: decode.Rollout,
+        name: str = "reward",
     ) -> np.ndarray:
         """Float32 rewards [B] of the first B = len(prompts) rows, on the host.
 
         Raises:
-          InputError: a reward is NaN; names prompt and response.
+          InputError: a reward is not finite; names prompt and response, and the reward by ``name``.
         """
         found = reward(prompts, *rows, rollout.tokens_BxT, rollout.mask_BxT)
         values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
@@ -345,7 +333,7 @@ class Sampler:
             ids = rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()
             return self.texts([prompts[row].tokens], [ids])[0]
 
-        return check_rewards(values, prompts, text_of)
+        return checked(values, f"the {name} gave", [p.text for p in prompts], text_of)
 
     def responses(
         self,
@@ -367,7 +355,7 @@ class Sampler:
           also: measures more on a batch; ends up in ``Response.extra``.
 
         Raises:
-          InputError: a reward is NaN.
+          InputError: a reward is not finite.
         """
         by_id, _ = index(prompts)
         for batch in self.batches(key, requests, batch_size):
@@ -399,7 +387,7 @@ class Sampler:
 
         def also(batch: Batch) -> dict[str, Any]:
             of = [by_id[r.prompt_id] for r in batch.requests]
-            return {name: self.rewards(reward, of, batch.prompts, batch.rollout)}
+            return {name: self.rewards(reward, of, batch.prompts, batch.rollout, name)}
 
         return also
 
@@ -440,6 +428,28 @@ class Sampler:
             prompts, self.settings.max_new_tokens, self.model.config.positions
         )
 
+    def merged(self) -> Self:
+        """The same model without adapters, which are added to its weights.
+
+        Where the sums are float32 the arithmetic is too: that of bfloat16 would round most of a
+        small update away. Where all is bfloat16, what rounding loses is logged.
+        """
+        model = self.model
+        alpha = model.config.lora_alpha
+        params = trainable.merged(model.params, alpha)
+        config = dataclasses.replace(model.config, lora_alpha=DecoderConfig.lora_alpha)
+        if trainable.has_adapters(model.params):
+            if lost := trainable.merge_loss(model.params, alpha):
+                log(
+                    f"merging the adapters in bfloat16 rounds away {lost:.1%} of their update "
+                    "(relative Frobenius norm): memory.param_dtype=float32 keeps it"
+                )
+            else:
+                config = dataclasses.replace(config, compute_dtype="float32")
+        return dataclasses.replace(
+            self, model=dataclasses.replace(model, config=config, params=params)
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes the model as a Hugging Face directory, with its sampling settings as defaults."""
         lm.save(
@@ -447,5 +457,5 @@ class Sampler:
             Path(path),
             temperature=self.settings.temperature,
             end_ids=self.settings.end_ids,
-            params=trainable.merged(self.model.params, self.model.config.lora_alpha),
+            params=self.merged().model.params,
         )

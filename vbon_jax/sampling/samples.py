@@ -60,7 +60,7 @@ def draw(
       One PromptSamples a prompt, in order.
 
     Raises:
-      InputError: a reward is NaN.
+      InputError: a reward is not finite.
     """
     samples: list[PromptSamples] = []
     with reporting(title, len(prompts) * m) as report:
@@ -99,7 +99,7 @@ def write(
 
     Raises:
       Stopped: after a signal; the prompts written stay.
-      InputError: a reward is NaN, or the file is at fault.
+      InputError: a reward is not finite, or the file is at fault.
     """
     reward, evaluator = rewards
     with SampleWriter(path) as writer:

@@ -1,6 +1,8 @@
 """Stage ``export``: the trained policy as a Hugging Face directory."""
 
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 from vbon_jax import methods
 from vbon_jax.data import tokenizer as tokenizers
@@ -34,9 +36,21 @@ def run(run: Run) -> None:
     shutil.rmtree(run.workdir.policy, ignore_errors=True)  # perhaps of another form
     if s.export.form == "adapter":
         peft.save(
-            run.workdir.policy, own, s.lora.alpha, base=str(loading.reference_path(run)),
-            config=reference.model.config,
+            run.workdir.policy, own, s.lora.alpha,
+            base=s.reference.path or str(run.workdir.reference), config=reference.model.config,
         )  # fmt: skip
+        _say_dtype(s.memory.frozen_dtype, reference.model.source or {})
         tokenizers.save(reference.tokenizer, run.workdir.policy)
         return
     loading.policy_of(reference, own).save(run.workdir.policy)
+
+
+def _say_dtype(used: str, base: Mapping[str, Any]) -> None:
+    """Tells where the base's own dtype is not the one that the adapters were trained over."""
+    own = base.get("dtype") or base.get("torch_dtype") or "float32"
+    if own != used:
+        log(
+            f"export: the adapters were trained over the base in {used} (memory.frozen_dtype), "
+            f"whose config.json says {own}: load it with dtype=torch.{used} for the policy that is "
+            "evaluated here"
+        )

@@ -30,7 +30,7 @@ from vbon_jax.methods.learning import Job, Training, ValueNetwork
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.hf import hub, peft
-from vbon_jax.rewards.classifier import Classifier, ClassifierReward
+from vbon_jax.rewards.classifier import Classifier, ClassifierReward, label_index
 from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import CHAT, TextFormat, TextReward
@@ -150,13 +150,23 @@ def policy(run: Run) -> Sampler:
         )
     run.workdir.require("export", "the policy")
     if c.export.form == "model":
-        # In the reference's dtype, small steps of what was trained would be rounded away.
-        return language_model(run, run.workdir.policy, c.memory.param_dtype)
+        return _exported_model(run)
     base = language_model(run, reference_path(run))
     own, alpha = peft.load(run.workdir.policy, base.model.config, base=reference_path(run))
     model = dataclasses.replace(base.model.config, lora_alpha=alpha)
     base = dataclasses.replace(base, model=dataclasses.replace(base.model, config=model))
     return policy_of(base, sharding.place(own, run.mesh))
+
+
+def _exported_model(run: Run) -> Sampler:
+    """The whole model in ``policy/``, in its own dtype: what is measured is what was written."""
+    dtype = hf.read_config(run.workdir.policy)[2]["dtype"]
+    found = language_model(run, run.workdir.policy, dtype)
+    if not run.config.lora.rank or dtype != "float32":
+        return found
+    # As ``Sampler.merged``: other arithmetic would round the merged update away.
+    config = dataclasses.replace(found.model.config, compute_dtype="float32")
+    return dataclasses.replace(found, model=dataclasses.replace(found.model, config=config))
 
 
 def value_network(run: Run, policy: DecoderConfig) -> ValueNetwork | None:
@@ -186,7 +196,7 @@ def value_network(run: Run, policy: DecoderConfig) -> ValueNetwork | None:
             f"{key}: {path} has another vocabulary than the policy, whose tokens it would read: "
             "set train.value_network=head"
         )
-    column = 0 if c.reward.score == "scalar" else labels.index(c.reward.label)
+    column = label_index(labels, c.reward.label, c.reward.score, "reward")
     kernel = params["score"]["kernel"][:, column : column + 1].astype(jnp.float32)
     head = {"kernel": kernel, "bias": jnp.zeros(1)}
     return ValueNetwork(arithmetic(c, config), {"decoder": params["decoder"], "head": head})
@@ -298,10 +308,11 @@ def _score(
         run.workdir.require(key, f"the {key} model")
         return ClassifierReward(_classifier(run, made, r), ends, key)
     path = hub.resolve(r.path)
+    model = _classifier(run, path, r)  # before its tokenizer, which an adapter may lack
     date = run.workdir.date() if r.template == CHAT else None
     rendering = chat.Rendering(template_arguments(r.template_arguments, key), date)
     text = TextFormat(tokenizers.load(path), r.template, r.max_tokens, rendering)
-    return TextReward(_classifier(run, path, r), text, decode, ends, run.mesh, key=key)
+    return TextReward(model, text, decode, ends, run.mesh, key=key)
 
 
 def _classifier(run: Run, path: Path, r: Reward | RewardPart | Evaluator) -> Classifier:

@@ -218,7 +218,7 @@ def _classifier(w: _World, r: Reward | RewardPart) -> tuple[Any, Any] | None:
     else:
         path = hub.resolve(r.path) if r.path else w.workdir.reward
         _, config, raw = hf.read_config(path)
-        labels = len(config_files.labels(raw, str(path / "config.json")))
+        labels = len(config_files.labels(raw, str(path / "config.json")).names)
     config = dataclasses.replace(config, compute_dtype=s.memory.compute_dtype)
 
     def init(key: jax.Array) -> Any:

@@ -20,15 +20,14 @@ from vbon_jax.training.supervised import Corpus
 def run(run: Run) -> None:
     """Learns tokenizer and reference model from the texts, or checks the user's own."""
     s, workdir = run.config, run.workdir
-    own = bool(s.reference.path)
+    own = hf.read_config(hub.resolve(s.reference.path))[1] if s.reference.path else None
     train, test, _ = sources.Texts([], [], []) if own else sources.texts(run)
     tokenizer = sources.make_tokenizer(run, train)
     ends = loading.end_ids(run, tokenizer)  # refuses one without EOS before any work
     if own:
-        config = hf.read_config(hub.resolve(s.reference.path))[1]
-        if config.vocab_size < len(tokenizer):
+        if own.vocab_size < len(tokenizer):
             raise InputError(
-                f"reference.path={s.reference.path!r} has {config.vocab_size} embeddings, its "
+                f"reference.path={s.reference.path!r} has {own.vocab_size} embeddings, its "
                 f"tokenizer {len(tokenizer)} tokens: the directory does not fit together"
             )
         tokenizers.save(tokenizer, workdir.tokenizer)

@@ -96,7 +96,7 @@ class Learner:
         """The rewards of the responses.
 
         Raises:
-          InputError: a reward is NaN.
+          InputError: a reward is not finite.
         """
         by_id, row_of = index(self.task.prompts)
         scored = []

@@ -223,5 +223,6 @@ def _refuse_not_finite(values: dict[str, Any], step: int, record: Record | None)
                     where = f"the last good checkpoint is {path}"
             raise InputError(
                 f"{name} is {bad[0]} at iteration {step}; {where}: lower the learning rate or "
-                "train.max_grad_norm and train anew, or look for rewards that are not finite"
+                "train.max_grad_norm and train anew, or scale the rewards down if they are large "
+                f"(mean reward {np.mean(values.get('reward', math.nan)):.3g})"
             )

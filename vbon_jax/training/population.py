@@ -203,7 +203,7 @@ class PopulationLearner:
         """The rewards of the responses, all members' scored as one batch.
 
         Raises:
-          InputError: a reward is NaN.
+          InputError: a reward is not finite.
         """
         task = self.task
         by_id, row_of = index(task.prompts)

@@ -93,13 +93,35 @@ def test_faults_name_the_keys_of_the_file(tmp_path, base, changes, message):
     ],
 )
 def test_labels(raw, expected):
-    assert config_files.labels(raw, "here") == expected
+    problem = "single_label_classification" if len(expected) > 1 else "regression"
+    assert config_files.labels(raw, "here") == config_files.Labels(expected, problem)
 
 
 @pytest.mark.parametrize("id2label", [{"0": "a", "2": "b"}, {"0": 1, "1": 2}, ["a", "b"], 2])
 def test_labels_that_do_not_count_up_are_refused(id2label):
     with pytest.raises(CheckpointError, match=r"^here: id2label is"):
         config_files.labels({"id2label": id2label}, "here")
+
+
+@pytest.mark.parametrize("problem", config_files.PROBLEMS)
+def test_the_problem_is_that_of_the_file(problem):
+    got = config_files.labels({"num_labels": 3, "problem_type": problem}, "here", 3)
+    assert got.problem == problem
+    assert got.independent == (problem == "multi_label_classification")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"num_labels": 0}, "num_labels is 0: give an integer of at least 1"),
+        ({"num_labels": "2"}, "num_labels is '2': give an integer"),
+        ({"problem_type": "ranking"}, "problem_type is 'ranking': give one of single_label"),
+        ({"id2label": {"0": "a"}}, "id2label says 1, but the weights have 2 rows of scores: set"),
+    ],
+)
+def test_labels_that_do_not_describe_the_scores_are_refused(raw, message):
+    with pytest.raises(CheckpointError, match=f"^here: {message}"):
+        config_files.labels(raw, "here", 2)
 
 
 def test_a_label_count_must_fit_the_names():

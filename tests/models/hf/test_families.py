@@ -163,7 +163,7 @@ def test_scores_equal_those_of_transformers(case, labels, tmp_path):
     model = torch_model(case, AutoModelForSequenceClassification, num_labels=labels)
     model.save_pretrained(tmp_path)
     config, params, names = hf.load_classifier(tmp_path)
-    assert len(names) == labels
+    assert len(names.names) == labels
     tokens, mask = padded_rows()
     tokens, mask = tokens[:3], mask[:3]
     hidden = decoder.hidden(params["decoder"], config, tokens, mask)

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft as torch_peft
 import pytest
 import safetensors
 import safetensors.numpy
@@ -51,13 +52,18 @@ BERT = {
 }  # fmt: skip
 
 
-def theirs(model_type, sizes, classifier=None):
+GPT2 = {
+    "vocab_size": 13, "n_embd": 6, "n_layer": 2, "n_head": 3, "n_positions": 9, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def theirs(model_type, sizes, classifier=None, **changes):
     """A torch model of transformers with every parameter random."""
     classifier = "dim" in sizes if classifier is None else classifier
     auto = transformers.AutoModelForSequenceClassification if classifier else (
         transformers.AutoModelForCausalLM
     )  # fmt: skip
-    model = auto.from_config(transformers.AutoConfig.for_model(model_type, **sizes))
+    model = auto.from_config(transformers.AutoConfig.for_model(model_type, **sizes, **changes))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -139,7 +145,9 @@ def test_a_classifier_comes_back_exactly_both_ways(torch_classifier, tmp_path):
     model = torch_classifier(id2label={0: "bad", 1: "good", 2: "neither"})
     model.save_pretrained(tmp_path / "theirs")
     config, loaded, labels = hf.load_classifier(tmp_path / "theirs")
-    hf.save_classifier(tmp_path / "ours", config, loaded, labels, ids=hf.TokenIds(None, None, 0))
+    hf.save_classifier(
+        tmp_path / "ours", config, loaded, labels.names, ids=hf.TokenIds(None, None, 0)
+    )
     again, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
@@ -155,11 +163,92 @@ def test_a_classifier_comes_back_exactly_both_ways(torch_classifier, tmp_path):
     assert_trees_equal(loaded_again, loaded)
 
 
+def rewritten(directory, **changes):
+    """Changes keys of a config.json; ... removes one."""
+    path = directory / "config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
+
+
+@pytest.mark.parametrize("sizes", ["gpt2", "bert"])
+def test_rows_of_scores_that_config_json_does_not_name_are_refused(sizes, tmp_path):
+    """A score row each, of a decoder's head and of an encoder's: transformers would assume two."""
+    changes = {"id2label": ..., "label2id": ..., "num_labels": ...}
+    model = {
+        "gpt2": lambda n: theirs("gpt2", GPT2, True, num_labels=n),
+        "bert": lambda n: theirs("bert", BERT, True, num_labels=n),
+    }[sizes]
+    for rows in (1, 3):
+        model(rows).save_pretrained(tmp_path)
+        rewritten(tmp_path, **changes)
+        message = rf"config\.json: id2label and num_labels are missing.* says 2, .*have {rows} rows"
+        with pytest.raises(hf.CheckpointError, match=message):
+            hf.load_classifier(tmp_path)
+        rewritten(tmp_path, num_labels=rows + 1)
+        with pytest.raises(hf.CheckpointError, match=rf"num_labels says {rows + 1}, .*{rows} rows"):
+            hf.load_classifier(tmp_path)
+        rewritten(tmp_path, num_labels=rows)  # the remedy
+        assert len(hf.load_classifier(tmp_path)[2].names) == rows
+
+
+def test_problem_type_is_read_and_written_back(tmp_path):
+    problem = "multi_label_classification"
+    model = theirs("bert", BERT, True, num_labels=3, problem_type=problem)
+    model.save_pretrained(tmp_path / "theirs")
+    config, loaded, labels = hf.load_classifier(tmp_path / "theirs")
+    assert labels.independent and labels.names == ("LABEL_0", "LABEL_1", "LABEL_2")
+    *_, raw = hf.read_config(tmp_path / "theirs")
+    ids = hf.TokenIds(None, None, 0)
+    hf.save_classifier(tmp_path / "ours", config, loaded, labels.names, ids=ids, like=raw)
+    assert hf.load_classifier(tmp_path / "ours")[2] == labels
+    back = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert back.problem_type == problem
+
+
+@pytest.mark.parametrize("kind", ["decoder", "classifier"])
+def test_an_adapter_beside_the_weights_is_refused_until_it_is_removed(kind, tmp_path):
+    """transformers reads base and adapter from such a directory, so ours alone would be another."""
+    load = {"decoder": hf.load_decoder, "classifier": hf.load_classifier}[kind]
+    model = theirs("gpt2", GPT2, kind == "classifier")
+    adapter = torch_peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)
+    torch_peft.get_peft_model(model, adapter).save_pretrained(tmp_path)
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    message = r"holds an adapter alone \(adapter_config\.json and adapter_model.*merge_and_unload"
+    with pytest.raises(hf.CheckpointError, match=message):
+        load(tmp_path)
+    theirs("gpt2", GPT2, kind == "classifier").save_pretrained(tmp_path)
+    message = "holds a whole model and an adapter .*merge_and_unload.* or remove the adapter's"
+    with pytest.raises(hf.CheckpointError, match=message):
+        load(tmp_path)
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(hf.CheckpointError, match=r"an adapter \(adapter_model\.safetensors\)"):
+        load(tmp_path)
+    (tmp_path / names[1]).unlink()
+    load(tmp_path)
+
+
+def test_a_merged_adapter_is_read_as_peft_merged_it(tmp_path):
+    """The remedy that the refusal names."""
+    tokens = np.array([[3, 4, 5, 6]])
+    model = theirs("gpt2", GPT2)
+    adapter = torch_peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)
+    with torch.no_grad():
+        before = model(torch.tensor(tokens)).logits.numpy()
+        merged = torch_peft.get_peft_model(model, adapter).merge_and_unload()
+        expected = merged(torch.tensor(tokens)).logits.numpy()
+    merged.save_pretrained(tmp_path)
+    config, loaded = hf.load_decoder(tmp_path)
+    hidden = decoder.hidden(loaded, config, tokens, np.ones(tokens.shape, bool))
+    got = np.asarray(decoder.logits(loaded, config, hidden))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    assert np.abs(expected - before).max() > 0.01
+
+
 def test_a_classifier_without_id2label_has_two_labels(torch_classifier, tmp_path):
     torch_classifier(num_labels=2).save_pretrained(tmp_path)
     assert "id2label" not in json.loads((tmp_path / "config.json").read_text())
     _, loaded, labels = hf.load_classifier(tmp_path)
-    assert labels == ("LABEL_0", "LABEL_1")
+    assert labels == hf.Labels(("LABEL_0", "LABEL_1"))
     assert loaded["score"]["kernel"].shape == (24, 2)
 
 
@@ -354,7 +443,7 @@ def test_classifiers_of_families_come_back(model_type, sizes, tmp_path):
     model = theirs(model_type, globals()[sizes] | {"num_labels": 1}, classifier=True)
     model.save_pretrained(tmp_path / "theirs")
     config, loaded, labels = hf.load_classifier(tmp_path / "theirs")
-    assert labels == ("LABEL_0",)
+    assert labels == hf.Labels(("LABEL_0",), "regression")
     assert "head" not in loaded.get("decoder", {})
     _, _, raw = hf.read_config(tmp_path / "theirs")
     ids = hf.TokenIds(None, None, 1 if model_type == "roberta" else 0)

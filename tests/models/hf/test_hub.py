@@ -46,6 +46,18 @@ def test_a_name_is_fetched(asked, tmp_path, name, repository, revision):
     assert (got, settings["revision"]) == (repository, revision)
 
 
+def test_the_origin_of_a_model_holds_outside_this_machine(tmp_path, monkeypatch):
+    """The commit of the cache for a name on the hub, an absolute path for a directory."""
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0123456789" * 4)
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(snapshot))
+    assert hub.origin("owner/name") == ("owner/name", "0123456789" * 4)
+    assert hub.origin("owner/name@main") == ("owner/name", "0123456789" * 4)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert hub.origin("mine") == (str(tmp_path / "mine"), None)
+
+
 def test_only_what_can_be_read_is_fetched(asked):
     hub.resolve("owner/name")
     ((_, settings),) = asked

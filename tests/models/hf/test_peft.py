@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,40 @@ def test_transformers_finds_the_base_by_the_adapters_alone(written, base_of):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     got = our_logits(trainable.join(base_of("gpt2")[2], own), config)
     np.testing.assert_allclose(got, torch_logits(model), rtol=0, atol=1e-4)
+
+
+def test_a_base_of_the_hub_is_named_as_there_and_found_again(base_of, tmp_path, monkeypatch):
+    """A hub cache made by hand: peft, transformers and we find the base by name and commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--some--tiny" / "snapshots" / commit
+    directory, config, params = base_of("gpt2")
+    shutil.copytree(directory, snapshot)
+    refs = tmp_path / "hub" / "models--some--tiny" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    own = adapters(params, ("q", "v"))
+    peft.save(tmp_path / "out", own, ALPHA, base="some/tiny", config=config)
+    raw = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
+    assert (raw["base_model_name_or_path"], raw["revision"]) == ("some/tiny", commit)
+    assert_trees_equal(peft.load(tmp_path / "out", config)[0], own)
+    model = torch_peft.AutoPeftModelForCausalLM.from_pretrained(
+        str(tmp_path / "out"), cache_dir=str(tmp_path / "hub"), local_files_only=True
+    )
+    got = our_logits(trainable.join(params, own), config)
+    np.testing.assert_allclose(got, torch_logits(model), rtol=0, atol=1e-4)
+
+
+def test_a_base_in_a_directory_is_named_by_its_absolute_path(base_of, tmp_path, monkeypatch):
+    directory, config, params = base_of("gpt2")
+    monkeypatch.chdir(directory.parent)
+    own = adapters(params, ("q",))
+    peft.save(tmp_path / "out", own, ALPHA, base=directory.name, config=config)
+    monkeypatch.chdir(tmp_path)
+    raw = json.loads((tmp_path / "out" / peft.CONFIG).read_text())
+    assert (raw["base_model_name_or_path"], raw["revision"]) == (str(directory), None)
+    assert_trees_equal(peft.load(tmp_path / "out", config)[0], own)
 
 
 def test_the_adapter_config_of_gpt2(written, base_of):

@@ -144,6 +144,9 @@ def test_absent_and_broken_files_are_named(tmp_path):
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors and no "):
         tensor_files.scan(tmp_path, "m.", NONE)
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"but weights\.safetensors: rename the file"):
+        tensor_files.scan(tmp_path, "m.", NONE)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin.*save_pretrained"):
         tensor_files.scan(tmp_path, "m.", NONE)

@@ -14,7 +14,7 @@ from vbon_jax.models.config import DecoderConfig
 from vbon_jax.models.encoder import EncoderConfig
 from vbon_jax.models.hf import families
 from vbon_jax.models.hf.family import Family
-from vbon_jax.models.hf.tensor_files import CheckpointError, read_json
+from vbon_jax.models.hf.tensor_files import CheckpointError, read_json, refuse_adapter
 
 Config = DecoderConfig | EncoderConfig
 
@@ -100,9 +100,10 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Family, Config, dict[str,
 
     Raises:
       CheckpointError: if the file is absent or unreadable, or describes something that is not
-        supported.
+        supported, or the directory has an adapter.
     """
     file = Path(path) / "config.json"
+    refuse_adapter(file.parent)
     raw = read_json(file)
     try:
         return *_parse(raw), raw
@@ -110,21 +111,48 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Family, Config, dict[str,
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def labels(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Returns the label names of a classifier's config.json.
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What the scores of a classifier are.
+
+    Attributes:
+      names: the label of each score, in their order.
+      problem: one of PROBLEMS: the scores are logits of one softmax; or of a sigmoid each; or
+        numbers that are no logits.
+    """
+
+    names: tuple[str, ...]
+    problem: str = PROBLEMS[0]
+
+    @property
+    def independent(self) -> bool:
+        """Whether each label has a sigmoid of its own."""
+        return self.problem == PROBLEMS[1]
+
+
+def labels(raw: Mapping[str, Any], where: str, rows: int | None = None) -> Labels:
+    """Returns the labels of a classifier's config.json.
 
     Args:
       raw: contents of the file. Without id2label, or with only a count of labels, the names are
-        LABEL_0 and so on, as in transformers.
+        LABEL_0 and so on, as in transformers; without a count there are two.
       where: path of the file, with which messages start.
+      rows: number of scores that the weights give; None if it is not known.
 
     Returns:
-      The names in the order of the scores.
+      The labels; without a problem_type those of one softmax, or where there is only one, of
+      regression, as in transformers.
 
     Raises:
-      CheckpointError: if the labels are not numbered 0, 1, ...
+      CheckpointError: if the labels are not numbered 0, 1, ..., are not as many as the scores, or
+        problem_type is unknown.
     """
     count = raw.get("num_labels")
+    if count is not None and (type(count) is not int or count < 1):
+        raise CheckpointError(f"{where}: num_labels is {count!r}: give an integer of at least 1")
     id2label = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count or 2)}
     ids = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else []
     if not ids or set(id2label) != set(ids) or not all(type(id2label[i]) is str for i in ids):
@@ -134,7 +162,19 @@ def labels(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
         )
     if count not in (None, len(ids)):
         raise CheckpointError(f"{where}: num_labels is {count!r}, but id2label names {len(ids)}")
-    return tuple(id2label[i] for i in ids)
+    if rows not in (None, len(ids)):
+        told = [f"{key} says {len(ids)}" for key in ("id2label", "num_labels") if raw.get(key)]
+        raise CheckpointError(
+            f"{where}: {' and '.join(told) or 'id2label and num_labels are missing, which says 2'},"
+            f" but the weights have {rows} rows of scores: set id2label to the {rows} names, or"
+            f" without it num_labels to {rows}"
+        )
+    problem = raw.get("problem_type") or (PROBLEMS[0] if len(ids) > 1 else PROBLEMS[2])
+    if problem not in PROBLEMS:
+        raise CheckpointError(
+            f"{where}: problem_type is {problem!r}: give one of {', '.join(PROBLEMS)}, or none"
+        )
+    return Labels(tuple(id2label[i] for i in ids), problem)
 
 
 def check_architecture(raw: Mapping[str, Any], fits: bool, needed: str, where: str) -> None:

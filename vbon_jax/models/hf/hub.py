@@ -44,6 +44,26 @@ def resolve(name: str) -> Path:
     return _download(name, match["repository"], match["revision"])
 
 
+def origin(name: str) -> tuple[str, str | None]:
+    """Returns how another program finds a model that ``resolve`` finds.
+
+    Args:
+      name: as for ``resolve``.
+
+    Returns:
+      (name on the hub, the commit that is used here), or (absolute path of the directory, None).
+
+    Raises:
+      CheckpointError: as ``resolve``.
+    """
+    path = resolve(name)
+    match = _NAME.fullmatch(name)
+    if Path(name).is_dir() or match is None:
+        return str(path.absolute()), None
+    # huggingface_hub's cache: models--owner--name/snapshots/COMMIT
+    return match["repository"], path.name if path.parent.name == "snapshots" else match["revision"]
+
+
 def _download(name: str, repository: str, revision: str | None) -> Path:
     import huggingface_hub  # slow to import
     from huggingface_hub import errors

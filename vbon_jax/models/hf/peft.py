@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vbon_jax.models import decoder, hf, trainable
 from vbon_jax.models.config import DecoderConfig, Params
-from vbon_jax.models.hf import tensor_files
+from vbon_jax.models.hf import hub, tensor_files
 from vbon_jax.models.hf.family import Family, Tensor
 from vbon_jax.models.hf.layouts import CONV1D, CONV1D_HEADS, CONV1D_QKV, Shape
 
@@ -173,7 +173,8 @@ def save(
       own: the adapters, as ``trainable.start`` creates them, of JAX or NumPy arrays. They are
         written in their own dtype, float32 or bfloat16.
       alpha: adapters of rank r are added with the factor alpha / r.
-      base: directory of the base model, under whose name peft will look for it.
+      base: directory of the base model, or its name on the hub. peft will look for it by its
+        absolute path, or by that name and the commit that is used here.
       config: configuration of the base model.
 
     Raises:
@@ -189,7 +190,7 @@ def save(
         )
     if not 0 < alpha < float("inf"):
         raise ValueError(f"alpha is {alpha!r}: give a positive number")
-    family = _family(base, config)
+    family = _family(hub.resolve(os.fspath(base)), config)
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(own, sep="/").items()}
     rank, targets = _adapters(flat, config)
     modules = _modules(family, config, targets)
@@ -198,7 +199,11 @@ def save(
         for layer in range(config.layers):
             names = _names(family, module, layer)
             tensors |= dict(zip(names, _stacked(module, flat, layer, rank), strict=True))
-    described = _described(modules, rank, alpha) | {"base_model_name_or_path": str(base)}
+    name, revision = hub.origin(os.fspath(base))
+    described = _described(modules, rank, alpha) | {
+        "base_model_name_or_path": name,
+        "revision": revision,
+    }
     # A stack does not say whose it is: the file's metadata does.
     metadata = {"format": "pt", "targets": ",".join(targets)}
     directory.mkdir(parents=True, exist_ok=True)
@@ -265,8 +270,8 @@ def load(
     Args:
       path: the directory.
       config: configuration of the base model.
-      base: directory of the base model, of which only config.json is read; None for the one that
-        adapter_config.json names.
+      base: directory of the base model, of which only config.json is read, or its name on the hub;
+        None for the one that adapter_config.json names.
 
     Returns:
       (the adapters as JAX arrays, for ``trainable.join``; alpha, for ``config.lora_alpha``).
@@ -279,7 +284,10 @@ def load(
     file = Path(path) / CONFIG
     raw = _read_config(file)
     rank, alpha = raw["r"], raw["lora_alpha"]
-    family = _family(raw["base_model_name_or_path"] if base is None else base, config)
+    if base is None:
+        named, revision = raw["base_model_name_or_path"], raw.get("revision")
+        base = named if revision is None else f"{named}@{revision}"
+    family = _family(hub.resolve(os.fspath(base)), config)
     weights = Path(path) / WEIGHTS
     tensors, targets = _read_weights(weights)
     try:

@@ -18,11 +18,14 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from vbon_jax.models.config import DTYPES, DecoderConfig, Params
 from vbon_jax.models.hf import config_files, pieces, tables, tensor_files
-from vbon_jax.models.hf.config_files import Config, read_config
+from vbon_jax.models.hf.config_files import Config, Labels, read_config
 from vbon_jax.models.hf.family import Family
 from vbon_jax.models.hf.layouts import Shape
 from vbon_jax.models.hf.tables import Entry
 from vbon_jax.models.hf.tensor_files import CheckpointError
+
+# The matrix of a head's scores, of a decoder and of encoders: [labels, D] in the files.
+_SCORES = ("score/kernel", "score/out/kernel")
 
 Place = Callable[[str, Shape], NamedSharding | SingleDeviceSharding]
 
@@ -51,6 +54,7 @@ def _fill(
 
 def _load(
     directory: Path,
+    found: Mapping[str, tensor_files.Found],
     family: Family,
     config: Config,
     num_labels: int | None,
@@ -61,7 +65,6 @@ def _load(
         raise ValueError(f"dtype is {dtype!r}: give one of {list(DTYPES)}")
     shapes = tables.leaf_shapes(config, num_labels)
     entries = tables.entries(family, config, num_labels, shapes)
-    found = tensor_files.scan(directory, family.prefix, family.buffers)
     wanted = {e.name: e.row.layout.shape(tables.row_shapes(e, shapes)) for e in entries}
     tied = num_labels is None and family.head in found and family.head not in wanted
     if tied:
@@ -111,12 +114,13 @@ def load_decoder(
         )
     is_classifier = family.sequence in (raw.get("architectures") or ())
     config_files.check_architecture(raw, not is_classifier, family.causal, where)
-    return config, _load(Path(path), family, config, None, place, dtype)["decoder"]
+    found = tensor_files.scan(Path(path), family.prefix, family.buffers)
+    return config, _load(Path(path), found, family, config, None, place, dtype)["decoder"]
 
 
 def load_classifier(
     path: str | os.PathLike[str], *, place: Place | None = None, dtype: str = "float32"
-) -> tuple[Config, Params, tuple[str, ...]]:
+) -> tuple[Config, Params, Labels]:
     """Reads a sequence classifier from a Hugging Face directory.
 
     It is a decoder with a score head, or an encoder.
@@ -127,18 +131,21 @@ def load_classifier(
       dtype: as for ``load_decoder``.
 
     Returns:
-      (configuration, tree {"decoder" or "encoder", "score"} of JAX arrays, label names in the order
-      of the scores). Without id2label the names are LABEL_0, LABEL_1, ..., as in transformers. A
-      scalar reward model has one label.
+      (configuration, tree {"decoder" or "encoder", "score"} of JAX arrays, labels of the scores;
+      see ``config_files.labels``). A scalar reward model has one label.
 
     Raises:
-      CheckpointError: as ``load_decoder`` does, if id2label does not number its labels 0, 1, ...,
-        or if ``architectures`` names another kind of model.
+      CheckpointError: as ``load_decoder`` does, if config.json does not say what each score of the
+        weights is, or if ``architectures`` names another kind of model.
       ValueError: as ``load_decoder`` does.
     """
     family, config, raw = read_config(path)
     where = str(Path(path) / "config.json")
     fits = family.sequence in (raw.get("architectures") or (family.sequence,))
     config_files.check_architecture(raw, fits, family.sequence, where)
-    labels = config_files.labels(raw, where)
-    return config, _load(Path(path), family, config, len(labels), place, dtype), labels
+    found = tensor_files.scan(Path(path), family.prefix, family.buffers)
+    head = next(row.name for row in family.classifier if row.paths[0] in _SCORES)
+    rows = next(iter(found[head].shape), None) if head in found else None  # _load refuses None
+    labels = config_files.labels(raw, where, rows)
+    params = _load(Path(path), found, family, config, len(labels.names), place, dtype)
+    return config, params, labels

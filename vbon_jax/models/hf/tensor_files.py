@@ -67,6 +67,40 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
+def adapter_files(directory: Path) -> list[Path]:
+    """Returns the files of a PEFT adapter in a directory, in order of their names."""
+    return sorted([*directory.glob("adapter_config.json"), *directory.glob("adapter_model*")])
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Checks that a directory has no PEFT adapter, beside the weights of a whole model or alone.
+
+    transformers puts an adapter that it finds beside the weights on top of the model; without it,
+    the directory would be read as another model.
+
+    Args:
+      directory: of the model.
+
+    Raises:
+      CheckpointError: if it has one; names its files and the remedies.
+    """
+    found = [path.name for path in adapter_files(directory)]
+    if not found:
+        return
+    names = " and ".join(found)
+    merge = "with peft, merge_and_unload() and save_pretrained(NEW_DIR)"
+    if (directory / "config.json").exists():
+        raise CheckpointError(
+            f"{directory} holds a whole model and an adapter ({names}), which transformers would "
+            f"add to it: merge the two {merge}, or remove the adapter's files to have the model "
+            "without it"
+        )
+    raise CheckpointError(
+        f"{directory} holds an adapter alone ({names}), and a whole model is needed: merge it into "
+        f"its base model {merge}"
+    )
+
+
 # Finding
 
 
@@ -145,6 +179,12 @@ def _weight_files(directory: Path) -> tuple[list[Path], set[str] | None]:
             f"{directory} holds only pytorch_model.bin, whose pickle can run code: convert it once"
             " with transformers and torch, AutoModel.from_pretrained(DIR).save_pretrained(NEW_DIR)"
             f" of the right Auto class, which writes {WEIGHTS}"
+        )
+    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"no {WEIGHTS} and no {INDEX} in {directory}, but {', '.join(others)}: rename the file"
+            f" to {WEIGHTS} if it is the whole model as transformers writes it, or load it with"
+            " transformers and save_pretrained it to another directory"
         )
     raise CheckpointError(
         f"no {WEIGHTS} and no {INDEX} in {directory}: weights of another kind (.bin) have to be"

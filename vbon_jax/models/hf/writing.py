@@ -77,6 +77,8 @@ def _save(
     tensors = [_to_write(family, entry, shapes, leaves) for entry in entries]
     tensor_files.write(directory, tensors, shard_bytes)
     tensor_files.write_jsons(directory, jsons)
+    for adapter in tensor_files.adapter_files(directory):
+        adapter.unlink()  # transformers would put it on top of the model
 
 
 def _dtype_of(params: Params) -> str:
@@ -122,9 +124,6 @@ def save_decoder(
     generation = {**keys, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     jsons = {"generation_config.json": generation, "config.json": value}
     _save(Path(path), family, config, {"decoder": params}, None, jsons, shard_bytes)
-    # transformers would put an adapter it finds beside the weights on top of its own base.
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (Path(path) / name).unlink(missing_ok=True)
 
 
 def save_classifier(
