@@ -11,7 +11,7 @@ import pytest
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.progress import Stopped
+from vbon_jax.signals import Stopped
 from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.loop import Record, Schedule
