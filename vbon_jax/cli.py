@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> Command:
         config = None if values.config is None else values.config.to_dict()
     except SyntaxError as error:
         raise InputError(f"--config: {error.filename}:{error.lineno}: {error.msg}") from error
-    except Exception as error:  # a config file is a program: it may raise anything
+    except (Exception, SystemExit) as error:  # a config file is a program: it may raise anything
         raise InputError(_flag_error(argv, error)) from error
     if not rest or rest[0] not in commands():
         named = repr(rest[0]) if rest else "not given"
@@ -182,7 +182,7 @@ def _default_workdir(argv: Sequence[str]) -> str:
     return os.path.join("runs", f"{name}-{variant}" if variant else name)
 
 
-def _flag_error(argv: Sequence[str], error: Exception) -> str:
+def _flag_error(argv: Sequence[str], error: BaseException) -> str:
     """One line of what absl or ml_collections says in many."""
     if isinstance(error, KeyError | AttributeError):
         said = str(error.args[0] if error.args else error)

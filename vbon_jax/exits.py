@@ -15,6 +15,7 @@ from vbon_jax.errors import InputError, disk_line
 
 LEAVE_SECONDS = 5.0  # for what libraries do at exit, after an error
 _code = 0  # of the process that leaves
+_reported = False  # whether the last line was printed
 
 # They log errors that are raised as well, with tracebacks; ours is the one line.
 _LOUD = ("absl", "orbax", "asyncio", "tensorstore")
@@ -79,7 +80,11 @@ def report(error: BaseException) -> int:
     if found is None:
         traceback.print_exception(error)
         return 1
+    global _reported
+    _reported = True
     code, line = found
+    if isinstance(error, signals.Stopped | KeyboardInterrupt):
+        signals.wait_told()
     if isinstance(error, BrokenPipeError):  # the reader of `vbon generate` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if line:
@@ -115,7 +120,7 @@ def _of_thread(args: Any) -> None:
 def _of_nobody(args: Any) -> None:
     """One line for an error that no caller can see, as of a file closed by the collector."""
     # The disk's are told by whoever writes, and the signals' watcher ends what does not let go.
-    if isinstance(args.exc_value, OSError | KeyboardInterrupt) or _code:
+    if isinstance(args.exc_value, OSError | KeyboardInterrupt) or _reported:
         return
     print(f"vbon: ignored: {args.exc_type.__name__}: {args.exc_value}", file=sys.stderr)
 

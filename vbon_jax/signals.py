@@ -24,6 +24,8 @@ GRACE_SECONDS = 8.0  # for what a first signal interrupts, where no loop finishe
 _loops: list["StopSignal"] = []  # those that look at the flag, the innermost last
 _calls = 0  # how many `interruptible` are open
 _received: int | None = None  # the first signal of an installed process
+_told = threading.Event()  # of it; set where nobody watches
+_told.set()
 
 
 class Stopped(Exception):
@@ -57,13 +59,14 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             _loops.append(self)
             for signum in SIGNALS:
-                self._previous[signum] = signal.signal(signum, self._handle)
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         for signum, previous in self._previous.items():
             signal.signal(signum, previous)
-        if self._previous:
+        if self in _loops:
             _loops.remove(self)
         if kind is None and self.signum is not None:
             signal.raise_signal(self.signum)
@@ -123,11 +126,17 @@ def received() -> int | None:
     return _received
 
 
+def wait_told() -> None:
+    """Lets the watcher say that a signal came before others say how the work ended."""
+    _told.wait(1.0)
+
+
 def install() -> None:
     """Handles the signals of this process from now on; called once, in its main thread."""
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and `&` leave Ctrl-C
             signal.signal(signum, _interrupt)
+    _told.clear()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # The interpreter writes a signal's number here at once, while the main thread may be in a
@@ -153,6 +162,7 @@ def _watch(reading: int) -> None:
             _received = signum
             finishing = "; the step is finished and saved first" if _loops and not _calls else ""
             _say(f"vbon: {signal.Signals(signum).name}: stopping{finishing}; again to stop at once")
+            _told.set()
         if _received is not None and not ready:
             waited = 0.0 if _loops and not _calls else waited + 0.5
             if waited >= GRACE_SECONDS:

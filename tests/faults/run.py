@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,12 +74,16 @@ def command(workdir: Path, *flags: str, stage: str = "run") -> list[str]:
     ]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    """Of such a process: this tree, one CPU device, and one cache of compiled programs for all."""
+def environment(path: Path | None = None) -> dict[str, str]:
+    """Of such a process: this tree, one CPU device, and one cache of compiled programs for all.
+
+    Args:
+      path: a further folder to import from.
+    """
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         Path(tempfile.gettempdir()) / "vbon_jax_test_xla"
     )
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(p) for p in (ROOT, path, os.environ.get("PYTHONPATH")) if p]
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": cache,
@@ -89,10 +94,12 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(argv: Sequence[str]) -> Iterator[subprocess.Popen]:
+def started(argv: Sequence[str], path: Path | None = None) -> Iterator[subprocess.Popen]:
     """A process, its standard error on a pipe; killed where it still runs on the way out."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as `&` leaves it, for children too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
-        argv, cwd=ROOT, env=environment(), text=True, errors="replace",
+        argv, cwd=ROOT, env=environment(path), text=True, errors="replace",
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
@@ -124,9 +131,9 @@ def _killer(process: subprocess.Popen, timeout: float) -> threading.Timer:
     return timer
 
 
-def done(argv: Sequence[str], timeout: float = SECONDS) -> Ended:
+def done(argv: Sequence[str], timeout: float = SECONDS, path: Path | None = None) -> Ended:
     """Runs a process to its end."""
-    with started(argv) as process:
+    with started(argv, path) as process:
         return finished(process, timeout)
 
 

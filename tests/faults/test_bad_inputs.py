@@ -1,0 +1,33 @@
+"""Bad inputs that are refused before any work, in this process; the script tries all."""
+
+import sys
+
+import pytest
+
+from tests.faults import bad_inputs
+from vbon_jax import cli
+
+CASES = [
+    *bad_inputs.COMMANDS, *bad_inputs.VALUES, *bad_inputs.CONFIGS, *bad_inputs.WORKDIRS,
+    *bad_inputs.FILES, *bad_inputs.REWARDS,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_bad_input_is_answered_in_one_line(case, tmp_path, capfd, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = cli.main(bad_inputs.arguments(case, tmp_path))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert not bad_inputs.faults_of(code, lines), lines
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_lock_leaves_what_its_link_points_to(tmp_path, capfd):
+    (case,) = (c for c in bad_inputs.WORKDIRS if c.name == "lock is a link")
+    assert cli.main(bad_inputs.arguments(case, tmp_path)) == 2
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert "is a link" in capfd.readouterr().err
+
+
+def test_no_module_of_a_case_stays(tmp_path):
+    assert not [name for name in sys.modules if name.startswith("bad_reward_x")]
