@@ -24,7 +24,8 @@ GRACE_SECONDS = 8.0  # for what a first signal interrupts, where no loop finishe
 _loops: list["StopSignal"] = []  # those that look at the flag, the innermost last
 _calls = 0  # how many `interruptible` are open
 _received: int | None = None  # the first signal of an installed process
-_told = threading.Event()  # of it; set where nobody watches
+_watched = False  # whether this process is installed
+_told = threading.Event()  # of the first signal; set where nobody watches
 _told.set()
 
 
@@ -78,6 +79,8 @@ class StopSignal:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
+            if _watched:
+                return  # the watcher ends the process
             raise KeyboardInterrupt
         self.signum = signum
         if _calls:
@@ -136,6 +139,8 @@ def install() -> None:
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and `&` leave Ctrl-C
             signal.signal(signum, _interrupt)
+    global _watched
+    _watched = True
     _told.clear()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
