@@ -15,6 +15,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_bad_input_is_answered_in_one_line(case, tmp_path, capfd, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nothing may ask
     code = cli.main(bad_inputs.arguments(case, tmp_path))
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert not bad_inputs.faults_of(code, lines), lines
