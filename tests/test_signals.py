@@ -84,18 +84,24 @@ def process(body, *sent, first="begun\n"):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_ends_what_can_be_interrupted(signum):
-    code, lines = process("    time.sleep(60)", signum)
+@pytest.mark.parametrize("swallows", [False, True])
+def test_the_first_signal_ends_what_is_no_step(signum, swallows):
+    """Also what catches whatever is raised."""
+    body = "    while True:\n        try: time.sleep(60)\n        except BaseException: pass"
+    code, lines = process(body if swallows else "    time.sleep(60)", signum)
     name = signal.Signals(signum).name
     assert code == 128 + signum
-    assert lines == [
-        f"vbon: {name}: stopping; again to stop at once",
-        f"vbon: stopped by {name}; the same command goes on from what is saved",
-    ]
+    assert lines == [f"vbon: stopped by {name}; the same command goes on from what is saved"]
 
 
-def test_what_swallows_the_first_signal_is_ended_after_a_while():
-    body = "    while True:\n        try: time.sleep(60)\n        except BaseException: pass"
+def test_a_call_that_swallows_its_interruption_is_ended_after_a_while():
+    body = (
+        "    signals.CALL_SECONDS = 0.1\n"
+        "    with signals.StopSignal(), signals.interruptible():\n"
+        "        while True:\n"
+        "            try: time.sleep(60)\n"
+        "            except BaseException: pass"
+    )
     code, lines = process(body, signal.SIGTERM)
     assert code == 143 and "did not let go" in lines[-1] and len(lines) == 2
 

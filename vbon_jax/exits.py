@@ -101,6 +101,7 @@ def prepare() -> None:
     atexit.register(_last)  # the first registered is the last called
     signals.install()
     sys.stdin = open(os.devnull)  # noqa: SIM115  # for the whole process
+    logging.raiseExceptions = False  # of the log itself
     threading.excepthook = _of_thread
     sys.unraisablehook = _of_nobody
     for name in _LOUD:

@@ -1,10 +1,10 @@
 """SIGTERM and Ctrl-C: the first ends the work in order, the second at once.
 
 A loop that saves its state looks at `StopSignal` between its steps; a user's code inside such a
-step (`interruptible`) is given some seconds to return. Everywhere else the first signal raises
-`Interrupted`. In a process of the command line (`install`)
-a thread watches beside: it says that a signal came, ends the process on the second, whatever the
-main thread is doing, and where the work does not let go after the first.
+step (`interruptible`) is given some seconds to return, and then interrupted. In a process of the
+command line (`install`) a thread watches beside, whatever the main thread is doing: it ends the
+process on the second signal, on the first where no such loop runs (files are whole or resumed at any moment, and to raise
+an error inside a library's import or callback may crash it), and where a loop does not let go.
 """
 
 import os
@@ -19,7 +19,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CALL_SECONDS = 4.0  # for a user's code to return in, after a first signal
-GRACE_SECONDS = 8.0  # for what a first signal interrupts, where no loop finishes its step
+GRACE_SECONDS = 8.0  # for what a first signal interrupts, and for the way out of a loop
 
 _loops: list["StopSignal"] = []  # those that look at the flag, the innermost last
 _calls = 0  # how many `interruptible` are open
@@ -38,7 +38,7 @@ class Stopped(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came where nothing waits for the end of a step. No Exception: nobody swallows it."""
+    """A signal came, and a user's code did not return. No Exception: nobody swallows it."""
 
     def __init__(self, signum: int):
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
@@ -138,7 +138,7 @@ def install() -> None:
     """Handles the signals of this process from now on; called once, in its main thread."""
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and `&` leave Ctrl-C
-            signal.signal(signum, _interrupt)
+            signal.signal(signum, _ignore)  # the watcher acts
     global _watched
     _watched = True
     _told.clear()
@@ -150,8 +150,8 @@ def install() -> None:
     threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise Interrupted(signum)
+def _ignore(signum: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _watch(reading: int) -> None:
@@ -163,26 +163,32 @@ def _watch(reading: int) -> None:
             if signum not in SIGNALS:
                 continue
             if _received is not None:
-                _end(signum, "at once")
+                _end(signum, ", at once")
+            if not _loops:
+                _end(signum, "")
             _received = signum
-            finishing = "; the step is finished and saved first" if _loops and not _calls else ""
-            _say(f"vbon: {signal.Signals(signum).name}: stopping{finishing}; again to stop at once")
+            _say(
+                f"vbon: {signal.Signals(signum).name}: the step is finished and saved first; again "
+                "to stop at once"
+            )
             _told.set()
         if _received is not None and not ready:
             waited = 0.0 if _loops and not _calls else waited + 0.5
             if waited >= GRACE_SECONDS:
-                _end(_received, "what was running did not let go")
+                _end(_received, ": what was running did not let go")
 
 
 def _end(signum: int, how: str) -> None:
     name = signal.Signals(signum).name
-    _say(f"vbon: stopped by {name}, {how}; the same command goes on from what is saved")
+    if sys.stderr.isatty():
+        _say("\033[?25h", end="")  # the cursor, which a progress bar hides
+    _say(f"vbon: stopped by {name}{how}; the same command goes on from what is saved")
     os._exit(128 + signum)
 
 
-def _say(line: str) -> None:
+def _say(line: str, end: str = "\n") -> None:
     """Writes past sys.stderr, whose lock the main thread may hold."""
     try:
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}{end}".encode())
     except (OSError, ValueError):
         return

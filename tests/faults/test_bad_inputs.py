@@ -1,5 +1,7 @@
 """Bad inputs that are refused before any work, in this process; the script tries all."""
 
+import logging
+
 import pytest
 
 from tests.faults import bad_inputs
@@ -16,6 +18,7 @@ CASES = [
 def test_a_bad_input_is_answered_in_one_line(case, tmp_path, capfd, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # nothing may ask
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # as in a process: see `exits.prepare`
     code = cli.main(bad_inputs.arguments(case, tmp_path))
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert not bad_inputs.faults_of(code, lines), lines

@@ -13,7 +13,7 @@ def test_a_full_disk_ends_in_one_line_and_goes_on_to_the_same_results(tmp_path):
     wanted = run.digest_of(whole)
     assert wanted.keys() == {"reference/model.safetensors"}
     try:
-        row = disk.filled(tmp_path / "disk", "size=64k", wanted, "sft")
+        row = disk.filled(tmp_path / "disk", "size=24k", wanted, "sft")
     except (PermissionError, FileNotFoundError) as error:
         pytest.skip(str(error))
     assert row[1] == "2" and row[5] == "-", row
