@@ -36,7 +36,13 @@ def is_below(name: str, package: str) -> bool:
 
 
 ANY = ("vbon_jax",)
-LEAVES = ("vbon_jax.errors", "vbon_jax.keys", "vbon_jax.progress", "vbon_jax.sharding")
+LEAVES = (
+    "vbon_jax.errors",
+    "vbon_jax.keys",
+    "vbon_jax.progress",
+    "vbon_jax.sharding",
+    "vbon_jax.signals",
+)
 CONFIG = ("vbon_jax.config", "vbon_jax.stages", "vbon_jax.cli", "vbon_jax.api")
 
 

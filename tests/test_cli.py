@@ -12,10 +12,16 @@ import pytest
 
 from vbon_jax import cli
 from vbon_jax.errors import InputError
-from vbon_jax.progress import Stopped
+from vbon_jax.signals import Interrupted, Stopped
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'tabular.py'}"
+
+
+def several(coordinator, processes, process):
+    return (
+        f"--coordinator={coordinator}", f"--num_processes={processes}", f"--process_id={process}"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -31,6 +37,25 @@ CONFIG = f"--config={ROOT / 'configs' / 'tabular.py'}"
         (["run", CONFIG, "--speed=3"], "speed"),
         (["run", "sft", CONFIG], "'sft' is neither a stage nor a flag"),
         (["run", CONFIG, "--num_processes=2"], "go together"),
+        (["run", CONFIG, *several("host:1", 2, 0)], "--num_processes=2: a run is of one process"),
+        (["sweep", CONFIG, *several("host:1", 2, 1)], "start the same command on each host"),
+        (["run", CONFIG, *several("host", 2, 0)], "--coordinator=host: write host:port"),
+        (["run", CONFIG, *several("host:0", 2, 0)], "--coordinator=host:0: write host:port"),
+        (["run", CONFIG, *several("host:99999", 2, 0)], "a port from 1 to 65535"),
+        (["run", CONFIG, *several(":80", 1, 0)], "--coordinator=:80: write host:port"),
+        (["run", CONFIG, *several("host:1", 2, 2)], "--process_id=2: it must be below"),
+        (["run", CONFIG, "--config.sampling.batch_size=1000000000"], "at most 4000000"),
+        (["run", CONFIG, "--config.reference.model.layers=1000000000"], "at most 1000"),
+        (
+            [
+                "run",
+                CONFIG,
+                "--config.reference.model.layers=1000",
+                "--config.reference.model.width=100000",
+            ],
+            "reference.model.layers=1000 x reference.model.width=100000 needs at least",
+        ),
+        (["run", CONFIG, "--config.samples.m=1000000000"], "samples.m=1000000000: must be at most"),
         (["run", CONFIG, "--config.mesh.data=99"], "needs 99 devices"),
         (["run", CONFIG, "--profile=abc"], "--profile=abc: write FIRST:LAST"),
         (["run", CONFIG, "--profile=3:"], "--profile=3:: write FIRST:LAST"),
@@ -83,14 +108,6 @@ def test_a_workdir_that_cannot_be_made(tmp_path, capfd):
     assert "cannot be made" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("stage", ["sweep", "run"])
-def test_a_sweep_takes_no_coordinator(stage, capfd):
-    flags = ["--coordinator=host:1", "--num_processes=2", "--process_id=0"]
-    config = str(ROOT / "configs" / "reviews_sweep.py")
-    assert cli.main([stage, f"--config={config}", *flags]) == 2
-    assert "start the same command on each host without it" in capfd.readouterr().err
-
-
 def test_profile_names_the_first_and_the_last_iteration():
     assert cli.parse(["train", CONFIG, "--profile=3:5"]).profile == (3, 5)
     assert cli.parse(["run", CONFIG, "--profile=7"]).profile == (7, 7)
@@ -119,10 +136,18 @@ def test_version_names_what_a_report_of_a_fault_needs(capfd):
         (None, 0, ""),
         (InputError("samples.m=0: must be at least 1"), 2, "vbon: samples.m=0: must be at least 1"),
         (PermissionError(13, "Permission denied", "/w/x"), 2, "vbon: /w/x: Permission denied"),
-        (OSError(28, "No space left on device"), 2, "vbon: disk: No space left on device"),
+        (OSError(28, "No space left on device"), 2, "vbon: disk: No space left on device ("),
+        (OSError(5, "Input/output error", "/w/x"), 2, "vbon: /w/x: Input/output error"),
+        (MemoryError(), 2, "vbon: out of memory (MemoryError: "),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."),
+            2,
+            "vbon: out of memory (JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 8",
+        ),
+        (Interrupted(signal.SIGTERM), 143, "vbon: stopped by SIGTERM; the same command goes on"),
         (Stopped(signal.SIGTERM, "it is saved"), 143, "vbon: stopped by SIGTERM: it is saved"),
         (Stopped(signal.SIGINT, "it is saved"), 130, "vbon: stopped by SIGINT: it is saved"),
-        (KeyboardInterrupt(), 130, "vbon: interrupted; the same command goes on"),
+        (KeyboardInterrupt(), 130, "vbon: stopped by SIGINT; the same command goes on"),
     ],
 )
 def test_exit_codes_are_those_of_the_help(error, code, said, monkeypatch, capfd):
@@ -130,7 +155,7 @@ def test_exit_codes_are_those_of_the_help(error, code, said, monkeypatch, capfd)
         if error is not None:
             raise error
 
-    assert "exit codes: 0 done; 2 bad input; 128 + the signal's number" in cli.usage()
+    assert "exit codes: 0 done; 2 bad input, disk or memory full; 128 + the signal's" in cli.usage()
     monkeypatch.setattr(cli, "execute", execute)
     assert cli.main(["run", CONFIG]) == code
     assert capfd.readouterr().err.startswith(said)

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from absl import flags, logging
 from ml_collections import config_flags
 
+from vbon_jax import exits
 from vbon_jax.errors import InputError
 from vbon_jax.stages import COMMANDS, STAGES
 
@@ -61,8 +61,9 @@ def usage() -> str:
         "  --profile=3:5    a JAX profiler trace of these iterations of training\n"
         "  --version        the version of vbon_jax, of JAX and of its devices\n"
         "  --coordinator --num_processes --process_id\n"
-        "                   of a run on several hosts, as jax.distributed.initialize takes them\n\n"
-        "exit codes: 0 done; 2 bad input; 128 + the signal's number when stopped, saved first\n"
+        "                   of a run of several processes: checked, and refused in this version\n\n"
+        "exit codes: 0 done; 2 bad input, disk or memory full; 128 + the signal's number when\n"
+        "stopped, saved first (a second signal stops at once)\n"
     )
 
 
@@ -84,9 +85,6 @@ class Command:
     workdir: str
     prompts: list[str]
     profile: tuple[int, int] | None
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -104,7 +102,7 @@ def parse(argv: Sequence[str]) -> Command:
         config = None if values.config is None else values.config.to_dict()
     except SyntaxError as error:
         raise InputError(f"--config: {error.filename}:{error.lineno}: {error.msg}") from error
-    except Exception as error:  # a config file is a program: it may raise anything
+    except (Exception, SystemExit) as error:  # a config file is a program: it may raise anything
         raise InputError(_flag_error(argv, error)) from error
     if not rest or rest[0] not in commands():
         named = repr(rest[0]) if rest else "not given"
@@ -118,17 +116,42 @@ def parse(argv: Sequence[str]) -> Command:
             f"--profile={values.profile}: it traces training: use it with `vbon train` or `vbon "
             "run`"
         )
-    several = (values.coordinator, values.num_processes, values.process_id)
-    if any(v is None for v in several) and not all(v is None for v in several):
-        raise InputError("--coordinator, --num_processes and --process_id go together: give all")
+    _refuse_processes(values.coordinator, values.num_processes, values.process_id)
     return Command(
         rest[0],
         vbon_config.parse(config),
         values.workdir or _default_workdir(argv),
         values.prompt,
         _profile(values.profile),
-        *several,
     )
+
+
+def _refuse_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Checks the flags of a run of several processes, which is refused."""
+    given = (coordinator, num_processes, process_id)
+    if all(value is None for value in given):
+        return
+    if any(value is None for value in given):
+        raise InputError("--coordinator, --num_processes and --process_id go together: give all")
+    assert coordinator is not None and num_processes is not None and process_id is not None
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal() and 1 <= int(port) <= 65_535):
+        raise InputError(
+            f"--coordinator={coordinator}: write host:port, a port from 1 to 65535, such as "
+            "--coordinator=10.0.0.1:8476"
+        )
+    if process_id >= num_processes:
+        raise InputError(
+            f"--process_id={process_id}: it must be below --num_processes={num_processes}"
+        )
+    if num_processes > 1:
+        raise InputError(
+            f"--num_processes={num_processes}: a run is of one process; a later version takes "
+            "several. Leave out --coordinator, --num_processes and --process_id (a sweep shares "
+            "its work through --workdir: start the same command on each host)"
+        )
 
 
 def _profile(text: str | None) -> tuple[int, int] | None:
@@ -159,7 +182,7 @@ def _default_workdir(argv: Sequence[str]) -> str:
     return os.path.join("runs", f"{name}-{variant}" if variant else name)
 
 
-def _flag_error(argv: Sequence[str], error: Exception) -> str:
+def _flag_error(argv: Sequence[str], error: BaseException) -> str:
     """One line of what absl or ml_collections says in many."""
     if isinstance(error, KeyError | AttributeError):
         said = str(error.args[0] if error.args else error)
@@ -201,30 +224,23 @@ def execute(argv: Sequence[str]) -> None:
         bench.main()
         return
     command = parse(argv)
-    logging.set_verbosity(logging.ERROR)  # libraries' remarks would stand between our own lines
+    logging.set_verbosity(logging.FATAL)  # libraries' remarks would stand between our own lines
     config = command.config
     several = command.stage == "sweep" or (command.stage == "run" and "sweep" in config.stages)
-    if several and command.coordinator is not None:
-        raise InputError(
-            "a sweep shares its work through --workdir, not through --coordinator: start the same "
-            "command on each host without it"
-        )
-    if command.coordinator is not None:
-        import jax
-
-        jax.distributed.initialize(command.coordinator, command.num_processes, command.process_id)
     from vbon_jax import sharding  # after the flags: jax starts here
-    from vbon_jax.stages import base, workdir
+    from vbon_jax.stages import base, sizes, workdir
 
     folder = workdir.Workdir(command.workdir, config, STAGES)
-    if command.stage == "plan":
-        from vbon_jax.stages import plan
+    from vbon_jax.stages import plan
 
+    if command.stage == "plan":
         plan.run(config, folder)
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run = base.Run(config, folder, mesh, command.profile)
     base.refuse_uneven(config, mesh)
+    devices = plan.device_bytes(config) * mesh.size
+    sizes.refuse_impossible(config, sizes.host_bytes(), devices)
     if command.stage == "generate":
         if not command.prompts:
             raise InputError('no --prompt: give at least one, --prompt="the film"')
@@ -249,30 +265,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in argv:
         print(version())
         return 0
-    # Only now: what these import takes seconds, and --help should not.
-    from vbon_jax.progress import Stopped
-
     try:
         execute(argv)
-    except InputError as error:
-        print(f"vbon: {error}", file=sys.stderr)
-        return 2
-    except Stopped as error:
-        print(f"vbon: {error}", file=sys.stderr)
-        return 128 + error.signum
-    except KeyboardInterrupt:
-        print("vbon: interrupted; the same command goes on from what is saved", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of `vbon generate` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.filename is None and error.errno is None:
+    except BaseException as error:
+        if exits.ending(error) is None:  # a fault of the program keeps its traceback
             raise
-        print(f"vbon: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-        return 2
+        return exits.report(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vbon_jax.__main__ import entry
+
+    entry()

@@ -1,13 +1,9 @@
-"""What long work shows and how it is stopped: a bar or plain lines, and signals as a flag."""
+"""What long work shows: a bar on a terminal, plain lines in a log."""
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -26,14 +22,6 @@ LOG_SECONDS = 10.0  # between plain lines where there is no terminal
 def log(text: str) -> None:
     """A line to standard error."""
     print(text, file=sys.stderr, flush=True)
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; what was computed is saved."""
-
-    def __init__(self, signum: int, saved: str):
-        super().__init__(f"stopped by {signal.Signals(signum).name}: {saved}")
-        self.signum = signum
 
 
 class Reporter:
@@ -93,29 +81,3 @@ def reporting(title: str, total: int, done: int = 0) -> Iterator[Reporter]:
         yield reporter
     finally:
         reporter.close()
-
-
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a flag a loop looks at between steps.
-
-    A second Ctrl-C raises KeyboardInterrupt at once.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._previous[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for signum, previous in self._previous.items():
-            signal.signal(signum, previous)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signum = signum

@@ -1,10 +1,14 @@
 import functools
+import os
+import signal
 import sys
+import time
 import types
 
 import numpy as np
 import pytest
 
+from vbon_jax import signals
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.rewards import function
@@ -26,6 +30,36 @@ def module():
     sys.modules["a_users_reward"] = m
     yield m
     del sys.modules["a_users_reward"]
+
+
+def test_what_a_function_prints_is_not_on_standard_output(tmp_path, monkeypatch, capfd):
+    """That of `vbon generate` is JSON lines; neither on import nor when called."""
+    (tmp_path / "loud_reward.py").write_text(
+        "print('imported')\ndef f(p, r):\n    print('called')\n    return [0.5]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = function.load("loud_reward:f")
+    assert function.call("f", found, ["a"], ["b"]).tolist() == [0.5]
+    assert capfd.readouterr() == ("", "imported\ncalled\n")
+
+
+def test_a_function_that_ends_the_process_is_at_fault():
+    with pytest.raises(InputError, match=r"raised SystemExit: 3"):
+        function.call("f", lambda p, r: sys.exit(3), ["a"], ["b"])
+
+
+def test_a_function_that_does_not_return_is_interrupted_by_a_signal(monkeypatch):
+    monkeypatch.setattr(signals, "CALL_SECONDS", 0.1)
+
+    def endless(prompts, responses):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            time.sleep(0.01)
+
+    with signals.StopSignal() as stop:
+        with pytest.raises(signals.Interrupted):
+            function.call("endless", endless, ["a"], ["b"])
+        assert stop.take() == signal.SIGTERM
 
 
 @pytest.mark.parametrize(

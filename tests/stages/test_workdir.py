@@ -1,6 +1,7 @@
 """What a stage was done under: the notes and names of workdirs written before some keys existed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -150,3 +151,53 @@ def test_a_whole_old_workdir_is_run_again_without_work(old, capfd):
                      "--config.stages=('sft','reward','sample','train')"]) == 0  # fmt: skip
     assert capfd.readouterr().err.count("complete already") == 4
     assert note(old, "sft").read_bytes() == (old / "as_it_was").read_bytes()
+
+
+def test_a_lock_never_follows_a_link_and_cuts_nothing(tmp_path):
+    (tmp_path / "precious").write_text("all")
+    run = folder(tmp_path / "w")
+    run.root.mkdir()
+    (run.root / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match=r"\.lock is a link: remove it"), run.locked():
+        pass
+    assert (tmp_path / "precious").read_text() == "all"
+    (run.root / ".lock").unlink()
+    (run.root / ".lock").write_text("old")
+    with run.locked():
+        assert (run.root / ".lock").read_text() == "old"
+
+
+@pytest.mark.parametrize("mark", ["[", "*", "?"])
+def test_a_pattern_in_the_path_is_refused_before_any_work(tmp_path, mark):
+    run = folder(tmp_path / f"a{mark}b")
+    with pytest.raises(InputError, match=r"is a pattern to the library"), run.locked():
+        pass
+    assert not run.root.exists()
+
+
+LEFT = (
+    "prompts/train.jsonl.partial", "policy/.model.safetensors.12.tmp", "evaluation.json.ab.tmp",
+    "metrics.tmp", "checkpoints/train/4.orbax-checkpoint-tmp-1/state/x", "stages/sft.json.ab.tmp",
+)  # fmt: skip
+KEPT = ("notes.tmp", "mine/x.tmp", "policy/model.safetensors", "checkpoints/train/2/state/x")
+
+
+def test_temporary_files_are_swept_at_the_next_start(tmp_path):
+    run = folder(tmp_path)
+    for name in (*LEFT, *KEPT):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with run.locked():
+        assert not [name for name in LEFT if (tmp_path / name).exists()]
+        assert all((tmp_path / name).exists() for name in KEPT)
+
+
+def test_of_a_sweep_only_old_ones_are_swept_since_others_may_be_at_work(tmp_path):
+    run = folder(tmp_path)
+    new, old = tmp_path / "sweep/u/.claim-new", tmp_path / "sweep/u/.claim-old"
+    new.parent.mkdir(parents=True)
+    for path in (new, old):
+        path.write_text("x")
+    os.utime(old, (1e9, 1e9))
+    with run.locked():
+        assert new.exists() and not old.exists()

@@ -3,15 +3,17 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vbon_jax import signals
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.progress import Stopped
+from vbon_jax.signals import Stopped
 from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.loop import Record, Schedule
@@ -233,3 +235,36 @@ def test_a_trace_is_written_though_the_loop_stops_inside_it(files, traced):
         )  # fmt: skip
     assert events == [(0, "begin"), (2, "end")]
     assert list((files.path / "profile").rglob("*.xplane.pb"))
+
+
+def stuck(at, donated=False):
+    """A step whose reward function does not return in the iteration after ``at``."""
+    one = adding()
+
+    def step(state, step):
+        if step == at:
+            if donated:
+                state["x"].delete()
+            with signals.interruptible():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(20)
+        return one(state, step)
+
+    return step
+
+
+def test_a_step_that_does_not_return_keeps_the_one_before(files, monkeypatch):
+    monkeypatch.setattr(signals, "CALL_SECONDS", 0.1)
+    record = files()
+    with pytest.raises(Stopped, match=r"after iteration 3 of 6 is saved"):
+        loop.run(start(), 0, stuck(3), Schedule("t", 6, 100), record)
+    state, metadata = record.checkpointer.restore(start())
+    assert metadata["step"] == 3
+    np.testing.assert_array_equal(state["x"], [6, 6])
+
+
+def test_a_state_that_was_given_away_leaves_the_newest_checkpoint(files, monkeypatch):
+    monkeypatch.setattr(signals, "CALL_SECONDS", 0.1)
+    record = files()
+    with pytest.raises(Stopped, match=r"inside iteration 4: checkpoint 2 is the last"):
+        loop.run(start(), 0, stuck(3, donated=True), Schedule("t", 6, 2), record)

@@ -1,10 +1,13 @@
 """Where metrics go: metrics.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
 
 import json
+import struct
 import sys
 import time
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from vbon_jax.errors import InputError
 from vbon_jax.training.metrics import MetricsWriter
@@ -90,3 +93,37 @@ def test_wandb_that_cannot_start_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Module)
     with pytest.raises(InputError, match=r"cannot start \(no API key configured\): log in with"):
         MetricsWriter(tmp_path, 0, wandb={"project": "p"})
+
+
+@pytest.mark.parametrize(("of", "name"), [("_file", "metrics.jsonl"), ("board", "tensorboard")])
+def test_a_full_disk_is_told_at_once(tmp_path, of, name):
+    """Of TensorBoard too: its own writer's thread would die, and the next value wait for ever."""
+    writer = MetricsWriter(tmp_path, 0)
+    full = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    if of == "board":
+        writer._board._file = full
+    else:
+        writer._file = full
+    with pytest.raises(
+        InputError, match=rf"{name}.*: No space left on device \(.* free.*make room"
+    ):
+        writer.write(1, {"loss": 0.5})
+    writer.close()
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    """Each record as tensorboardX's own reader of the format takes it: steps, tags, values."""
+    written(tmp_path, 0, (1, 2))
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        header, body = data[:8], data[12 : 12 + length]
+        assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(header)
+        assert struct.unpack("<I", data[12 + length : 16 + length])[0] == masked_crc32c(body)
+        events.append(Event.FromString(body))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert events[1].session_log.status == SessionLog.START and events[1].step == 1
+    found = [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events[2:]]
+    assert found == [(1, {"loss": 0.25, "kl_ref": 1.0}), (2, {"loss": 0.5, "kl_ref": 1.0})]

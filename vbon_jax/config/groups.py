@@ -10,7 +10,18 @@ from vbon_jax.methods.base import beta_key
 from vbon_jax.methods.vbon import objective_key
 from vbon_jax.rewards import classifier
 from vbon_jax.rewards.combined import MISSING_EOS
-from vbon_jax.training.options import Fit, Lora, Memory, Offline, Train
+from vbon_jax.training.options import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    Fit,
+    Lora,
+    Memory,
+    Offline,
+    Train,
+)
+
+MOST_TEXTS = 100_000_000  # and prompts; as `MOST_ROWS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +39,14 @@ class Data:
     label_column: str = key("label", "Column that holds the label.")
     train_split: str = key("train", "Training split of `data.hub`.")
     test_split: str = key("test", "Held-out split of `data.hub`.")
-    train: int = key(6_000, "Training texts that the embedded corpus generates.", least=1)
-    test: int = key(1_000, "Held-out texts that the embedded corpus generates.", least=1)
+    train: int = key(
+        6_000, "Training texts that the embedded corpus generates.", least=1, most=MOST_TEXTS
+    )
+    test: int = key(
+        1_000, "Held-out texts that the embedded corpus generates.", least=1, most=MOST_TEXTS
+    )
     ood: int = key(600, "Out-of-distribution reviews that it generates, of film genres no other "
-                   "split has; 0 for none.", least=0)  # fmt: skip
+                   "split has; 0 for none.", least=0, most=MOST_TEXTS)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +68,16 @@ class PromptSet:
     train_split: str = key("train", "Training split of `prompts.hub`.")
     test_split: str = key("test", "Held-out split of `prompts.hub`.")
     train: int = key(800, "Number of training prompts that are made of texts or TL;DR posts; "
-                     "prompts of other files are all used.", least=1)  # fmt: skip
-    test: int = key(128, "Number of held-out prompts, likewise.", least=2)
-    ood: int = key(0, "Number of out-of-distribution prompts, likewise; 0 for none.", least=0)
-    min_tokens: int = key(2, "Shortest prefix of a text, in tokens.", least=1)
-    max_tokens: int = key(8, "Longest prefix of a text, in tokens.", least=1)
+                     "prompts of other files are all used.", least=1, most=MOST_TEXTS)  # fmt: skip
+    test: int = key(128, "Number of held-out prompts, likewise.", least=2, most=MOST_TEXTS)
+    ood: int = key(
+        0, "Number of out-of-distribution prompts, likewise; 0 for none.", least=0, most=MOST_TEXTS
+    )
+    min_tokens: int = key(2, "Shortest prefix of a text, in tokens.", least=1, most=MOST_TOKENS)
+    max_tokens: int = key(8, "Longest prefix of a text, in tokens.", least=1, most=MOST_TOKENS)
     longest: int = key(512, "Longest prompt in tokens: longer posts of format tldr are shortened "
-                       "as in the data set's own code, longer chats refused.", least=1)  # fmt: skip
+                       "as in the data set's own code, longer chats refused.", least=1,
+                       most=MOST_TOKENS)  # fmt: skip
     subreddits: tuple[str, ...] = key((), "Of format tldr: subreddits that are in distribution; "
                                       "posts of all others are out of distribution.")  # fmt: skip
     gap: str = key("\n", "Of format tldr: separator between subreddit, title, post and TL;DR.")
@@ -77,7 +95,9 @@ class Tokenizer:
                     "own, or trains one where that is trained.")  # fmt: skip
     kind: str = key("bpe", "Tokenizer to train: bpe, byte-level byte-pair encoding; characters, "
                     "one token per character.", choices=tokenizer.KINDS)  # fmt: skip
-    vocab_size: int = key(2_048, "Largest vocabulary of a trained tokenizer.", least=1)
+    vocab_size: int = key(
+        2_048, "Largest vocabulary of a trained tokenizer.", least=1, most=MOST_ROWS
+    )
     add_bos: str = key("auto", "Whether a text begins with the BOS token: auto, as the tokenizer "
                        "does it itself; always; never. Chat templates write their own.",
                        choices=("auto", "always", "never"))  # fmt: skip
@@ -87,10 +107,12 @@ class Tokenizer:
 class Model:
     """Sizes of a model that is trained from scratch."""
 
-    layers: int = key(3, "Number of transformer blocks.", least=1)
-    width: int = key(128, "Model dimension.", least=1)
-    heads: int = key(4, "Number of attention heads; must divide the width.", least=1)
-    positions: int = key(64, "Longest sequence, in tokens.", least=2)
+    layers: int = key(3, "Number of transformer blocks.", least=1, most=1_000)
+    width: int = key(128, "Model dimension.", least=1, most=MOST_WIDTH)
+    heads: int = key(
+        4, "Number of attention heads; must divide the width.", least=1, most=MOST_WIDTH
+    )
+    positions: int = key(64, "Longest sequence, in tokens.", least=2, most=MOST_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +137,7 @@ class Score:
     template: str = key("{prompt}{response}", "Text that the classifier of `path` reads; chat: its "
                         "tokenizer's chat template.")  # fmt: skip
     max_tokens: int = key(0, "Longer texts are truncated at their beginning; 0 for the model's "
-                          "context length.", least=0)  # fmt: skip
+                          "context length.", least=0, most=MOST_TOKENS)  # fmt: skip
     template_arguments: str = key("", "Arguments of its chat template as a JSON object.")
 
 
@@ -155,20 +177,24 @@ class Sampling:
 
     temperature: float = key(1.0, "Sampling temperature of rollouts and reference samples; every "
                              "log-probability is taken at it.", above=0)  # fmt: skip
-    max_new_tokens: int = key(64, "Longest response in tokens, EOS included.", least=1)
+    max_new_tokens: int = key(
+        64, "Longest response in tokens, EOS included.", least=1, most=MOST_TOKENS
+    )
     stop_at_eos: bool = key(True, "End a response at EOS; False: every response has exactly "
                             "`sampling.max_new_tokens` tokens.")  # fmt: skip
     end_tokens: tuple[str, ...] = key((), "Tokens that end a response: `('</s>',)`; empty "
                                       "for the `eos_token_id` of generation_config.json and the "
                                       "tokenizer's EOS.")  # fmt: skip
-    batch_size: int = key(64, "Responses sampled at once outside training.", least=1)
+    batch_size: int = key(
+        64, "Responses sampled at once outside training.", least=1, most=MOST_ROWS
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """Scored responses of the reference model, from which log F is estimated."""
 
-    m: int = key(64, "Number of reference responses per training prompt.", least=1)
+    m: int = key(64, "Number of reference responses per training prompt.", least=1, most=MOST_ROWS)
     path: str = key("", "File of scored responses made elsewhere, used in place of sampling.")
 
 
@@ -197,19 +223,21 @@ class Evaluate:
 
     temperatures: tuple[float, ...] = key((1.0,), "Sampling temperatures; each has its own rows.")
     m: int = key(100, "Fresh reference responses per held-out prompt, from which win rates and "
-                 "best-of-n are computed.", least=1)  # fmt: skip
+                 "best-of-n are computed.", least=1, most=MOST_ROWS)  # fmt: skip
     samples_per_prompt: int = key(4, "Responses per held-out prompt of the policy and of "
-                                  "best-of-n.", least=1)  # fmt: skip
+                                  "best-of-n.", least=1, most=MOST_ROWS)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Convergence:
     """How many reference samples the estimate of log F needs (Section 5.1 of the paper)."""
 
-    prompts: int = key(128, "Number of held-out prompts.", least=1)
+    prompts: int = key(128, "Number of held-out prompts.", least=1, most=MOST_TEXTS)
     m: tuple[int, ...] = key((5, 20, 50, 100, 200, 250, 400), "Numbers of samples per prompt that "
                              "are compared with `convergence.m_full`.")  # fmt: skip
-    m_full: int = key(600, "Samples per prompt that stand for the true distribution.", least=2)
+    m_full: int = key(
+        600, "Samples per prompt that stand for the true distribution.", least=2, most=MOST_ROWS
+    )
     level: float = key(0.05, "Level of the Kolmogorov-Smirnov test.", above=0, below=1)
 
 
@@ -223,8 +251,8 @@ class SweepBase:
     temperatures: tuple[float, ...] = key((), "Sampling temperatures at which each method is also "
                                           "evaluated, at its match of `method.n`.")  # fmt: skip
     temperature_m: int = key(64, "As `evaluate.m`, at these temperatures and out of distribution.",
-                             least=1)  # fmt: skip
-    seeds: int = key(1, "Number of seeds per setting.", least=1)
+                             least=1, most=MOST_ROWS)  # fmt: skip
+    seeds: int = key(1, "Number of seeds per setting.", least=1, most=10_000)
     at_once: int = key(1, "Policies that are vmapped on a device, the others following in the same "
                        "program; 0 for all: best on GPU and TPU, 1 on CPU.", least=0)  # fmt: skip
     stale_seconds: float = key(60.0, "Seconds without a heartbeat after which a worker's share is "
@@ -258,7 +286,7 @@ class Generate:
 
     model: str = key("policy", "Model to sample from; bon is best-of-n of the reference.",
                      choices=("policy", "reference", "bon"))  # fmt: skip
-    count: int = key(1, "Responses per prompt.", least=1)
+    count: int = key(1, "Responses per prompt.", least=1, most=MOST_ROWS)
     temperature: float = key(1.0, "Sampling temperature.", above=0)
     top_k: int = key(0, "Sample among the k likeliest tokens; 0 for all.", least=0)
     top_p: float = key(1.0, "Sample from the smallest set of tokens with this probability mass; 1 "

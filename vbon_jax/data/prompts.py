@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vbon_jax.data import jsonl, records
 from vbon_jax.data import tokenizer as tokenizers
-from vbon_jax.errors import InputError
+from vbon_jax.errors import InputError, writing
 
 TEXT_COLUMN = "prompt"
 COLUMN_SETTING = "prompts.column"  # the config key that names another
@@ -183,17 +183,18 @@ def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        for prompt in prompts:
-            record: dict[str, Any] = {
-                "id": prompt.id, "prompt": prompt.text, "tokens": list(prompt.tokens)
-            }  # fmt: skip
-            if prompt.messages:
-                record["messages"] = message_records(prompt.messages)
-            file.write(jsonl.dump_line(record))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with writing(path):
+        with partial.open("wb") as file:
+            for prompt in prompts:
+                record: dict[str, Any] = {
+                    "id": prompt.id, "prompt": prompt.text, "tokens": list(prompt.tokens)
+                }  # fmt: skip
+                if prompt.messages:
+                    record["messages"] = message_records(prompt.messages)
+                file.write(jsonl.dump_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def message_records(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from vbon_jax.data.sample_lines import (
     parse_record,
     to_record,
 )
-from vbon_jax.errors import InputError
+from vbon_jax.errors import InputError, writing
 
 
 def read(path: str | os.PathLike[str]) -> list[PromptSamples]:
@@ -292,7 +292,7 @@ class SampleWriter:
           samples: the samples, with the prompt's id.
 
         Raises:
-          InputError: the rewards are not finite numbers, or the lengths differ.
+          InputError: the rewards are not finite numbers, the lengths differ, or the disk is full.
           ValueError: the samples have no prompt_id, or one that is in the file already.
         """
         where = f"samples of prompt {samples.prompt_id} for {self._path}"
@@ -300,7 +300,8 @@ class SampleWriter:
             raise ValueError(f"{where}: prompt_id must be an id that is not in the file yet")
         record = to_record(samples)
         parse_record(record, where)
-        self._append_bytes(jsonl.dump_line(record))
+        with writing(self._path):
+            self._append_bytes(jsonl.dump_line(record))
         self._ids.add(record["prompt_id"])
         self.done.append(record["prompt_id"])
 

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vbon_jax.errors import writing
 from vbon_jax.report import page, run_sections, sweep_sections
 from vbon_jax.report.page import Missing, Section
 from vbon_jax.report.results import Results, read
@@ -39,8 +40,9 @@ def write(workdir: Path, looks: Looks) -> Path:
     text = page.render(title(results), description(results), sections, missing)
     path = results.workdir / "report.html"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)  # the page is whole, or as it was before
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)  # the page is whole, or as it was before
     return path
 
 

@@ -1,6 +1,8 @@
 """A user's Python callable as the reward: texts of prompts and responses in, floats out."""
 
+import contextlib
 import importlib
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -10,6 +12,7 @@ import numpy as np
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.rewards.base import Decode, checked, texts_of
+from vbon_jax.signals import interruptible
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -31,8 +34,9 @@ def load(name: str, key: str = "reward") -> RewardFunction:
     if not (module_name and colon and attribute):
         raise InputError(f"{key}.function={name!r}: write it as module:function")
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # importing a user's module may raise anything
+        with contextlib.redirect_stdout(sys.stderr):  # ours is for results
+            module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise InputError(
             f"{key}.function={name!r}: cannot import {module_name!r} "
             f"({type(error).__name__}: {error}); "
@@ -61,15 +65,17 @@ def call(
       key: the config group that messages name.
 
     Returns:
-      function(prompts, responses) as float32 [B].
+      function(prompts, responses) as float32 [B]. What it prints goes to standard error.
 
     Raises:
+      Interrupted: a signal came, and the function did not return.
       InputError: the function raised, or returned another number of values than there are
         responses, a value that is no number, or one that is not finite; names the example.
     """
     try:
-        values = list(function(prompts, responses))
-    except Exception as error:
+        with contextlib.redirect_stdout(sys.stderr), interruptible():
+            values = list(function(prompts, responses))
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
             f"{key}.function={name!r} raised {type(error).__name__}: {error} "

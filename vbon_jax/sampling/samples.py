@@ -7,9 +7,10 @@ import jax
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, SampleWriter
-from vbon_jax.progress import Reporter, Stopped, StopSignal, reporting
+from vbon_jax.progress import Reporter, reporting
 from vbon_jax.rewards.base import Reward, counts_line, counts_of
 from vbon_jax.sampling.sampler import Response, Sampler, requests_for
+from vbon_jax.signals import Interrupted, Stopped, StopSignal
 
 
 def _grouped(
@@ -109,15 +110,19 @@ def write(
         with reporting(title, len(prompts) * m, drawn) as report, StopSignal() as stop:
             if writer.recovery:
                 report.say(writer.recovery)
-            for count, whole in _grouped(sampler, key, todo, m, batch_size, reward, evaluator):
-                for samples in whole:
-                    writer.append(samples)
-                drawn += count
-                report.update(drawn)
-                if stop.signum is not None:
-                    raise Stopped(
-                        stop.signum, f"{len(writer.done)} of {len(prompts)} prompts are in {path}"
-                    )
+            try:
+                for count, whole in _grouped(sampler, key, todo, m, batch_size, reward, evaluator):
+                    for samples in whole:
+                        writer.append(samples)
+                    drawn += count
+                    report.update(drawn)
+                    if stop.signum is not None:
+                        raise Interrupted(stop.signum)
+            except Interrupted as error:  # also inside a reward function that does not return
+                stop.take()
+                raise Stopped(
+                    error.signum, f"{len(writer.done)} of {len(prompts)} prompts are in {path}"
+                ) from error
             _say_counts(report, title, reward, evaluator)
 
 

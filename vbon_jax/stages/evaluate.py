@@ -16,6 +16,7 @@ from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.samples import PromptSamples
+from vbon_jax.errors import writing
 from vbon_jax.evaluation import exact, heldout
 from vbon_jax.evaluation.heldout import HeldOut, Models, Protocol
 from vbon_jax.progress import log
@@ -136,8 +137,9 @@ def _evaluated(
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with writing(path):
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 # --- The tabular world --------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from vbon_jax.bon import theory
 from vbon_jax.config import Config
 from vbon_jax.data import jsonl
 from vbon_jax.data.samples import PromptSamples
+from vbon_jax.errors import writing
 from vbon_jax.evaluation import exact, heldout
 from vbon_jax.methods import Method, Series, learning
 from vbon_jax.progress import log
@@ -459,11 +460,12 @@ def write_table(run: Run) -> None:
 
 def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Writes JSON lines so that the file is whole or not there, also beside other workers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # pids of hosts may agree
-    with temporary.open("wb") as file:
-        for record in records:
-            file.write(jsonl.dump_line(record))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            for record in records:
+                file.write(jsonl.dump_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)

@@ -1,19 +1,22 @@
 """The run's folder: where each thing lies, and which stage has been done under which settings."""
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from vbon_jax import config
 from vbon_jax.config import Config
-from vbon_jax.errors import InputError
+from vbon_jax.errors import DISK_FULL, InputError, space, writing
 from vbon_jax.progress import log
 
 # Settings that change how fast a result comes, not what it is.
@@ -22,6 +25,15 @@ FREE = (
     "sweep.stale_seconds",
 )  # fmt: skip
 
+
+# Temporary names of what is written in our folders, and of the files of the workdir itself.
+TEMPORARY = ("*.tmp", "*.partial", ".claim-*", "*.orbax-checkpoint-tmp*")
+OURS = (
+    "prompts", "samples", "stages", "tokenizer", "reference", "reward", "evaluator", "policy",
+    "checkpoints", "figures", "sweep",
+)  # fmt: skip
+WRITTEN = ("config", "evaluation", "metrics", "report", "sweep", "tabular", "convergence")
+STALE_SECONDS = 600.0  # age of a temporary file that no other worker is still writing
 
 _OTHER = object()
 
@@ -132,12 +144,23 @@ class Workdir:
 
         Raises InputError where it cannot be made or written, or another process holds it.
         """
+        marks = [mark for mark in "[*?" if mark in str(self.root)]
+        if marks:  # orbax would look for files that match, and leave checkpoints in pieces
+            raise InputError(
+                f"--workdir={self.root}: {marks[0]} in a path is a pattern to the library that "
+                "writes checkpoints: choose a path without [, * and ?"
+            )
+        lock = self.root / ".lock"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file = (self.root / ".lock").open("w")
+            # Not through a link, and nothing is cut: what lies there may be somebody's file.
+            file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise InputError(f"{lock} is a link: remove it, a lock must be a file") from error
             raise InputError(
                 f"--workdir={self.root}: cannot be made or written ({error.strerror})"
+                + (f"; {space(self.root)}" if error.errno in DISK_FULL else "")
             ) from error
         with file:
             try:
@@ -151,7 +174,26 @@ class Workdir:
                 log(f"waiting for another vbon at work in {self.root}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             self._lock = file
+            self._sweep()
             yield
+
+    def _sweep(self) -> None:
+        """Removes the temporary files that killed processes left, the folder being ours alone.
+
+        Where there is a sweep, others may be at work in it: then only those that are old.
+        """
+        begun = time.time() - (STALE_SECONDS if (self.root / "sweep").is_dir() else 0.0)
+        found = [p for p in self.root.glob("*.tmp") if p.name.startswith(WRITTEN)]
+        for folder in OURS:
+            for pattern in TEMPORARY:
+                found += (self.root / folder).rglob(pattern)
+        for path in found:
+            with suppress(FileNotFoundError):
+                if path.is_symlink() or path.lstat().st_mtime <= begun:
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink()
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -243,11 +285,13 @@ class Workdir:
     @staticmethod
     def write_text(path: Path, text: str) -> None:
         """Writes a text so that the file is whole or not there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: another worker may be writing the same file.
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with writing(path):
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from vbon_jax.errors import InputError
+from vbon_jax.errors import InputError, writing
 
 
 class Checkpointer:
@@ -21,12 +21,14 @@ class Checkpointer:
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
-            ),
-        )
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                ),
+            )
 
     @property
     def latest_step(self) -> int | None:

@@ -15,9 +15,10 @@ import numpy as np
 from vbon_jax.bon.references import References
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.progress import Stopped, StopSignal, log, reporting
+from vbon_jax.progress import Reporter, log, reporting
 from vbon_jax.rewards.base import Reward
 from vbon_jax.sampling.sampler import Request, Sampler
+from vbon_jax.signals import Interrupted, Stopped, StopSignal
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.metrics import MetricsWriter
 
@@ -112,7 +113,11 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
         stack.callback(trace.end)
         for step in range(start, schedule.iterations):
             trace.begin(step + 1)
-            state, values, words = one(state, step)
+            try:
+                state, values, words = one(state, step)
+            except Interrupted as error:  # inside a reward function that does not return
+                stop.take()
+                return _End(schedule, record, report, error.signum).inside(state, step, start)
             trace.end(step + 1)
             if record is not None:
                 record.writer.write(step + 1, values)
@@ -122,17 +127,12 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
             due = last or (step + 1) % schedule.checkpoint_every == 0 or stop.signum is not None
             if record is not None and due:
                 record.checkpointer.save(step + 1, state, {**record.metadata, "step": step + 1})
-            if stop.signum is None:
+            signum = stop.take()
+            if signum is None:
                 continue
-            if record is None and stop.signum == signal.SIGINT:
-                report.say(
-                    f"{schedule.title}: stopped after iteration {step + 1} of "
-                    f"{schedule.iterations}; the result is what was learned so far"
-                )
-                return state
-            raise Stopped(stop.signum, _saved(record, step + 1, schedule.iterations))
-    if record is not None:
-        record.checkpointer.wait()
+            return _End(schedule, record, report, signum).after(state, step + 1)
+        if record is not None:
+            record.checkpointer.wait()
     return state
 
 
@@ -161,14 +161,51 @@ class _Trace:
             log(f"profile: the trace is in {self._folder}; tensorboard or xprof shows it")
 
 
-def _saved(record: Record | None, step: int, total: int) -> str:
-    if record is None:
-        return f"iteration {step} of {total} was the last"
-    record.checkpointer.wait()
-    return (
-        f"the state after iteration {step} of {total} is saved in "
-        f"{record.checkpointer.directory}; the same command goes on from it"
-    )
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """How a loop that a signal came to ends.
+
+    Attributes:
+      schedule: of the loop.
+      record: where it leaves its state.
+      report: its progress line.
+      signum: the signal.
+    """
+
+    schedule: Schedule
+    record: Record | None
+    report: Reporter
+    signum: int
+
+    def after(self, state: Any, step: int) -> Any:
+        """Ends after ``step``, whose state is saved: raises Stopped, or returns the state."""
+        total = self.schedule.iterations
+        if self.record is None and self.signum == signal.SIGINT:
+            self.report.say(
+                f"{self.schedule.title}: stopped after iteration {step} of {total}; the result is "
+                "what was learned so far"
+            )
+            return state
+        if self.record is None:
+            raise Stopped(self.signum, f"iteration {step} of {total} was the last")
+        self.record.checkpointer.wait()
+        raise Stopped(
+            self.signum,
+            f"the state after iteration {step} of {total} is saved in "
+            f"{self.record.checkpointer.directory}; the same command goes on from it",
+        )
+
+    def inside(self, state: Any, step: int, start: int) -> Any:
+        """Ends inside iteration ``step`` + 1, of which nothing is kept."""
+        if any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array)):
+            where = "there is no checkpoint yet"  # it was donated to the step that was cut
+            if self.record is not None and (good := self.record.checkpointer.latest_step):
+                where = f"checkpoint {good} is the last; the same command goes on from it"
+            raise Stopped(self.signum, f"inside iteration {step + 1}: {where}")
+        if self.record is not None and step > start:
+            metadata = {**self.record.metadata, "step": step}
+            self.record.checkpointer.save(step, state, metadata)
+        return self.after(state, step)
 
 
 def batch_requests(

@@ -1,13 +1,16 @@
 """Metrics of a training run: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
 
 import json
+import socket
+import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vbon_jax.errors import InputError
+from vbon_jax.errors import InputError, writing
 
 
 class MetricsWriter:
@@ -27,8 +30,6 @@ class MetricsWriter:
         Raises:
           InputError: ``wandb`` is asked for and not installed, or cannot start.
         """
-        from tensorboardX import SummaryWriter
-
         path = workdir / "metrics.jsonl"
         kept = [
             line
@@ -37,21 +38,25 @@ class MetricsWriter:
         ]
         self._wandb = None if wandb is None else _wandb_run(wandb)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        with writing(path):
+            temporary.write_text("".join(kept))
+            temporary.replace(path)
+            self._file = path.open("ab", buffering=0)  # what is refused is not tried again
+        self._path = path
+        self._board = _Board(workdir / "tensorboard", start_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends the values of ``step``, finite or not (NaN is written as NaN).
 
         A value may be a list, one number a policy; the dashboards show its mean.
+
+        Raises:
+          InputError: the disk is full, or refuses for another reason; names the file.
         """
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            _append(self._file, (json.dumps({"step": step, **values}) + "\n").encode())
         means = {name: float(np.mean(value)) for name, value in values.items()}
-        for name, value in means.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, means)
         if self._wandb is not None:
             self._wandb.log(means, step=step)
 
@@ -61,6 +66,54 @@ class MetricsWriter:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class _Board:
+    """TensorBoard's file of events, written in the caller's thread.
+
+    tensorboardX's own writer has a thread for it, which a full disk ends; its queue then blocks the
+    caller for ever.
+    """
+
+    def __init__(self, directory: Path, first_step: int):
+        """Begins a file whose steps replace those of earlier files from ``first_step`` on."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._path = directory / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        with writing(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        begins = SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), step=first_step, session_log=begins))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends numbers of a step."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+    def _add(self, event: Any) -> None:
+        """Appends a record: its length, its bytes, and a checksum of each."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        with writing(self._path):
+            _append(self._file, length + sums[0] + data + sums[1])
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _append(file: Any, data: bytes) -> None:
+    """Writes all of ``data`` to an unbuffered file, which may take less at a time."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def _wandb_run(arguments: Mapping[str, Any]) -> Any:

@@ -8,18 +8,24 @@ from vbon_jax.models import trainable
 from vbon_jax.models.config import DTYPES, REMAT
 
 LABELS = ("hard", "soft")  # of dpo's pairs
+# Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
+MOST_ROWS = 4_000_000  # of a batch, or of what is drawn for a prompt
+MOST_TOKENS = 4_000_000
+MOST_WIDTH = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """Supervised training of a reference, reward or evaluator model."""
 
-    epochs: int = key(4, "Passes over the texts.", least=1)
-    batch_size: int = key(64, "Texts per gradient step.", least=1)
+    epochs: int = key(4, "Passes over the texts.", least=1, most=1_000_000)
+    batch_size: int = key(64, "Texts per gradient step.", least=1, most=MOST_ROWS)
     learning_rate: float = key(2e-3, "Peak learning rate of AdamW: linear warm-up over the first "
                                "5% of the steps, then cosine decay to 0.", above=0)  # fmt: skip
     weight_decay: float = key(0.01, "Weight decay of AdamW.", least=0)
-    max_tokens: int = key(40, "Texts are truncated to this many tokens, EOS included.", least=2)
+    max_tokens: int = key(
+        40, "Texts are truncated to this many tokens, EOS included.", least=2, most=MOST_TOKENS
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +33,11 @@ class Train:
     """Training of the policy; the online methods' hyperparameters of PPO."""
 
     iterations: int = key(150, "Rollout batches to train on; training episodes are iterations x "
-                          "batch_size.", least=1)  # fmt: skip
-    batch_size: int = key(128, "Responses per rollout.", least=1)
+                          "batch_size.", least=1, most=100_000_000)  # fmt: skip
+    batch_size: int = key(128, "Responses per rollout.", least=1, most=MOST_ROWS)
     minibatch_size: int = key(32, "Responses per gradient step; must divide `train.batch_size`.",
-                              least=1)  # fmt: skip
-    ppo_epochs: int = key(4, "Passes over each rollout.", least=1)
+                              least=1, most=MOST_ROWS)  # fmt: skip
+    ppo_epochs: int = key(4, "Passes over each rollout.", least=1, most=100_000)
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
     adam_eps: float = key(1e-5, "Epsilon of AdamW.", above=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", least=0)
@@ -60,13 +66,17 @@ class Train:
 class Offline:
     """Training on stored samples: bon_sft, dpo and bonbon."""
 
-    responses: int = key(6, "Stored responses per prompt from which dpo makes its pairs.", least=2)
-    pairs: int = key(12, "Training pairs per prompt (for bon_sft: best-of-n responses).", least=1)
+    responses: int = key(
+        6, "Stored responses per prompt from which dpo makes its pairs.", least=2, most=MOST_ROWS
+    )
+    pairs: int = key(
+        12, "Training pairs per prompt (for bon_sft: best-of-n responses).", least=1, most=MOST_ROWS
+    )
     labels: str = key("hard", "Preference labels of dpo: hard, the higher reward is preferred; "
                       "soft, with probability sigmoid(reward difference).",
                       choices=LABELS)  # fmt: skip
-    epochs: int = key(2, "Passes over the pairs.", least=1)
-    batch_size: int = key(64, "Pairs per gradient step.", least=1)
+    epochs: int = key(2, "Passes over the pairs.", least=1, most=1_000_000)
+    batch_size: int = key(64, "Pairs per gradient step.", least=1, most=MOST_ROWS)
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
 
 
@@ -75,7 +85,7 @@ class Lora:
     """Low-rank adapters (Hu et al., 2021)."""
 
     rank: int = key(0, "Rank of the adapters that are trained on every block in place of its "
-                    "weights; 0 for none.", least=0)  # fmt: skip
+                    "weights; 0 for none.", least=0, most=MOST_WIDTH)  # fmt: skip
     alpha: float = key(16.0, "Scale of the adapters: their product is multiplied by alpha / rank.",
                        above=0)  # fmt: skip
     targets: tuple[str, ...] = key(
@@ -98,9 +108,9 @@ class Memory:
                      "weights and recomputes the rest; full stores each block's input only.",
                      choices=tuple(REMAT))  # fmt: skip
     accumulate: int = key(1, "Microbatches whose gradients are accumulated per gradient step; must "
-                          "divide `train.minibatch_size`.", least=1)  # fmt: skip
+                          "divide `train.minibatch_size`.", least=1, most=MOST_ROWS)  # fmt: skip
     chunk: int = key(1_024, "Tokens whose logits over the vocabulary are held in memory at once.",
-                     least=1)  # fmt: skip
+                     least=1, most=MOST_TOKENS)  # fmt: skip
     device_gib: float = key(0.0, "Memory per device in GiB that `vbon plan` assumes; 0 takes this "
                             "machine's.", least=0)  # fmt: skip
 

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from vbon_jax import sharding
 from vbon_jax.errors import InputError
 from vbon_jax.models import decoder, heads
-from vbon_jax.progress import Stopped, StopSignal, reporting
+from vbon_jax.progress import reporting
 from vbon_jax.rewards import classifier
+from vbon_jax.signals import Stopped, StopSignal
 from vbon_jax.training import state as train_state
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.options import Fit
@@ -190,9 +191,9 @@ def fit(
                 if stop.signum is not None or time.monotonic() - saved_at > SAVE_SECONDS:
                     checkpointer.save(step, state, {})
                     saved_at = time.monotonic()
-                if stop.signum is not None:
+                if (signum := stop.take()) is not None:
                     checkpointer.wait()
-                    raise Stopped(stop.signum, f"{title} is saved at step {step}")
+                    raise Stopped(signum, f"{title} is saved at step {step}")
     return state.params
 
 

@@ -127,8 +127,9 @@ def test_a_configuration_stands_behind_a_colon(place, monkeypatch):
     assert hub.load("owner/name:french", "train") == WANT
     assert hub.load("owner/name", "test") == WANT
     assert asked == [
-        (("owner/name", "french"), {"split": "train"}), (("owner/name", None), {"split": "test"})
-    ]  # fmt: skip
+        (("owner/name", "french"), {"split": "train", "trust_remote_code": False}),
+        (("owner/name", None), {"split": "test", "trust_remote_code": False}),
+    ]
 
 
 def test_unreachable_and_unknown(monkeypatch):

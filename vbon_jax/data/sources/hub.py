@@ -112,7 +112,9 @@ def _dataset(name: str, split: str, instead: str) -> Any:
         datasets.disable_progress_bars()  # lines that redraw themselves, in a log
     path, _, configuration = (name, "", "") if Path(name).is_dir() else name.partition(":")
     try:
-        return datasets.load_dataset(path, configuration or None, split=split)
+        return datasets.load_dataset(
+            path, configuration or None, split=split, trust_remote_code=False
+        )
     except Exception as error:  # whatever a builder, the HTTP client or the disk raises
         if isinstance(error, ConnectionError):
             offline = datasets.config.HF_HUB_OFFLINE

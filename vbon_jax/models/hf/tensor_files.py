@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from vbon_jax.errors import InputError
+from vbon_jax.errors import InputError, writing
 from vbon_jax.models.hf.layouts import Shape
 
 WEIGHTS = "model.safetensors"
@@ -375,7 +375,7 @@ def _write_file(path: Path, tensors: list[TensorToWrite]) -> None:
         header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with writing(path.parent, 8 + len(text) + end), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
             array = t.array()
@@ -402,9 +402,10 @@ def replace_all(files: Mapping[Path, Callable[[Path], object]]) -> None:
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, writer in files.items():
-            writer(temporary[path])
-            with open(temporary[path], "rb") as file:
-                os.fsync(file.fileno())
+            with writing(path):
+                writer(temporary[path])
+                with open(temporary[path], "rb") as file:
+                    os.fsync(file.fileno())
         for path in files:
             os.replace(temporary[path], path)
     finally:

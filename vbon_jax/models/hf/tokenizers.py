@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vbon_jax.errors import InputError
+from vbon_jax.errors import InputError, writing
 from vbon_jax.models.hf.tensor_files import read_json
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def load(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         raise InputError(f"tokenizer directory {path} does not exist; check the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, clean_up_tokenization_spaces=False
+            path,
+            local_files_only=True,
+            trust_remote_code=False,  # its absence means: ask on standard input
+            clean_up_tokenization_spaces=False,
         )
         # Of a directory without vocabulary files transformers makes a tokenizer of nothing else.
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -55,7 +58,8 @@ def save(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str]) -> No
       tokenizer: the tokenizer to write, with its chat template where it has one.
       path: the directory, made if absent.
     """
-    tokenizer.save_pretrained(path)
+    with writing(path):
+        tokenizer.save_pretrained(path)
 
 
 def same(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:

@@ -1,0 +1,146 @@
+"""How a command ends: one line and an exit code for each error, and an end that nothing delays."""
+
+import atexit
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from vbon_jax import signals
+from vbon_jax.errors import InputError, disk_line
+
+LEAVE_SECONDS = 5.0  # for what libraries do at exit, after an error
+_code = 0  # of the process that leaves
+_reported = False  # whether the last line was printed
+
+# They log errors that are raised as well, with tracebacks; ours is the one line.
+_LOUD = ("absl", "orbax", "asyncio", "tensorstore")
+
+
+def ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the one line of an error.
+
+    Args:
+      error: what came out of a command.
+
+    Returns:
+      (code, line); None for a fault of the program, whose traceback is shown.
+    """
+    if isinstance(error, signals.Stopped):
+        return 128 + error.signum, str(error)
+    signum = signals.received()
+    if isinstance(error, KeyboardInterrupt):
+        signum = getattr(error, "signum", signum or signal.SIGINT)
+    if signum is not None:  # also what a library made of the interruption
+        name = signal.Signals(signum).name
+        return 128 + signum, f"stopped by {name}; the same command goes on from what is saved"
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE, ""
+    if isinstance(error, InputError):
+        return 2, " ".join(str(error).split("\n"))
+    if isinstance(error, OSError) and (error.filename or error.errno):
+        return 2, disk_line(error, error.filename)
+    if _out_of_memory(error):
+        said = " ".join(str(error).split())[:200] or "no more to be had"
+        return 2, (
+            f"out of memory ({type(error).__name__}: {said}): `vbon plan` with the same flags "
+            "tells what a run needs and which keys lower it"
+        )
+    return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory, or a number of its size, ran out: in Python, NumPy or XLA."""
+    if isinstance(error, MemoryError | OverflowError):
+        return True
+    said = str(error)
+    known = (
+        "RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "Maximum allowed dimension",
+        "array is too big",
+    )  # fmt: skip
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError", "ValueError") and any(
+        words in said for words in known
+    )
+
+
+def report(error: BaseException) -> int:
+    """Shows how a command ended: one line, or the traceback of a fault of the program.
+
+    Args:
+      error: what came out of it.
+
+    Returns:
+      The exit code.
+    """
+    found = ending(error)
+    if found is None:
+        traceback.print_exception(error)
+        return 1
+    global _reported
+    _reported = True
+    code, line = found
+    if isinstance(error, signals.Stopped | KeyboardInterrupt):
+        signals.wait_told()
+    if isinstance(error, BrokenPipeError):  # the reader of `vbon generate` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if line:
+        print(f"vbon: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def prepare() -> None:
+    """Makes this process one of the command line, before anything slow is imported.
+
+    Signals are handled, nothing can ask a question on standard input, and what libraries say of
+    errors that they raise as well is not shown.
+    """
+    atexit.register(_last)  # the first registered is the last called
+    signals.install()
+    sys.stdin = open(os.devnull)  # noqa: SIM115  # for the whole process
+    logging.raiseExceptions = False  # of the log itself
+    threading.excepthook = _of_thread
+    sys.unraisablehook = _of_nobody
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log
+
+
+def _of_thread(args: Any) -> None:
+    """One line for an error that ended a library's thread."""
+    if isinstance(args.exc_value, OSError | SystemExit):
+        return  # the disk's: whoever waits for the thread's work meets it too
+    name = args.thread.name if args.thread else "?"
+    said = str(args.exc_value).partition("\n")[0]
+    print(f"vbon: thread {name}: {args.exc_type.__name__}: {said}", file=sys.stderr)
+
+
+def _of_nobody(args: Any) -> None:
+    """One line for an error that no caller can see, as of a file closed by the collector."""
+    # The disk's are told by whoever writes, and the signals' watcher ends what does not let go.
+    if isinstance(args.exc_value, OSError | KeyboardInterrupt) or _reported:
+        return
+    print(f"vbon: ignored: {args.exc_type.__name__}: {args.exc_value}", file=sys.stderr)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; after an error within `LEAVE_SECONDS`, whatever threads of libraries do."""
+    global _code
+    _code = code
+    if code:
+        ends = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
+        ends.daemon = True
+        ends.start()
+    sys.exit(code)
+
+
+def _last() -> None:
+    """The end of a failed process: destructors of compiled libraries may wait for ever."""
+    if _code:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_code)
