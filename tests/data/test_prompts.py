@@ -168,7 +168,7 @@ def test_messages_are_an_optional_key(tmp_path):
     chat = Prompt(0, "u: x", (5,), (("system", ""), ("user", "x \u6f22")))
     plain = Prompt(1, "x", (7,))
     prompts.write_jsonl(path, [chat, plain])
-    first, second = map(json.loads, path.read_text().splitlines())
+    (_, first), (_, second) = jsonl.read(path)
     assert first == {
         "id": 0, "prompt": "u: x", "tokens": [5],
         "messages": [{"role": "system", "content": ""}, {"role": "user", "content": "x \u6f22"}],

@@ -1,5 +1,8 @@
 """Checkpoints: everything needed to go on, written asynchronously and atomically by orbax."""
 
+import hashlib
+import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +12,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from vbon_jax.errors import InputError
+from vbon_jax.progress import log
+from vbon_jax.training import fingerprints
+
+_TIMES = "_CHECKPOINT_METADATA"  # of orbax: when a step was written
+_SEALED = frozenset({"step", "given", "arrays", "sha256"})  # the keys of the metadata on disk
 
 
 class Checkpointer:
@@ -17,16 +25,27 @@ class Checkpointer:
     A save returns once the state is copied to the host, and the writing goes on behind it; on CPU,
     where that copy would take as much memory again, it returns when all is written. A checkpoint
     gets its name only when it is whole, so a crash at any moment leaves the one before.
+
+    The metadata hold fingerprints of the arrays, taken before they are written, and a digest of
+    themselves, so that a checkpoint is whole and checkable from the moment it has its name.
     """
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # Orbax reads one file of each step on opening, and of it the times alone.
+            broken = list(self.directory.glob(f"*/{_TIMES}"))
+            if not broken:
+                raise
+            for path in broken:
+                path.unlink()
+            log(f"{self.directory}: a file {_TIMES} is damaged ({error}): all of them removed")
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
     def latest_step(self) -> int | None:
@@ -45,7 +64,8 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
+                    state=ocp.args.StandardSave(state),
+                    metadata=ocp.args.JsonSave(_sealed(step, state, metadata)),
                 ),
             )
         except (OSError, ValueError) as error:  # tensorstore's own errors are ValueErrors
@@ -55,7 +75,12 @@ class Checkpointer:
             self.wait()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest checkpoint, laid out as ``like``; None where there is none.
+        """The newest checkpoint that is whole, laid out as ``like``; None where there is none.
+
+        A damaged one, whose bits are not those that were saved, is set aside in a folder beside,
+        ``<directory>.damaged``, and the one before is taken; a line says so. `latest_step` is the
+        step that was restored. A checkpoint of a version that took no fingerprints is taken as it
+        is; a line says so too.
 
         Args:
           like: a tree of arrays or ShapeDtypeStructs carrying the target shardings, so another
@@ -63,25 +88,65 @@ class Checkpointer:
 
         Raises InputError when the checkpoint does not have the shape of ``like``.
         """
-        step = self.latest_step
-        if step is None:
-            return None
+        while (step := self.latest_step) is not None:
+            try:
+                return self._restored(step, like)
+            except _Damaged as error:
+                self._set_aside(step, error)
+        return None
+
+    def _restored(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        metadata = self._read(step, "metadata", ocp.args.JsonRestore())
+        if not isinstance(metadata, dict):
+            raise _Damaged(f"its metadata are a {type(metadata).__name__}")
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
+        target = ocp.args.StandardRestore(abstract)
+        if not metadata.keys() & {"arrays", "sha256"}:
+            log(f"checkpoint {self.directory / str(step)} has no fingerprints: taken unchecked")
+            try:
+                return self._read(step, "state", target), metadata
+            except _Damaged as error:  # or of another shape, which nothing tells apart
+                raise self._unfit(step, str(error)) from error
+        _check_seal(step, metadata)
+        wanted = fingerprints.described(like)
+        if wanted != {path: found[:2] for path, found in metadata["arrays"].items()}:
+            paths = [p for p in wanted if metadata["arrays"].get(p, [])[:2] != wanted[p]]
+            paths += [p for p in metadata["arrays"] if p not in wanted]
+            raise self._unfit(step, f"of another shape at {paths[0]}")
+        state = self._read(step, "state", target)
+        if fingerprints.of_tree(state) != metadata["arrays"]:
+            raise _Damaged("its arrays are not those that were saved")
+        return state, metadata["given"]
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), metadata=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise InputError(
-                f"checkpoint {self.directory / str(step)} cannot be read as this run's state "
-                f"({error}): remove it to go on from the one before"
-            ) from error
-        return restored.state, restored.metadata
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # of this machine or process, not of the checkpoint
+        except Exception as error:  # broken bytes surface as whatever their reader raises
+            reason = next(iter(str(error).strip().splitlines()), "")[:200]
+            raise _Damaged(f"its {item} cannot be read: {type(error).__name__}: {reason}") from error
+
+    def _unfit(self, step: int, reason: str) -> InputError:
+        return InputError(
+            f"checkpoint {self.directory / str(step)} cannot be read as this run's state "
+            f"({reason}): remove it to go on from the one before, or to begin anew where it is the "
+            "only one"
+        )
+
+    def _set_aside(self, step: int, reason: Exception) -> None:
+        aside = self.directory.with_name(f"{self.directory.name}.damaged")
+        aside.mkdir(exist_ok=True)
+        target = free_name(aside / str(step))
+        os.rename(self.directory / str(step), target)
+        self._manager.reload()
+        before = self.latest_step
+        log(
+            f"checkpoint {self.directory / str(step)} is damaged ({reason}): set aside as {target}; "
+            + ("beginning anew" if before is None else f"going on from checkpoint {before}")
+        )
 
     def wait(self) -> None:
         """Returns once every save is on disk; raises InputError if one failed."""
@@ -106,3 +171,52 @@ class Checkpointer:
             f"{what} could not be written to {self.directory} ({reason}; {free:.1f} GiB free): "
             f"make room and run the same command again; the last good one is {self.latest_step}"
         )
+
+
+class _Damaged(Exception):
+    """What is on disk is not what was saved."""
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or where it is taken the first free one of ``path.1``, ``path.2``, ..."""
+    number, found = 0, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}.{number}")
+    return found
+
+
+def newest(directory: Path) -> str | None:
+    """What the newest checkpoint of a folder holds: a digest of its step and fingerprints.
+
+    None where there is none, or its metadata are damaged or of a version that took none. The arrays
+    themselves are not read.
+    """
+    steps = [int(p.name) for p in directory.glob("*") if p.name.isdecimal()]
+    if not steps:
+        return None
+    step = max(steps)
+    try:
+        metadata = json.loads((directory / str(step) / "metadata" / "metadata").read_bytes())
+        _check_seal(step, metadata)
+    except (OSError, ValueError, AttributeError, RecursionError, _Damaged):
+        return None
+    return _digest({"step": step, "arrays": metadata["arrays"]})
+
+
+def _sealed(step: int, state: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The metadata on disk: the caller's, the fingerprints of the state, and a digest of both."""
+    body = {"step": step, "given": given, "arrays": fingerprints.of_tree(state)}
+    return body | {"sha256": _digest(body)}
+
+
+def _check_seal(step: int, metadata: dict[str, Any]) -> None:
+    body = {key: value for key, value in metadata.items() if key != "sha256"}
+    if metadata.keys() != _SEALED or _digest(body) != metadata["sha256"]:
+        raise _Damaged("its metadata are not those that were saved")
+    if metadata["step"] != step:
+        raise _Damaged(f"it was saved as {metadata['step']}")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
