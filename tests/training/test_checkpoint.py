@@ -10,7 +10,7 @@ import pytest
 
 from vbon_jax import sharding
 from vbon_jax.errors import InputError
-from vbon_jax.training import checkpoint
+from vbon_jax.training import seals
 from vbon_jax.training.checkpoint import Checkpointer
 
 
@@ -214,22 +214,22 @@ def test_all_damaged_begins_anew_and_saves_again(saved, tmp_path, mesh, capfd):
 def test_a_checkpoint_without_fingerprints_is_taken_with_a_line(
     tmp_path, mesh, monkeypatch, capfd
 ):
-    monkeypatch.setattr(checkpoint, "_sealed", lambda step, state, given: given)
+    monkeypatch.setattr(seals, "sealed", lambda step, state, given: given)
     two_saved(tmp_path / "c", mesh)
     monkeypatch.undo()
     assert after_damage(tmp_path / "c", mesh) == ({2.0}, 2)
     assert "has no fingerprints: taken unchecked" in capfd.readouterr().err
-    assert checkpoint.newest(tmp_path / "c") is None
+    assert seals.newest(tmp_path / "c") is None
 
 
 def test_what_the_newest_holds_is_known_without_reading_it(saved, tmp_path, mesh):
     folder = tmp_path / "c"
     two_saved(folder, mesh)
-    known = checkpoint.newest(folder)
-    assert known is not None and known == checkpoint.newest(saved)  # of equal arrays
+    known = seals.newest(folder)
+    assert known is not None and known == seals.newest(saved)  # of equal arrays
     shutil.rmtree(folder / "2")
-    assert checkpoint.newest(folder) not in (None, known)
-    assert checkpoint.newest(tmp_path / "nothing") is None
+    assert seals.newest(folder) not in (None, known)
+    assert seals.newest(tmp_path / "nothing") is None
 
 
 def test_removing_a_checkpoint_of_another_shape_goes_on_from_the_one_before(tmp_path, mesh):

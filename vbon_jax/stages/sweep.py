@@ -113,6 +113,7 @@ def folder(run: Run, unit: Unit) -> Path:
             if not key.startswith(("method.", "sweep."))
         }
     )
+    follows |= run.workdir.contents(follows)
     spec = [unit.method.name, unit.series.variant, unit.options.estimator]
     digest = run.workdir.digest(
         {

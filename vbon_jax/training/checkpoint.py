@@ -1,7 +1,5 @@
 """Checkpoints: everything needed to go on, written asynchronously and atomically by orbax."""
 
-import hashlib
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -13,10 +11,9 @@ import orbax.checkpoint as ocp
 
 from vbon_jax.errors import InputError
 from vbon_jax.progress import log
-from vbon_jax.training import fingerprints
+from vbon_jax.training import fingerprints, seals
 
 _TIMES = "_CHECKPOINT_METADATA"  # of orbax: when a step was written
-_SEALED = frozenset({"step", "given", "arrays", "sha256"})  # the keys of the metadata on disk
 
 
 class Checkpointer:
@@ -65,7 +62,7 @@ class Checkpointer:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    metadata=ocp.args.JsonSave(_sealed(step, state, metadata)),
+                    metadata=ocp.args.JsonSave(seals.sealed(step, state, metadata)),
                 ),
             )
         except (OSError, ValueError) as error:  # tensorstore's own errors are ValueErrors
@@ -91,25 +88,25 @@ class Checkpointer:
         while (step := self.latest_step) is not None:
             try:
                 return self._restored(step, like)
-            except _Damaged as error:
+            except seals.Damaged as error:
                 self._set_aside(step, error)
         return None
 
     def _restored(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         metadata = self._read(step, "metadata", ocp.args.JsonRestore())
         if not isinstance(metadata, dict):
-            raise _Damaged(f"its metadata are a {type(metadata).__name__}")
+            raise seals.Damaged(f"its metadata are a {type(metadata).__name__}")
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         target = ocp.args.StandardRestore(abstract)
-        if not metadata.keys() & {"arrays", "sha256"}:
+        if not seals.is_sealed(metadata):
             log(f"checkpoint {self.directory / str(step)} has no fingerprints: taken unchecked")
             try:
                 return self._read(step, "state", target), metadata
-            except _Damaged as error:  # or of another shape, which nothing tells apart
+            except seals.Damaged as error:  # or of another shape, which nothing tells apart
                 raise self._unfit(step, str(error)) from error
-        _check_seal(step, metadata)
+        seals.check(step, metadata)
         wanted = fingerprints.described(like)
         if wanted != {path: found[:2] for path, found in metadata["arrays"].items()}:
             paths = [p for p in wanted if metadata["arrays"].get(p, [])[:2] != wanted[p]]
@@ -117,7 +114,7 @@ class Checkpointer:
             raise self._unfit(step, f"of another shape at {paths[0]}")
         state = self._read(step, "state", target)
         if fingerprints.of_tree(state) != metadata["arrays"]:
-            raise _Damaged("its arrays are not those that were saved")
+            raise seals.Damaged("its arrays are not those that were saved")
         return state, metadata["given"]
 
     def _read(self, step: int, item: str, args: Any) -> Any:
@@ -127,7 +124,7 @@ class Checkpointer:
             raise  # of this machine or process, not of the checkpoint
         except Exception as error:  # broken bytes surface as whatever their reader raises
             reason = next(iter(str(error).strip().splitlines()), "")[:200]
-            raise _Damaged(f"its {item} cannot be read: {type(error).__name__}: {reason}") from error
+            raise seals.Damaged(f"its {item} cannot be read: {type(error).__name__}: {reason}") from error
 
     def _unfit(self, step: int, reason: str) -> InputError:
         return InputError(
@@ -139,7 +136,7 @@ class Checkpointer:
     def _set_aside(self, step: int, reason: Exception) -> None:
         aside = self.directory.with_name(f"{self.directory.name}.damaged")
         aside.mkdir(exist_ok=True)
-        target = free_name(aside / str(step))
+        target = seals.free_name(aside / str(step))
         os.rename(self.directory / str(step), target)
         self._manager.reload()
         before = self.latest_step
@@ -171,52 +168,3 @@ class Checkpointer:
             f"{what} could not be written to {self.directory} ({reason}; {free:.1f} GiB free): "
             f"make room and run the same command again; the last good one is {self.latest_step}"
         )
-
-
-class _Damaged(Exception):
-    """What is on disk is not what was saved."""
-
-
-def free_name(path: Path) -> Path:
-    """``path``, or where it is taken the first free one of ``path.1``, ``path.2``, ..."""
-    number, found = 0, path
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.name}.{number}")
-    return found
-
-
-def newest(directory: Path) -> str | None:
-    """What the newest checkpoint of a folder holds: a digest of its step and fingerprints.
-
-    None where there is none, or its metadata are damaged or of a version that took none. The arrays
-    themselves are not read.
-    """
-    steps = [int(p.name) for p in directory.glob("*") if p.name.isdecimal()]
-    if not steps:
-        return None
-    step = max(steps)
-    try:
-        metadata = json.loads((directory / str(step) / "metadata" / "metadata").read_bytes())
-        _check_seal(step, metadata)
-    except (OSError, ValueError, AttributeError, RecursionError, _Damaged):
-        return None
-    return _digest({"step": step, "arrays": metadata["arrays"]})
-
-
-def _sealed(step: int, state: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The metadata on disk: the caller's, the fingerprints of the state, and a digest of both."""
-    body = {"step": step, "given": given, "arrays": fingerprints.of_tree(state)}
-    return body | {"sha256": _digest(body)}
-
-
-def _check_seal(step: int, metadata: dict[str, Any]) -> None:
-    body = {key: value for key, value in metadata.items() if key != "sha256"}
-    if metadata.keys() != _SEALED or _digest(body) != metadata["sha256"]:
-        raise _Damaged("its metadata are not those that were saved")
-    if metadata["step"] != step:
-        raise _Damaged(f"it was saved as {metadata['step']}")
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
