@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vbon_jax.data import prompts, tokenizer
+from vbon_jax.data import jsonl, prompts, tokenizer
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.sources import reviews
 from vbon_jax.errors import InputError

@@ -307,8 +307,8 @@ def _work(
     total = job.iterations
     checkpointer = Checkpointer(place / "checkpoints", keep=1)
     try:
-        start = checkpointer.latest_step or 0
         restored = checkpointer.restore(state)
+        start = checkpointer.latest_step or 0  # now that what is damaged is set aside
         if restored is not None:
             state = restored[0]
             log(f"sweep: {unit.name} goes on after iteration {start} of {total}")
