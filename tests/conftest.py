@@ -64,6 +64,7 @@ SLOW = (
     "bon/test_distribution.py", "bon/test_estimators.py", "bon/test_exponential.py",
     "bon/test_log_f.py", "bon/test_references.py", "data/sources/test_hub.py",
     "data/test_sample_writer.py", "evaluation/test_heldout.py", "evaluation/test_measure.py",
+    "faults/test_flips.py", "faults/test_remedies.py",
     "methods/test_jbond.py", "methods/test_learning.py", "methods/test_vbon.py",
     "models/hf/test_families.py", "models/hf/test_hf.py", "models/hf/test_peft.py",
     "models/test_decoder.py", "models/test_encoder.py", "models/test_trainable.py",

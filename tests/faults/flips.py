@@ -63,9 +63,11 @@ KINDS = (
 )
 
 
-def vbon(workdir: Path, stages: tuple[str, ...], stage: str = "run") -> tuple[int, list[str]]:
+def vbon(
+    workdir: Path, stages: tuple[str, ...], *flags: str, stage: str = "run"
+) -> tuple[int, list[str]]:
     """The command line in this process: exit code, and lines of standard error."""
-    argv = run.command(workdir, *FLAGS, f"--config.stages={stages!r}", stage=stage)[3:]
+    argv = run.command(workdir, *FLAGS, f"--config.stages={stages!r}", *flags, stage=stage)[3:]
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         code = cli.main(argv)
@@ -140,7 +142,9 @@ def outcome(
     """Flips a byte in a copy of ``start``, lets the run go on: how it ended, and a word on it."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(start, root)
-    files = sorted(p for x in kind.patterns for p in root.glob(x) if p.is_file() and p.stat().st_size)
+    files = sorted(
+        p for x in kind.patterns for p in root.glob(x) if p.is_file() and p.stat().st_size
+    )
     where = flipped(rng.choice(files), rng)
     try:
         code, lines = vbon(root, kind.stages)

@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             workdir = Path(root) / f"killed{len(rows)}"
             kills, faults = until_complete(workdir, rng, undisturbed.seconds)
             differ = run.differing(run.digest_of(workdir), wanted)
-            rows.append((len(rows), kills, ", ".join(differ) or "nothing", "; ".join(faults) or "-"))
+            rows.append(
+                (len(rows), kills, ", ".join(differ) or "nothing", "; ".join(faults) or "-")
+            )
             print(rows[-1], flush=True)
             total += kills
             wrong += bool(differ or faults)

@@ -211,9 +211,7 @@ def test_all_damaged_begins_anew_and_saves_again(saved, tmp_path, mesh, capfd):
     assert after_damage(folder, mesh) == ({2.0}, 2)
 
 
-def test_a_checkpoint_without_fingerprints_is_taken_with_a_line(
-    tmp_path, mesh, monkeypatch, capfd
-):
+def test_a_checkpoint_without_fingerprints_is_taken_with_a_line(tmp_path, mesh, monkeypatch, capfd):
     monkeypatch.setattr(seals, "sealed", lambda step, state, given: given)
     two_saved(tmp_path / "c", mesh)
     monkeypatch.undo()

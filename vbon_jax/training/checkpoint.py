@@ -124,7 +124,9 @@ class Checkpointer:
             raise  # of this machine or process, not of the checkpoint
         except Exception as error:  # broken bytes surface as whatever their reader raises
             reason = next(iter(str(error).strip().splitlines()), "")[:200]
-            raise seals.Damaged(f"its {item} cannot be read: {type(error).__name__}: {reason}") from error
+            raise seals.Damaged(
+                f"its {item} cannot be read: {type(error).__name__}: {reason}"
+            ) from error
 
     def _unfit(self, step: int, reason: str) -> InputError:
         return InputError(
