@@ -1,5 +1,4 @@
 import collections
-import json
 
 import numpy as np
 import pyarrow as pa

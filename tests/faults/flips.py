@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import random
 import shutil
@@ -20,8 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import jax
+
 from tests.faults import run
 from vbon_jax import cli
+from vbon_jax.stages import notes
 from vbon_jax.training.metrics import MetricsWriter
 
 FLAGS = ("--config.prompts.train=4",)
@@ -118,10 +122,6 @@ def snapshots(root: Path) -> dict[str, Path]:
 
 def _incomplete(note: bytes) -> bytes:
     """A note as it is while its stage is at work."""
-    import json
-
-    from vbon_jax.stages import notes
-
     value = json.loads(note)
     settings, files = value["settings"], value["files"]
     return json.dumps(notes.as_json(notes.Note(settings, False, files))).encode()
@@ -169,7 +169,9 @@ def trials(root: Path, count: int, seed: int, kinds: tuple[Kind, ...]) -> Iterat
     wanted = run.digest_of(starts["evaluate"])
     for kind in kinds:
         rng = random.Random(f"{seed} {kind.name}")
-        for _ in range(count):
+        for i in range(count):
+            if i % 8 == 7:  # programs of so many runs would fill the process
+                jax.clear_caches()
             yield kind.name, *outcome(kind, starts[kind.after], wanted, root / "w", rng)
 
 

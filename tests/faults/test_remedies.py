@@ -118,7 +118,8 @@ def test_an_edited_file_is_kept_and_sampled_again(workdir, equal):
 @pytest.mark.parametrize(
     ("name", "stage", "asking"),
     [
-        ("reference/model.safetensors", "sft", "sample"), ("policy/config.json", "export", "evaluate"),
+        ("reference/model.safetensors", "sft", "sample"),
+        ("policy/config.json", "export", "evaluate"),
         ("prompts/train.jsonl", "sample", "train"),
     ],
 )  # fmt: skip

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -47,7 +48,5 @@ def test_every_flipped_byte_is_seen(tmp_path):
         data = bytearray(whole)
         data[at] ^= 1 << at % 8
         path.write_bytes(data)
-        try:
+        with contextlib.suppress(InputError):
             assert notes.read(path) == NOTE, at  # a space that became another
-        except InputError:
-            pass

@@ -90,3 +90,25 @@ def test_wandb_that_cannot_start_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Module)
     with pytest.raises(InputError, match=r"cannot start \(no API key configured\): log in with"):
         MetricsWriter(tmp_path, 0, wandb={"project": "p"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "null", "7", "[1]", '"x"', "{}", '{"step": -3}', '{"step": "2"}', '{"step": 2.0}',
+     '{"loss": 1}', '{"step": 2, "lo', "\x00\x00", "\udcff", '{"step": 1, "loss": 0}'],
+)  # fmt: skip
+def test_a_damaged_line_is_dropped_with_a_line(tmp_path, line, capfd):
+    """The policy does not follow from it: training goes on."""
+    written(tmp_path, 0, (1, 2, 3))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_bytes(f"{lines[0]}\n{line}\n{lines[2]}\n".encode(errors="surrogateescape"))
+    capfd.readouterr()
+    assert [x["step"] for x in written(tmp_path, 3, (4,))] == [1, 3, 4]
+    assert "metrics.jsonl: 1 damaged lines dropped" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe" * 9, b"[]", b"{", b"null\n"])
+def test_a_file_of_anything_else_begins_anew(tmp_path, data):
+    (tmp_path / "metrics.jsonl").write_bytes(data)
+    assert [x["step"] for x in written(tmp_path, 3, (4,))] == [4]

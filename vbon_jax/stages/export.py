@@ -30,9 +30,9 @@ def run(run: Run) -> None:
     if restored is None or checkpointer.latest_step != job.iterations:
         run.workdir.reopen("train")
         raise Undone(
-            f"{checkpointer.directory} holds no whole checkpoint of iteration {job.iterations}, the "
-            "last: run `vbon train` with the same --config and --workdir, which goes on from what "
-            "there is",
+            f"{checkpointer.directory} holds no whole checkpoint of iteration {job.iterations}, "
+            "the last: run `vbon train` with the same --config and --workdir, which goes on from "
+            "what there is",
             "train",
         )
     own = restored[0].params["decoder"]

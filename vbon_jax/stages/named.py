@@ -65,14 +65,15 @@ def known(notes: Iterable[Mapping[str, Mapping[str, Any]]]) -> Known:
 
 
 def _digest(paths: list[Path], known: Known) -> dict[str, Any]:
-    parts = []
+    parts, lines = [], []
     for path in sorted(paths):
         stat = path.stat()
         at = (str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        parts.append([*at, known.get(at) or results.sha256(path)])
+        digest = known.get(at) or results.sha256(path)
+        parts.append([*at, digest])
+        lines.append(f"{path.name} {digest}\n")
     if len(parts) == 1:
         return {"sha256": parts[0][-1], "parts": parts}
-    lines = [f"{Path(path).name} {digest}\n" for path, *_, digest in parts]
     return {"sha256": hashlib.sha256("".join(lines).encode()).hexdigest(), "parts": parts}
 
 

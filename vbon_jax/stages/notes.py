@@ -57,8 +57,8 @@ def read(path: Path) -> Note | None:
             raise ValueError("settings or complete is of another type")
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{path} is damaged or was edited ({error}): put it back, or remove it and run the same "
-            "command again: then the stage is done anew, and what it left before is set aside"
+            f"{path} is damaged or was edited ({error}): put it back, or remove it and run the "
+            "same command again: then the stage is done anew, and what it left before is set aside"
         ) from error
     return note
 

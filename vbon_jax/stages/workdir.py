@@ -264,8 +264,8 @@ class Workdir:
             changes = self._changes(stage, note) if note.complete else {}
             for name in [x for x in self._stages[stage].logs if x in changes]:
                 log(
-                    f"{stage}: {self.root / name} {changes.pop(name)} since; no result follows from "
-                    "it (to have it as it was, remove "
+                    f"{stage}: {self.root / name} {changes.pop(name)} since; no result follows "
+                    "from it (to have it as it was, remove "
                     + " and ".join(str(self.root / x) for x in self._stages[stage].leaves)
                     + f" and run `vbon {stage}`)"
                 )

@@ -143,7 +143,8 @@ class Checkpointer:
         self._manager.reload()
         before = self.latest_step
         log(
-            f"checkpoint {self.directory / str(step)} is damaged ({reason}): set aside as {target}; "
+            f"checkpoint {self.directory / str(step)} is damaged ({reason}): set aside as "
+            f"{target}; "
             + ("beginning anew" if before is None else f"going on from checkpoint {before}")
         )
 

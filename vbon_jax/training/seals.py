@@ -1,4 +1,4 @@
-"""What the metadata of a checkpoint hold beside the caller's: fingerprints, and their own digest."""
+"""What the metadata of a checkpoint hold beside the caller's: fingerprints and a digest."""
 
 import hashlib
 import json
