@@ -343,14 +343,23 @@ class Workdir:
                 "and --workdir first, or `vbon run` for all stages"
             )
         self._refuse_changes(stage, note)
+        self._refuse_damage(stage, note)
+        self._read[stage] = self._digest(stage, note)
+
+    def refuse_damage(self, stage: str) -> None:
+        """Raises InputError where ``stage`` is complete, and its results are not as it left them."""
+        note = self._read_note(stage)
+        if note is not None and note.complete:
+            self._refuse_damage(stage, note)
+
+    def _refuse_damage(self, stage: str, note: Note) -> None:
         changes = self._changes(stage, note)
-        for name in changes.keys() - set(self._stages[stage].logs):
+        for name in sorted(changes.keys() - set(self._stages[stage].logs)):
             raise InputError(
                 f"{self.root / name} {changes[name]} since stage {stage} left it: run `vbon "
                 f"{stage}` with the same --config and --workdir, which makes it again, or `vbon "
                 "run` for all stages"
             )
-        self._read[stage] = self._digest(stage, note)
 
     @staticmethod
     def write_json(path: Path, value: Any) -> None:
