@@ -134,6 +134,17 @@ def test_a_stage_alone_says_which_to_run(workdir, equal, name, stage, asking):
     assert equal()[0] == 0
 
 
+@pytest.mark.parametrize("text", ['{"rows": 5}', '{"rows": [{"policy": "bon", "n": "x"}]}', "[]"])
+def test_a_report_of_damaged_results_says_to_measure_again(workdir, text):
+    (workdir / "evaluation.json").write_text(text)
+    code, lines = flips.vbon(workdir, EVALUATED, stage="report")
+    assert code == 2 and "evaluation.json was changed since stage evaluate" in lines[-1]
+    assert "run `vbon evaluate`" in lines[-1]
+    if text == "[]":  # once is enough
+        assert flips.vbon(workdir, EVALUATED, stage="evaluate")[0] == 0
+        assert flips.vbon(workdir, EVALUATED, stage="report")[0] == 0
+
+
 def test_a_stage_that_is_missing_is_named(workdir, equal):
     remove(workdir / "stages" / "train.json")
     remove(workdir / "checkpoints")

@@ -347,7 +347,7 @@ class Workdir:
         self._read[stage] = self._digest(stage, note)
 
     def refuse_damage(self, stage: str) -> None:
-        """Raises InputError where ``stage`` is complete, and its results are not as it left them."""
+        """Raises InputError where ``stage`` is complete and its results are not as it left them."""
         note = self._read_note(stage)
         if note is not None and note.complete:
             self._refuse_damage(stage, note)
