@@ -250,8 +250,7 @@ def execute(argv: Sequence[str]) -> None:
         return
     with run.workdir.locked(wait=several):
         if command.stage == "run":
-            for name in config.stages:
-                base.perform(run, STAGES[name], again=False)
+            base.perform_all(run, [STAGES[name] for name in config.stages])
         else:
             base.perform(run, STAGES[command.stage], again=True)
 

@@ -1,12 +1,11 @@
 import collections
-import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vbon_jax.data import prompts, tokenizer
+from vbon_jax.data import jsonl, prompts, tokenizer
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.sources import reviews
 from vbon_jax.errors import InputError
@@ -168,7 +167,7 @@ def test_messages_are_an_optional_key(tmp_path):
     chat = Prompt(0, "u: x", (5,), (("system", ""), ("user", "x \u6f22")))
     plain = Prompt(1, "x", (7,))
     prompts.write_jsonl(path, [chat, plain])
-    first, second = map(json.loads, path.read_text().splitlines())
+    (_, first), (_, second) = jsonl.read(path)
     assert first == {
         "id": 0, "prompt": "u: x", "tokens": [5],
         "messages": [{"role": "system", "content": ""}, {"role": "user", "content": "x \u6f22"}],

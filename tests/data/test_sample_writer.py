@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from vbon_jax.data import jsonl
 from vbon_jax.data import samples as reference
+from vbon_jax.data.sample_lines import to_record
 from vbon_jax.data.samples import PromptSamples, SampleWriter
 from vbon_jax.errors import InputError
 
@@ -21,6 +23,11 @@ def sample(prompt_id, count=3):
         prompt_id=prompt_id,
         finished=(True,) * count,
     )
+
+
+def unsealed(samples):
+    """A line as older versions wrote it, without its checksum."""
+    return jsonl.dump_line(to_record(samples))
 
 
 def test_truncation_at_every_byte_is_repaired(tmp_path):
@@ -75,21 +82,80 @@ def test_other_torn_tails(tmp_path, tail):
         (b'{LINE0\n{"prompt": "p", "responses": ["x"], "rewards": []}\n', 2, "1 responses but 0"),
         (b'{"prompt": "p", "text": "p", "reward": 1}', 1, "'responses' is missing"),
         (b"my notes, no JSON", 1, "not a line of JSON"),  # a file named by mistake
-        (b"{LINE0\n  ", 2, "not a line of JSON"),
     ],
 )
 def test_what_is_not_a_torn_line_is_refused_and_left_alone(tmp_path, content, number, message):
     path = tmp_path / "s.jsonl"
-    for prompt_id in (0, 1):
-        with SampleWriter(tmp_path / "one") as writer:
-            writer.append(sample(prompt_id))
-        line = (tmp_path / "one").read_bytes().rstrip(b"\n")
-        content = content.replace(b"{LINE%d" % prompt_id, line)
-        (tmp_path / "one").unlink()
+    for prompt_id in (0, 1):  # as older versions wrote them
+        content = content.replace(b"{LINE%d" % prompt_id, unsealed(sample(prompt_id)).rstrip())
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"s\.jsonl:{number}: .*{message}"):
         SampleWriter(path)
     assert path.read_bytes() == content
+
+
+def test_every_flipped_byte_of_a_written_file_is_cut_off_and_written_again(tmp_path):
+    """What comes out is the file of an undisturbed run; nothing damaged is read meanwhile."""
+    path = tmp_path / "s.jsonl"
+    with SampleWriter(path) as writer:
+        for prompt_id in range(3):
+            writer.append(sample(prompt_id))
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            read = reference.read(path)
+        except InputError as error:
+            assert "s.jsonl:" in str(error)
+        else:
+            assert read == [sample(i) for i in range(3)], at
+        with SampleWriter(path) as writer:
+            for prompt_id in range(3):
+                if prompt_id not in writer.done:
+                    writer.append(sample(prompt_id))
+            assert writer.recovery is not None, at
+        assert path.read_bytes() == whole, at
+
+
+def test_the_file_is_kept_where_more_than_its_end_is_damaged(tmp_path):
+    path = tmp_path / "s.jsonl"
+    with SampleWriter(path) as writer:
+        for prompt_id in range(3):
+            writer.append(sample(prompt_id))
+    edited = path.read_bytes().replace(b"[1.0, 1.25, 1.5]", b"[1.0, 1.25, 7.5]")
+    path.write_bytes(edited)
+    with pytest.raises(InputError, match=r"s\.jsonl:2: the line is not what it was written as"):
+        reference.read(path)
+    with SampleWriter(path) as writer:
+        assert writer.done == [0]
+        assert "those after it are sampled again" in writer.recovery
+        assert "s.jsonl.damaged" in writer.recovery
+    assert (tmp_path / "s.jsonl.damaged").read_bytes() == edited
+
+
+def test_a_line_without_its_checksum_is_used_as_it_is(tmp_path):
+    """The remedy of the message about an edited line."""
+    path = tmp_path / "s.jsonl"
+    with SampleWriter(path) as writer:
+        writer.append(sample(0))
+    line = path.read_bytes().replace(b"0.25", b"9.25")
+    path.write_bytes(line)
+    with pytest.raises(InputError, match=f"take {jsonl.CHECKSUM} out of it"):
+        reference.read(path)
+    path.write_bytes(line[: line.index(b', "vbon_crc32"')] + b"}\n")
+    assert reference.read(path)[0].rewards[1] == 9.25
+
+
+def test_a_file_that_an_older_version_began_is_continued(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(unsealed(sample(0)) + unsealed(sample(1)))
+    for prompt_id in (2, 3):
+        with SampleWriter(path) as writer:
+            assert writer.recovery is None
+            writer.append(sample(prompt_id))
+    assert reference.read(path) == [sample(i) for i in range(4)]
 
 
 def test_blank_lines_are_passed_over(tmp_path):

@@ -44,7 +44,8 @@ def test_the_line_is_the_papers_layout_with_extra_keys(tmp_path):
     with SampleWriter(path) as writer:
         writer.append(PromptSamples("p", ("x", "y"), (1.0, 2.5), prompt_id=0))
     assert path.read_bytes() == (
-        b'{"prompt": "p", "responses": ["x", "y"], "rewards": [1.0, 2.5], "prompt_id": 0}\n'
+        b'{"prompt": "p", "responses": ["x", "y"], "rewards": [1.0, 2.5], "prompt_id": 0, '
+        b'"vbon_crc32": "23bbf8ea"}\n'
     )
 
 

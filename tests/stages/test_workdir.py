@@ -69,10 +69,8 @@ def old(tmp_path):
         assert not now.begin(stage)
         now.complete(stage)
         written = json.loads(note(tmp_path, stage).read_text())
-        written["settings"] = {
-            k: v for k, v in written["settings"].items() if k not in config.ADDED
-        }
-        note(tmp_path, stage).write_text(json.dumps(written))
+        settings = {k: v for k, v in written["settings"].items() if k not in config.ADDED}
+        note(tmp_path, stage).write_text(json.dumps({"settings": settings, "complete": True}))
     return tmp_path
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import time
 
@@ -148,6 +150,21 @@ def test_what_is_not_finite_stops_and_names_the_last_good_checkpoint(files, bad,
     with pytest.raises(InputError, match=rf"{name} at iteration 4; .*c/2: lower the learning"):
         loop.run(start(), 0, adding(at=3, **bad), Schedule("t", 6, 2), record)
     assert record.checkpointer.latest_step == 2
+
+
+def test_what_is_not_finite_right_after_a_restore_says_so(files):
+    """And the remedy of the line is what goes on from the checkpoint before."""
+    record = files()
+    loop.run(start(), 0, adding(), Schedule("t", 4, 2), record)
+    with pytest.raises(InputError, match=r"iteration 5; .* checkpoint (\S+) was restored") as error:
+        loop.run(start(), 4, adding(at=4, loss=float("nan")), Schedule("t", 6, 2), record)
+    named = re.search(r"checkpoint (\S+) was restored.*remove that to go on", str(error.value))[1]
+    record.checkpointer.close()
+    shutil.rmtree(named)
+    again = files(start=2)
+    assert again.checkpointer.latest_step == 2
+    with pytest.raises(InputError, match=r"iteration 4; the last good checkpoint is \S+/2:"):
+        loop.run(start(), 2, adding(at=3, loss=float("nan")), Schedule("t", 6, 2), again)
 
 
 def test_a_refused_member_stops_nobody(files):

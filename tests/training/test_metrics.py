@@ -127,3 +127,25 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     assert events[1].session_log.status == SessionLog.START and events[1].step == 1
     found = [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events[2:]]
     assert found == [(1, {"loss": 0.25, "kl_ref": 1.0}), (2, {"loss": 0.5, "kl_ref": 1.0})]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "null", "7", "[1]", '"x"', "{}", '{"step": -3}', '{"step": "2"}', '{"step": 2.0}',
+     '{"loss": 1}', '{"step": 2, "lo', "\x00\x00", "\udcff", '{"step": 1, "loss": 0}'],
+)  # fmt: skip
+def test_a_damaged_line_is_dropped_with_a_line(tmp_path, line, capfd):
+    """The policy does not follow from it: training goes on."""
+    written(tmp_path, 0, (1, 2, 3))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_bytes(f"{lines[0]}\n{line}\n{lines[2]}\n".encode(errors="surrogateescape"))
+    capfd.readouterr()
+    assert [x["step"] for x in written(tmp_path, 3, (4,))] == [1, 3, 4]
+    assert "metrics.jsonl: 1 damaged lines dropped" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe" * 9, b"[]", b"{", b"null\n"])
+def test_a_file_of_anything_else_begins_anew(tmp_path, data):
+    (tmp_path / "metrics.jsonl").write_bytes(data)
+    assert [x["step"] for x in written(tmp_path, 3, (4,))] == [4]

@@ -1,12 +1,20 @@
-"""JSON lines: one JSON object a line; errors name the file and the line number."""
+"""JSON lines: one JSON object a line; errors name the file and the line number.
+
+The lines of samples and prompts that are written here end in a checksum of themselves, under the
+key `CHECKSUM`; wherever there is one it is checked on reading.
+"""
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vbon_jax.errors import InputError
+
+CHECKSUM = "vbon_crc32"  # the last key of a line: of all bytes before it
+_SEAL = f', "{CHECKSUM}": "'.encode()
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
@@ -17,10 +25,11 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
       where: "file:line", for the message.
 
     Returns:
-      The JSON object.
+      The JSON object, without its checksum.
 
     Raises:
-      InputError: the line is not UTF-8, not JSON, or not a JSON object.
+      InputError: the line is not UTF-8, not JSON, not a JSON object, or not what its checksum was
+        taken of.
     """
     try:
         parsed = json.loads(line.decode("utf-8-sig"))  # -sig: some editors begin a file with a BOM
@@ -29,7 +38,26 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         kind = type(parsed).__name__
         raise InputError(f"{where}: a JSON object is needed on each line, this one is a {kind}")
+    if CHECKSUM in parsed:
+        body, _, end = line.rpartition(_SEAL)
+        if end.rstrip(b"\r\n") != _checksum(body):
+            raise InputError(
+                f"{where}: the line is not what it was written as ({CHECKSUM} differs): it is "
+                f"damaged or was edited; put it back, or take {CHECKSUM} out of it to use it as it "
+                "is"
+            )
+        del parsed[CHECKSUM]
     return parsed
+
+
+def _checksum(body: bytes) -> bytes:
+    """The end of a line after `_SEAL`; 32 bits see every change of up to 4 neighbouring bytes."""
+    return f'{zlib.crc32(body):08x}"}}'.encode()
+
+
+def is_sealed(line: bytes) -> bool:
+    """Whether a line carries a checksum."""
+    return _SEAL in line
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -72,6 +100,22 @@ def dump_line(record: dict[str, Any]) -> bytes:
       ValueError: a value is NaN or infinite.
     """
     return (json.dumps(record, allow_nan=False) + "\n").encode("ascii")
+
+
+def dump_sealed(record: dict[str, Any]) -> bytes:
+    """Serializes one JSON object as a line with a checksum.
+
+    Args:
+      record: as for `dump_line`, with at least one key.
+
+    Returns:
+      ASCII bytes, newline included.
+
+    Raises:
+      ValueError: a value is NaN or infinite.
+    """
+    body = dump_line(record).removesuffix(b"}\n")
+    return body + _SEAL + _checksum(body) + b"\n"
 
 
 def field(record: Mapping[str, Any], key: str, where: str, setting: str = "") -> Any:

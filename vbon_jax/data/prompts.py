@@ -173,7 +173,7 @@ def fits_context(prompts: Sequence[Prompt], max_new_tokens: int, positions: int)
 
 
 def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None:
-    """Writes {"id", "prompt", "tokens"} lines, atomically.
+    """Writes {"id", "prompt", "tokens"} lines with checksums, atomically.
 
     A prompt with messages has them as well: "messages", a list of {"role", "content"}.
 
@@ -191,7 +191,7 @@ def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None
                 }  # fmt: skip
                 if prompt.messages:
                     record["messages"] = message_records(prompt.messages)
-                file.write(jsonl.dump_line(record))
+                file.write(jsonl.dump_sealed(record))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -5,6 +5,7 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -172,6 +173,28 @@ def response_ids(
     return ids[:longest]
 
 
+class _Broken(Exception):
+    """A line that is not whole; one of ours is sampled again."""
+
+
+def _parsed(line: bytes, where: str, sealed: bool) -> PromptSamples:
+    """The samples of a line of our own; ``sealed``: it must carry a checksum.
+
+    Raises _Broken where the line is not as it was written, InputError where it never was ours.
+    """
+    try:
+        record = jsonl.parse_line(line, where)
+    except InputError as error:
+        raise _Broken(str(error)) from error
+    if sealed and not jsonl.is_sealed(line):
+        raise _Broken(f"{where}: the line has no {jsonl.CHECKSUM}, the one before has")
+    samples = parse_record(record, where)
+    unknown = record.keys() - to_record(samples).keys()
+    if unknown:
+        raise _Broken(f"{where}: key {min(unknown)!r} is none of a samples file")
+    return samples
+
+
 class SampleWriter:
     """Appends to a samples file, one line a prompt, and resumes one after an interruption.
 
@@ -192,9 +215,10 @@ class SampleWriter:
           path: the file.
 
         Raises:
-          InputError: a line other than an incomplete last one is malformed, has no prompt_id (a
-            file made by other code can be read, not continued) or repeats one; or another process
-            has the file open for writing. The file is not changed then.
+          InputError: a line other than an incomplete last one is malformed in a file without
+            checksums, has no prompt_id (a file made by other code can be read, not continued) or
+            repeats one; or another process has the file open for writing. The file is not changed
+            then.
         """
         self._path = Path(path)
         self.done: list[int] = []
@@ -226,39 +250,58 @@ class SampleWriter:
             ) from error
 
     def _recover(self) -> None:
-        """Fills `done`, and makes the file end in a complete line."""
+        """Fills `done`, and makes the file end in a complete line.
+
+        Of a file whose lines carry checksums, as all written here do, everything from the first
+        damaged line on goes, so that the file comes out as if nothing had happened. (Those that an
+        older version began have lines without at their beginning.)
+        """
         whole = 0  # bytes of whole lines
-        last = b""
-        torn: InputError | None = None
+        sealed = False
+        line = b"\n"
         with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if torn is not None:  # it was not the last line
-                    raise torn
                 where = f"{self._path}:{number}"
-                last = line
                 if line.strip() or not line.endswith(b"\n"):
+                    sealed = sealed or jsonl.is_sealed(line)
                     try:
-                        record = jsonl.parse_line(line, where)
-                    except InputError as error:
-                        torn = error
-                        continue
-                    self._add_done(parse_record(record, where), where)
+                        samples = _parsed(line, where, sealed)
+                    except _Broken as error:
+                        rest = file.read()
+                        sealed = sealed or jsonl.is_sealed(rest)
+                        self._cut(whole, line, where, str(error), sealed, last=not rest)
+                        return
+                    self._add_done(samples, where)
                 whole += len(line)
-        if torn is not None:
-            # A line that never was one of ours is in a file named by mistake: leave that alone.
-            # (Some file systems leave zero bytes where data did not arrive.)
-            began = last.strip(b"\0")
-            if began and not began.startswith(b"{"):
-                raise torn
-            self._file.truncate(whole)
-            self.recovery = (
-                f"{where}: the last line was torn; its {len(last)} bytes were cut off and its "
-                "prompt is sampled again"
-            )
-        elif last and not last.endswith(b"\n"):
+        if not line.endswith(b"\n"):
             # A proper prefix of a JSON object is not JSON, so this line is all there.
             self._append_bytes(b"\n")
             self.recovery = f"{where}: the newline of the last line was missing and was added"
+
+    def _cut(
+        self, whole: int, line: bytes, where: str, fault: str, sealed: bool, last: bool
+    ) -> None:
+        """Cuts the file to ``whole`` bytes, from ``line`` on; raises InputError if it is not ours.
+
+        A line that never was one of ours is in a file named by mistake: that is left alone. (Some
+        file systems leave zero bytes where data did not arrive.)
+        """
+        began = line.strip(b"\0")
+        if not sealed and (not last or (began and not began.startswith(b"{"))):
+            raise InputError(fault)
+        if last:
+            self.recovery = (
+                f"{where}: the last line was torn; its {len(line)} bytes were cut off and its "
+                "prompt is sampled again"
+            )
+        else:
+            kept = self._path.with_name(f"{self._path.name}.damaged")
+            shutil.copyfile(self._path, kept)
+            self.recovery = (
+                f"{fault}. This line and those after it are sampled again; the file as it was is "
+                f"{kept}"
+            )
+        self._file.truncate(whole)
 
     def _add_done(self, samples: PromptSamples, where: str) -> None:
         if samples.prompt_id is None:
@@ -301,7 +344,7 @@ class SampleWriter:
         record = to_record(samples)
         parse_record(record, where)
         with writing(self._path):
-            self._append_bytes(jsonl.dump_line(record))
+            self._append_bytes(jsonl.dump_sealed(record))
         self._ids.add(record["prompt_id"])
         self.done.append(record["prompt_id"])
 

@@ -136,10 +136,14 @@ def _read_object(path: Path, stage: str, key: str) -> dict[str, Any]:
     path = _made_by(path, stage)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"file {path} is not JSON ({error}); run `vbon {stage}` again") from error
     if not isinstance(value, dict) or not value.get(key):
         raise InputError(f'file {path} has no "{key}"; run `vbon {stage}` again')
+    found = value[key]
+    rows = isinstance(found, list) and all(isinstance(row, dict) for row in found)
+    if not (rows if key == "rows" else isinstance(found, dict)):
+        raise InputError(f'file {path}: "{key}" is damaged; run `vbon {stage}` again')
     return value
 
 
@@ -155,7 +159,12 @@ def read_evaluation(workdir: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is missing, is not JSON, or has no "rows".
     """
-    return _read_object(Path(workdir) / "evaluation.json", "evaluate", "rows")
+    path = Path(workdir) / "evaluation.json"
+    evaluation = _read_object(path, "evaluate", "rows")
+    for row in evaluation["rows"]:
+        if not isinstance(row.get("policy"), str):
+            raise InputError(f"file {path}: a row has no policy; run `vbon evaluate` again")
+    return evaluation
 
 
 def read_config(workdir: Path) -> dict[str, Any]:

@@ -13,14 +13,16 @@ _STAGES = (
             "seed", "data", "tokenizer", "reference", "sampling.stop_at_eos",
             "sampling.end_tokens", "memory.frozen_dtype",
         ),
-        leaves=("tokenizer", "reference", "checkpoints/sft"),
+        leaves=("tokenizer", "reference"),
+        scratch=("checkpoints/sft",),
     ),
     Stage(
         "reward",
         "reward model",
         depends=("reward.path", "reward.function", "reward.model", "reward.fit"),
         after=("sft",),
-        leaves=("reward", "checkpoints/reward"),
+        leaves=("reward",),
+        scratch=("checkpoints/reward",),
     ),
     Stage(
         "evaluator",
@@ -30,7 +32,8 @@ _STAGES = (
             "evaluator.fit",
         ),
         after=("sft",),
-        leaves=("evaluator", "checkpoints/evaluator"),
+        leaves=("evaluator",),
+        scratch=("checkpoints/evaluator",),
     ),
     Stage(
         "sample",
@@ -46,7 +49,8 @@ _STAGES = (
             "method", "train", "offline", "lora", "memory.param_dtype", "memory.optimizer_dtype",
         ),
         after=("sample",),
-        leaves=("checkpoints/train", "metrics.jsonl"),
+        leaves=("checkpoints/train",),
+        logs=("metrics.jsonl",),
     ),
     Stage(
         "export",
@@ -61,7 +65,10 @@ _STAGES = (
         "reference, best-of-n and policy on held-out prompts: table and figures",
         depends=("evaluate", "evaluator"),
         after=("train",),
-        leaves=("evaluation.json",),
+        leaves=(
+            "evaluation.json", "evaluation.md", "evaluation_samples.jsonl",
+            "evaluation_samples_ood.jsonl",
+        ),
         redo="asked",
     ),
     Stage(

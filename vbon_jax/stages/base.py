@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -35,6 +36,33 @@ class Run:
         return named_key(self.config.seed, name)
 
 
+class Undone(InputError):
+    """What a stage left, complete by its note, turns out not to be whole.
+
+    Attributes:
+      stage: its name.
+    """
+
+    def __init__(self, message: str, stage: str):
+        """The line to print where nothing does ``stage`` again."""
+        super().__init__(message)
+        self.stage = stage
+
+
+def perform_all(run: Run, stages: Sequence[Stage]) -> None:
+    """Runs stages in order, each unless it is complete; again one that turns out not to be."""
+    for i, stage in enumerate(stages):
+        try:
+            perform(run, stage, again=False)
+        except Undone as error:
+            before = [s for s in stages[:i] if s.name == error.stage]
+            if not before:
+                raise
+            log(f"{error}; doing so")
+            perform(run, before[0], again=False)
+            perform(run, stage, again=False)
+
+
 def perform(run: Run, stage: Stage, again: bool) -> None:
     """Runs one stage unless it is complete under the same settings.
 
@@ -45,9 +73,8 @@ def perform(run: Run, stage: Stage, again: bool) -> None:
         complete, or was completed under other settings.
     """
     workdir = run.workdir
-    if stage.redo == "always" or (stage.redo == "asked" and again):
-        workdir.forget(stage.name)
-    if workdir.begin(stage.name):
+    due = stage.redo == "always" or (stage.redo == "asked" and again)
+    if workdir.begin(stage.name, due):
         log(f"{stage.name}: complete already in {workdir.root}")
         return
     workdir.write_json(workdir.root / "config.json", as_dict(run.config))

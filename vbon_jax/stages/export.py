@@ -6,11 +6,10 @@ from typing import Any
 
 from vbon_jax import methods
 from vbon_jax.data import tokenizer as tokenizers
-from vbon_jax.errors import InputError
 from vbon_jax.models.hf import peft
 from vbon_jax.progress import log
 from vbon_jax.stages import loading
-from vbon_jax.stages.base import Run
+from vbon_jax.stages.base import Run, Undone
 from vbon_jax.training.checkpoint import Checkpointer
 
 
@@ -30,8 +29,14 @@ def run(run: Run) -> None:
         restored = checkpointer.restore(like)
     finally:
         checkpointer.close()
-    if restored is None:
-        raise InputError(f"no checkpoint in {checkpointer.directory}: run `vbon train` first")
+    if restored is None or checkpointer.latest_step != job.iterations:
+        run.workdir.reopen("train")
+        raise Undone(
+            f"{checkpointer.directory} holds no whole checkpoint of iteration {job.iterations}, "
+            "the last: run `vbon train` with the same --config and --workdir, which goes on from "
+            "what there is",
+            "train",
+        )
     own = restored[0].params["decoder"]
     shutil.rmtree(run.workdir.policy, ignore_errors=True)  # perhaps of another form
     if s.export.form == "adapter":

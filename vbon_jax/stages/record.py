@@ -15,7 +15,9 @@ class Stage:
       help: one line of ``vbon --help``.
       depends: config keys, or groups of keys, that its results follow from.
       after: stages whose results it reads; their keys count as well.
-      leaves: paths in the workdir that hold its results, removed to do it again.
+      leaves: paths in the workdir that hold its results, known by digests in its note.
+      scratch: paths of what it goes on from when it is cut, of no use once it is complete.
+      logs: files that tell of it and that no result follows from; a damaged one is not made again.
       redo: when a complete stage is done again: "never"; when "asked" for by name; or "always",
         since it leaves alone what is done.
     """
@@ -25,6 +27,8 @@ class Stage:
     depends: tuple[str, ...]
     after: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
+    logs: tuple[str, ...] = ()
     redo: Literal["never", "asked", "always"] = "never"
 
     @property

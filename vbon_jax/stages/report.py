@@ -15,4 +15,6 @@ def run(run: Run) -> None:
     """Writes ``report.html``, which needs no other file."""
     from vbon_jax.report import document
 
+    for stage in ("evaluate", "convergence"):  # whichever were done
+        run.workdir.refuse_damage(stage)
     log(f"report: {document.write(run.workdir.root, looks())}")

@@ -114,6 +114,7 @@ def folder(run: Run, unit: Unit) -> Path:
             if not key.startswith(("method.", "sweep."))
         }
     )
+    follows |= run.workdir.contents(follows)
     spec = [unit.method.name, unit.series.variant, unit.options.estimator]
     digest = run.workdir.digest(
         {
@@ -307,8 +308,8 @@ def _work(
     total = job.iterations
     checkpointer = Checkpointer(place / "checkpoints", keep=1)
     try:
-        start = checkpointer.latest_step or 0
         restored = checkpointer.restore(state)
+        start = checkpointer.latest_step or 0  # now that what is damaged is set aside
         if restored is not None:
             state = restored[0]
             log(f"sweep: {unit.name} goes on after iteration {start} of {total}")

@@ -23,8 +23,8 @@ def run(run: Run) -> None:
     total = job.iterations
     checkpointer = Checkpointer(workdir.checkpoints("train"), s.train.keep)
     try:
-        start = checkpointer.latest_step or 0
         restored = checkpointer.restore(state)
+        start = checkpointer.latest_step or 0  # now that what is damaged is set aside
         if restored is not None:
             state = restored[0]
             log(f"train: going on after iteration {start} of {total}")

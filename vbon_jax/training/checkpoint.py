@@ -1,5 +1,6 @@
 """Checkpoints: everything needed to go on, written asynchronously and atomically by orbax."""
 
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from vbon_jax.errors import InputError, writing
+from vbon_jax.progress import log
+from vbon_jax.training import fingerprints, seals
+
+_TIMES = "_CHECKPOINT_METADATA"  # of orbax: when a step was written
 
 
 class Checkpointer:
@@ -17,18 +22,29 @@ class Checkpointer:
     A save returns once the state is copied to the host, and the writing goes on behind it; on CPU,
     where that copy would take as much memory again, it returns when all is written. A checkpoint
     gets its name only when it is whole, so a crash at any moment leaves the one before.
+
+    The metadata hold fingerprints of the arrays, taken before they are written, and a digest of
+    themselves, so that a checkpoint is whole and checkable from the moment it has its name.
     """
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+        )
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=True, cleanup_tmp_directories=True
-                ),
-            )
+            try:
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                # Orbax reads one file of each step on opening, and of it the times alone.
+                broken = list(self.directory.glob(f"*/{_TIMES}"))
+                if not broken:
+                    raise
+                for path in broken:
+                    path.unlink()
+                log(f"{self.directory}: a file {_TIMES} is damaged ({error}): all of them removed")
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
     def latest_step(self) -> int | None:
@@ -47,7 +63,8 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata)
+                    state=ocp.args.StandardSave(state),
+                    metadata=ocp.args.JsonSave(seals.sealed(step, state, metadata)),
                 ),
             )
         except (OSError, ValueError) as error:  # tensorstore's own errors are ValueErrors
@@ -57,7 +74,12 @@ class Checkpointer:
             self.wait()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest checkpoint, laid out as ``like``; None where there is none.
+        """The newest checkpoint that is whole, laid out as ``like``; None where there is none.
+
+        A damaged one, whose bits are not those that were saved, is set aside in a folder beside,
+        ``<directory>.damaged``, and the one before is taken; a line says so. `latest_step` is the
+        step that was restored. A checkpoint of a version that took no fingerprints is taken as it
+        is; a line says so too.
 
         Args:
           like: a tree of arrays or ShapeDtypeStructs carrying the target shardings, so another
@@ -65,25 +87,68 @@ class Checkpointer:
 
         Raises InputError when the checkpoint does not have the shape of ``like``.
         """
-        step = self.latest_step
-        if step is None:
-            return None
+        while (step := self.latest_step) is not None:
+            try:
+                return self._restored(step, like)
+            except seals.Damaged as error:
+                self._set_aside(step, error)
+        return None
+
+    def _restored(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        metadata = self._read(step, "metadata", ocp.args.JsonRestore())
+        if not isinstance(metadata, dict):
+            raise seals.Damaged(f"its metadata are a {type(metadata).__name__}")
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
+        target = ocp.args.StandardRestore(abstract)
+        if not seals.is_sealed(metadata):
+            log(f"checkpoint {self.directory / str(step)} has no fingerprints: taken unchecked")
+            try:
+                return self._read(step, "state", target), metadata
+            except seals.Damaged as error:  # or of another shape, which nothing tells apart
+                raise self._unfit(step, str(error)) from error
+        seals.check(step, metadata)
+        wanted = fingerprints.described(like)
+        if wanted != {path: found[:2] for path, found in metadata["arrays"].items()}:
+            paths = [p for p in wanted if metadata["arrays"].get(p, [])[:2] != wanted[p]]
+            paths += [p for p in metadata["arrays"] if p not in wanted]
+            raise self._unfit(step, f"of another shape at {paths[0]}")
+        state = self._read(step, "state", target)
+        if fingerprints.of_tree(state) != metadata["arrays"]:
+            raise seals.Damaged("its arrays are not those that were saved")
+        return state, metadata["given"]
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), metadata=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise InputError(
-                f"checkpoint {self.directory / str(step)} cannot be read as this run's state "
-                f"({error}): remove it to go on from the one before"
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # of this machine or process, not of the checkpoint
+        except Exception as error:  # broken bytes surface as whatever their reader raises
+            reason = next(iter(str(error).strip().splitlines()), "")[:200]
+            raise seals.Damaged(
+                f"its {item} cannot be read: {type(error).__name__}: {reason}"
             ) from error
-        return restored.state, restored.metadata
+
+    def _unfit(self, step: int, reason: str) -> InputError:
+        return InputError(
+            f"checkpoint {self.directory / str(step)} cannot be read as this run's state "
+            f"({reason}): remove it to go on from the one before, or to begin anew where it is the "
+            "only one"
+        )
+
+    def _set_aside(self, step: int, reason: Exception) -> None:
+        aside = self.directory.with_name(f"{self.directory.name}.damaged")
+        aside.mkdir(exist_ok=True)
+        target = seals.free_name(aside / str(step))
+        os.rename(self.directory / str(step), target)
+        self._manager.reload()
+        before = self.latest_step
+        log(
+            f"checkpoint {self.directory / str(step)} is damaged ({reason}): set aside as "
+            f"{target}; "
+            + ("beginning anew" if before is None else f"going on from checkpoint {before}")
+        )
 
     def wait(self) -> None:
         """Returns once every save is on disk; raises InputError if one failed."""

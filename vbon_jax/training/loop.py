@@ -121,7 +121,7 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
             trace.end(step + 1)
             if record is not None:
                 record.writer.write(step + 1, values)
-            _refuse_not_finite(values, step + 1, record)
+            _refuse_not_finite(values, step + 1, record, restored=step == start > 0)
             report.update(step + 1, words)
             last = step + 1 == schedule.iterations
             due = last or (step + 1) % schedule.checkpoint_every == 0 or stop.signum is not None
@@ -245,7 +245,10 @@ def note(values: dict[str, Any]) -> str:
     return f"{text}  to BoN {mean('kl_bon'):.3f} nats" if "kl_bon" in values else f"{text} nats"
 
 
-def _refuse_not_finite(values: dict[str, Any], step: int, record: Record | None) -> None:
+def _refuse_not_finite(
+    values: dict[str, Any], step: int, record: Record | None, restored: bool
+) -> None:
+    """Raises InputError for a loss that is not finite; ``restored``: right after a checkpoint."""
     if "refused" in values and not all(values["refused"]):
         return
     for name in ("loss", "grad_norm"):
@@ -258,6 +261,11 @@ def _refuse_not_finite(values: dict[str, Any], step: int, record: Record | None)
                 if good is not None:
                     path = record.checkpointer.directory / str(good)
                     where = f"the last good checkpoint is {path}"
+                    if restored:
+                        where = (
+                            f"it is the first after checkpoint {path} was restored: if it was "
+                            "finite before, remove that to go on from the one before or anew. Else"
+                        )
             raise InputError(
                 f"{name} is {bad[0]} at iteration {step}; {where}: lower the learning rate or "
                 "train.max_grad_norm and train anew, or scale the rewards down if they are large "

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vbon_jax.errors import InputError, writing
+from vbon_jax.progress import log
 
 
 class MetricsWriter:
@@ -20,7 +21,7 @@ class MetricsWriter:
         """Opens the files at ``start_step``.
 
         Lines of later steps, from a run that was cut after its last checkpoint, are dropped, so
-        that a step stands there once.
+        that a step stands there once. So are damaged ones; a line says so.
 
         Args:
           workdir: folder of ``metrics.jsonl`` and ``tensorboard/``.
@@ -31,15 +32,11 @@ class MetricsWriter:
           InputError: ``wandb`` is asked for and not installed, or cannot start.
         """
         path = workdir / "metrics.jsonl"
-        kept = [
-            line
-            for line in (path.read_text().splitlines(keepends=True) if path.exists() else [])
-            if line.endswith("\n") and json.loads(line)["step"] <= start_step
-        ]
+        kept = _whole_lines(path, start_step) if path.exists() else b""
         self._wandb = None if wandb is None else _wandb_run(wandb)
         temporary = path.with_suffix(".tmp")
         with writing(path):
-            temporary.write_text("".join(kept))
+            temporary.write_bytes(kept)
             temporary.replace(path)
             self._file = path.open("ab", buffering=0)  # what is refused is not tried again
         self._path = path
@@ -114,6 +111,26 @@ def _append(file: Any, data: bytes) -> None:
     """Writes all of ``data`` to an unbuffered file, which may take less at a time."""
     while data:
         data = data[file.write(data) :]
+
+
+def _whole_lines(path: Path, start_step: int) -> bytes:
+    """The lines of the steps up to ``start_step``, each in its place."""
+    kept, broken, step = [], 0, 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            found = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            found = None
+        if type(found) is int and found > start_step:
+            break
+        if type(found) is not int or found <= step or not line.endswith(b"\n"):
+            broken += 1
+            continue
+        kept.append(line)
+        step = found
+    if broken and len(kept) < start_step:  # more than the end of the last line that a kill tore
+        log(f"{path}: {broken} damaged lines dropped; no result follows from them")
+    return b"".join(kept)
 
 
 def _wandb_run(arguments: Mapping[str, Any]) -> Any:

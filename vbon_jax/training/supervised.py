@@ -182,10 +182,12 @@ def fit(
                 state, value = update(state, sharding.place(batch, mesh, "batch"))
                 recent = [*recent[-19:], float(value)]
                 if not np.isfinite(recent[-1]):
+                    first = step == done + 1 and done > 0
                     raise InputError(
                         f"{title}: the loss is {recent[-1]} at step {step} (step of the last "
-                        f"checkpoint in {checkpointer.directory}: {checkpointer.latest_step}): "
-                        f"lower {title}'s learning rate"
+                        f"checkpoint in {checkpointer.directory}: {checkpointer.latest_step}"
+                        + (", which was restored just before: remove it to begin anew" * first)
+                        + f"): lower {title}'s learning rate"
                     )
                 report.update(step, f"loss {np.mean(recent):.3f} nats")
                 if stop.signum is not None or time.monotonic() - saved_at > SAVE_SECONDS:

@@ -10,7 +10,7 @@ from vbon_jax.models.hf.tensor_files import CheckpointError
 # What cannot be a path: one "/" at most, none at either end, no "." or "~" in front.
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 # No pickles; configuration, weights and whatever tokenizer there is.
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 # Other formats of the same weights, which some repositories hold beside.
 _UNWANTED = ("*/*", "consolidated*")
 
@@ -73,7 +73,7 @@ def _download(name: str, repository: str, revision: str | None) -> Path:
             huggingface_hub.snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=list(_WANTED),
+                allow_patterns=list(WANTED),
                 ignore_patterns=list(_UNWANTED),
             )
         )
