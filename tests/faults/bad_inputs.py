@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         for i, case in enumerate(chosen):
             folder = Path(place, str(i))
             folder.mkdir()
-            argv = [sys.executable, "-m", "vbon_jax.cli", *arguments(case, folder)]
+            argv = [sys.executable, "-m", "vbon_jax", *arguments(case, folder)]
             ended = run.done(argv, timeout=options.limit, path=folder)
             wrong = faults_of(ended.code, ended.lines)
             wrong += ["its code ran"] if (folder / "ran").exists() else []
