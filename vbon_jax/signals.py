@@ -3,8 +3,9 @@
 A loop that saves its state looks at `StopSignal` between its steps; a user's code inside such a
 step (`interruptible`) is given some seconds to return, and then interrupted. In a process of the
 command line (`install`) a thread watches beside, whatever the main thread is doing: it ends the
-process on the second signal, on the first where no such loop runs (files are whole or resumed at any moment, and to raise
-an error inside a library's import or callback may crash it), and where a loop does not let go.
+process on the second signal, on the first where no such loop runs, and where a loop does not let
+go. Files are whole or resumed at any moment, while an error raised inside a library's import or
+callback may crash it.
 """
 
 import os

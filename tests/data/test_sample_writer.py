@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_the_file_whole(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(InputError, match="No space left"):
             writer.append(sample(1))
         monkeypatch.undo()
         assert path.read_bytes() == whole and writer.done == [0]

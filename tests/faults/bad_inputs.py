@@ -1,6 +1,6 @@
 """Tries bad command lines, config values, config files and input files.
 
-    python -m tests.faults.bad_inputs [--only=WORD] [--limit=60]
+    python -m tests.faults.bad_inputs [--only=WORD] [--limit=300]
 
 Each must end with exit code 2, one line on standard error, the last, that begins with "vbon: ", no
 traceback, and no question on standard input, within `--limit` seconds. Options: --only, cases whose
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints a row a case; returns the number of cases that went wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="")
-    parser.add_argument("--limit", type=float, default=60.0)
+    parser.add_argument("--limit", type=float, default=300.0)
     options = parser.parse_args(argv)
     chosen = [case for case in CASES if options.only in case.name]
     rows = [("input", "exit", "seconds", "wrong", "last line")]
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         for i, case in enumerate(chosen):
             folder = Path(place, str(i))
             folder.mkdir()
-            argv = [sys.executable, "-m", "vbon_jax.cli", *arguments(case, folder)]
+            argv = [sys.executable, "-m", "vbon_jax", *arguments(case, folder)]
             ended = run.done(argv, timeout=options.limit, path=folder)
             wrong = faults_of(ended.code, ended.lines)
             wrong += ["its code ran"] if (folder / "ran").exists() else []

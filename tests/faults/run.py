@@ -69,7 +69,7 @@ def command(workdir: Path, *flags: str, stage: str = "run") -> list[str]:
     """The command line of a small run."""
     config = ROOT / "configs" / "tabular.py"
     return [
-        sys.executable, "-m", "vbon_jax.cli", stage, f"--config={config}", f"--workdir={workdir}",
+        sys.executable, "-m", "vbon_jax", stage, f"--config={config}", f"--workdir={workdir}",
         *SMALL, *flags,
     ]  # fmt: skip
 

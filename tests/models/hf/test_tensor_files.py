@@ -11,6 +11,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from vbon_jax.errors import InputError
 from vbon_jax.models.hf import tensor_files
 from vbon_jax.models.hf.tensor_files import CheckpointError, TensorToWrite
 
@@ -219,7 +220,7 @@ def test_a_crash_leaves_the_old_files_whole(tmp_path, monkeypatch, shard_bytes):
 
     monkeypatch.setattr(os, "fsync", full)
     doubled = {name: 2 * array for name, array in ARRAYS.items()}
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         write(tmp_path, doubled, shard_bytes)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     monkeypatch.undo()
@@ -288,7 +289,7 @@ def test_json_files_are_written_together(tmp_path, monkeypatch):
         real(number)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         tensor_files.write_jsons(tmp_path, {"a.json": {}, "b.json": {}})
     assert tensor_files.read_json(tmp_path / "a.json") == {"x": "é"}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "b.json"]
