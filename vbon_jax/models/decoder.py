@@ -81,7 +81,9 @@ def _embed(
     # jit cannot raise, so an id out of range becomes NaN instead of quietly the nearest row.
     x_BxTxD = params["wte"].at[tokens_BxT].get(mode="fill", fill_value=jnp.nan)
     if config.rotary is None:
-        x_BxTxD += params["wpe"].at[positions_BxT].get(mode="fill", fill_value=jnp.nan)
+        added = params["wpe"].at[positions_BxT].get(mode="fill", fill_value=jnp.nan)
+        # In float32 whatever the weights' dtype, so that a policy of another dtype sums alike.
+        x_BxTxD = x_BxTxD.astype(jnp.float32) + added.astype(jnp.float32)
     else:
         x_BxTxD = jnp.where(positions_BxT[..., None] < config.positions, x_BxTxD, jnp.nan)
     x_BxTxD = x_BxTxD.astype(config.compute_dtype)
