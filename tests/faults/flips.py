@@ -52,7 +52,7 @@ class Kind:
 
 
 KINDS = (
-    Kind("checkpoint", "half", ("checkpoints/train/**/*",)),
+    Kind("checkpoint", "half", ("checkpoints/train/7/**/*",)),
     Kind("metrics", "half", ("metrics.jsonl",)),
     Kind("samples, cut", "cut", ("samples/train.jsonl",)),
     Kind("samples", "sample", ("samples/train.jsonl",)),
