@@ -52,7 +52,7 @@ class Kind:
 
 
 KINDS = (
-    Kind("checkpoint", "half", ("checkpoints/train/**/*",)),
+    Kind("checkpoint", "half", ("checkpoints/train/7/**/*",)),
     Kind("metrics", "half", ("metrics.jsonl",)),
     Kind("samples, cut", "cut", ("samples/train.jsonl",)),
     Kind("samples", "sample", ("samples/train.jsonl",)),
@@ -187,6 +187,8 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> i
     with tempfile.TemporaryDirectory() as root:
         for kind, ended, word in trials(Path(root), args.count, args.seed, kinds):
             counts[kind][ended] += 1
+            if sum(counts[kind].values()) == args.count:
+                say(f"{kind}: {dict(counts[kind])}")
             if ended.isupper():
                 say(f"{ended}: {word}")
     columns = ("refused", "recovered", "harmless", *sorted({

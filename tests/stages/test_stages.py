@@ -359,8 +359,6 @@ def test_a_cut_samples_file_is_completed_to_the_same_bytes(tabular, tmp_path):
     assert whole.count(b"\n") == 5
     for kept in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:kept])
-        note = json.loads((tmp_path / "stages" / "sample.json").read_text())
-        (tmp_path / "stages" / "sample.json").write_text(json.dumps(note | {"complete": False}))
         other = [*flags[:2], "--config.sampling.batch_size=16"]  # another batch, the same bytes
         assert vbon("sample", tmp_path, *(other if kept else flags)) == 0
         assert [json.loads(x)["responses"] for x in path.read_bytes().splitlines()] == [

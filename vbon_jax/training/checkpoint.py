@@ -2,7 +2,9 @@
 
 import os
 import shutil
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +89,12 @@ class Checkpointer:
 
         Raises InputError when the checkpoint does not have the shape of ``like``.
         """
-        while (step := self.latest_step) is not None:
-            try:
-                return self._restored(step, like)
-            except seals.Damaged as error:
-                self._set_aside(step, error)
+        with _quiet_readers():
+            while (step := self.latest_step) is not None:
+                try:
+                    return self._restored(step, like)
+                except seals.Damaged as error:
+                    self._set_aside(step, error)
         return None
 
     def _restored(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -173,3 +176,23 @@ class Checkpointer:
             f"{what} could not be written to {self.directory} ({reason}; {free:.1f} GiB free): "
             f"make room and run the same command again; the last good one is {self.latest_step}"
         )
+
+
+@contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Keeps tracebacks of readers that a damaged array left behind from the user's terminal.
+
+    Orbax closes its loop at the first array that cannot be read; the reads of the others then have
+    nobody to tell, which Python prints, and which says nothing.
+    """
+    usual = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            usual(found)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
