@@ -393,6 +393,6 @@ def get_config():
     assert vbon("sample", place / "others", "chat.py", *flags, "--config.reward.weight=2.0") == 2
     error = capfd.readouterr().err
     assert (
-        "reward.others.short.path='', now it is None (and 6 more keys changed): use another"
+        "reward.others.short.path='', now it is None (and 7 more keys changed): use another"
         in error
     )
