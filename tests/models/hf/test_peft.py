@@ -254,7 +254,7 @@ def test_host_arrays_are_written_alike_and_another_base_is_read_by_name(written,
 def test_a_failure_to_write_leaves_the_old_files_and_no_others(written, base_of, monkeypatch):
     directory, own, config = written
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    refused = pytest.raises(InputError, match="adapter_model.*disk full")
+    refused = pytest.raises(InputError, match=r"adapter_model.*disk full")
     with monkeypatch.context() as patched, refused:
         patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
         other = jax.tree.map(jnp.zeros_like, own)
