@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import vbon_jax as vbon
 from vbon_jax.bench import plan as bench
 from vbon_jax.models.config import DecoderConfig
 from vbon_jax.stages import train
@@ -110,8 +111,13 @@ def test_flags_name_the_models_and_come_after_the_base(tmp_path):
     assert line[-1] == f"--config.reward.path={tmp_path}/reward"
 
 
-def test_the_reward_is_the_length():
-    assert bench.length(["a", "b"], ["two words", ""]) == [9.0, 0.0]
+def test_function_and_classifier_give_the_rewards_of_the_samples(root):
+    """Samples that the configured reward does not reproduce would be refused."""
+    line = json.loads((root / "samples.jsonl").open().readline())
+    asked, said = [line["prompt"]] * len(line["responses"]), line["responses"]
+    model = vbon.load_reward(root / "reward", label="POSITIVE", score="logit")
+    assert bench.zero(asked, said) == line["rewards"]
+    np.testing.assert_array_equal(vbon.score(model, asked, said), line["rewards"])
 
 
 def test_the_table_shows_every_figure():

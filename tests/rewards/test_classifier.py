@@ -64,7 +64,7 @@ def test_a_reward_scores_labels_as_their_problem_says(params, config):
 
     def scores(problem, kind):
         labels = Labels(NAMES, problem)
-        reward = ClassifierReward(Classifier(tree, config, labels, "POSITIVE", kind), EOS)
+        reward = ClassifierReward(Classifier(tree, config, labels, "POSITIVE", kind), (EOS,))
         return np.asarray(reward(None, *PROMPT, *RESPONSE))
 
     single, multi, regression = config_files.PROBLEMS
