@@ -128,3 +128,20 @@ def test_a_failed_process_does_not_wait_for_the_threads_of_libraries():
 def test_a_fault_of_the_program_ends_in_its_traceback():
     code, lines = process("    1 / 0")
     assert code == 1 and lines[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_a_signal_after_the_end_changes_no_exit_code():
+    """While libraries and the interpreter go down: the work is done, and its code says so."""
+    code = (
+        "import atexit, time\n"
+        "from vbon_jax import exits\n"
+        "exits.prepare()\n"
+        "atexit.register(lambda: (print('leaving', flush=True), time.sleep(0.5)))\n"
+        "exits.leave(0)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "leaving\n"
+        process.terminate()
+        assert process.wait(timeout=20) == 0

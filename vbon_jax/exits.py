@@ -14,6 +14,7 @@ from vbon_jax import signals
 from vbon_jax.errors import InputError, disk_line
 
 LEAVE_SECONDS = 5.0  # for what libraries do at exit, after an error
+DONE_SECONDS = 60.0  # and after work that is done
 _code = 0  # of the process that leaves
 _reported = False  # whether the last line was printed
 
@@ -127,13 +128,20 @@ def _of_nobody(args: Any) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process; after an error within `LEAVE_SECONDS`, whatever threads of libraries do."""
+    """Ends the process with a code, whatever threads of libraries do.
+
+    It takes no signal any more: the work has ended, and its code says how.
+
+    Args:
+      code: the exit code; after an error the end comes within `LEAVE_SECONDS`.
+    """
     global _code
     _code = code
-    if code:
-        ends = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
-        ends.daemon = True
-        ends.start()
+    for signum in signals.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    ends = threading.Timer(LEAVE_SECONDS if code else DONE_SECONDS, os._exit, (code,))
+    ends.daemon = True
+    ends.start()
     sys.exit(code)
 
 
