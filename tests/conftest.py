@@ -20,6 +20,7 @@ import pytest
 
 from vbon_jax import sharding
 from vbon_jax.models import decoder
+from vbon_jax.models.hf import hub
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +57,13 @@ def few_programs_in_memory():
         > 3 * 2**30
     ):
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def hub_asked_anew():
+    """What a name on the hub was in one test is nothing in the next."""
+    yield
+    hub._download.cache_clear()
 
 
 # Files whose tests take more than a few seconds each. All others are marked `fast`.

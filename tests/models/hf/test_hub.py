@@ -46,6 +46,17 @@ def test_a_name_is_fetched(asked, tmp_path, name, repository, revision):
     assert (got, settings["revision"]) == (repository, revision)
 
 
+def test_a_process_asks_once(monkeypatch, tmp_path):
+    """Its stages are of one snapshot, whatever is pushed meanwhile, and wait for no network."""
+    calls = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: calls.append(a) or str(tmp_path)
+    )
+    assert hub.resolve("owner/name") == hub.resolve("owner/name") == tmp_path
+    hub.resolve("owner/name@v2")
+    assert calls == [("owner/name",)] * 2
+
+
 def test_the_origin_of_a_model_holds_outside_this_machine(tmp_path, monkeypatch):
     """The commit of the cache for a name on the hub, an absolute path for a directory."""
     snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0123456789" * 4)

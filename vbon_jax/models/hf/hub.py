@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def origin(name: str) -> tuple[str, str | None]:
     return match["repository"], path.name if path.parent.name == "snapshots" else match["revision"]
 
 
+@functools.cache  # a process asks once, and has one snapshot from its start to its end
 def _download(name: str, repository: str, revision: str | None) -> Path:
     import huggingface_hub  # slow to import
     from huggingface_hub import errors
