@@ -55,7 +55,10 @@ def several(coordinator, processes, process):
             ],
             "reference.model.layers=1000 x reference.model.width=100000 needs at least",
         ),
-        (["run", CONFIG, "--config.samples.m=1000000000"], "samples.m=1000000000: must be at most"),
+        (
+            ["run", CONFIG, "--config.samples.m=1000000000"],
+            "samples.m=1000000000: must be at most 4000000; `vbon plan` tells what a run needs",
+        ),
         (["run", CONFIG, "--config.mesh.data=99"], "needs 99 devices"),
         (["run", CONFIG, "--profile=abc"], "--profile=abc: write FIRST:LAST"),
         (["run", CONFIG, "--profile=3:"], "--profile=3:: write FIRST:LAST"),

@@ -196,6 +196,10 @@ def _instance(value: Any, cls: Any, where: str) -> Any:
     return value
 
 
+class Size(int):
+    """A `most` that no machine has the memory for: its message names what plans memory."""
+
+
 def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
     rules, value = f.metadata, _coerced(f.type, value)
     expected: Any = typing.get_origin(f.type) or f.type
@@ -211,8 +215,9 @@ def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
         ("above", lambda a: value > a, "above"),
         ("below", lambda a: value < a, "below"),
     ):
-        if rule in rules and not holds(rules[rule]):
-            raise InputError(f"{where}={value!r}: must be {text} {rules[rule]}")
+        if rule in rules and not holds(bound := rules[rule]):
+            more = "; `vbon plan` tells what a run needs" if isinstance(bound, Size) else ""
+            raise InputError(f"{where}={value!r}: must be {text} {bound}{more}")
     if "choices" in rules and value not in rules["choices"]:
         raise InputError(f"{where}={value!r}: choose one of {', '.join(rules['choices'])}")
     return value

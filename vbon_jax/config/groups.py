@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vbon_jax import methods, stages
 from vbon_jax.data import tokenizer
-from vbon_jax.keys import group, key, named
+from vbon_jax.keys import Size, group, key, named
 from vbon_jax.methods.base import beta_key
 from vbon_jax.methods.vbon import objective_key
 from vbon_jax.rewards import classifier
@@ -21,7 +21,7 @@ from vbon_jax.training.options import (
     Train,
 )
 
-MOST_TEXTS = 100_000_000  # and prompts; as `MOST_ROWS`
+MOST_TEXTS = Size(100_000_000)  # and prompts; as `MOST_ROWS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Tokenizer:
 class Model:
     """Sizes of a model that is trained from scratch."""
 
-    layers: int = key(3, "Number of transformer blocks.", least=1, most=1_000)
+    layers: int = key(3, "Number of transformer blocks.", least=1, most=Size(1_000))
     width: int = key(128, "Model dimension.", least=1, most=MOST_WIDTH)
     heads: int = key(
         4, "Number of attention heads; must divide the width.", least=1, most=MOST_WIDTH

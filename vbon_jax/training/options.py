@@ -3,15 +3,15 @@
 import dataclasses
 
 from vbon_jax.errors import InputError
-from vbon_jax.keys import key
+from vbon_jax.keys import Size, key
 from vbon_jax.models import trainable
 from vbon_jax.models.config import DTYPES, REMAT
 
 LABELS = ("hard", "soft")  # of dpo's pairs
 # Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
-MOST_ROWS = 4_000_000  # of a batch, or of what is drawn for a prompt
-MOST_TOKENS = 4_000_000
-MOST_WIDTH = 100_000
+MOST_ROWS = Size(4_000_000)  # of a batch, or of what is drawn for a prompt
+MOST_TOKENS = Size(4_000_000)
+MOST_WIDTH = Size(100_000)
 
 
 @dataclasses.dataclass(frozen=True)
