@@ -228,11 +228,9 @@ def execute(argv: Sequence[str]) -> None:
     config = command.config
     several = command.stage == "sweep" or (command.stage == "run" and "sweep" in config.stages)
     from vbon_jax import sharding  # after the flags: jax starts here
-    from vbon_jax.stages import base, sizes, workdir
+    from vbon_jax.stages import base, plan, sizes, workdir
 
     folder = workdir.Workdir(command.workdir, config, STAGES)
-    from vbon_jax.stages import plan
-
     if command.stage == "plan":
         plan.run(config, folder)
         return

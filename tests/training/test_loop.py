@@ -280,6 +280,14 @@ def test_a_step_that_does_not_return_keeps_the_one_before(files, monkeypatch):
     np.testing.assert_array_equal(state["x"], [6, 6])
 
 
+def test_a_first_step_that_does_not_return_claims_nothing(files, monkeypatch):
+    monkeypatch.setattr(signals, "CALL_SECONDS", 0.1)
+    record = files()
+    with pytest.raises(Stopped, match=r"inside iteration 1: nothing was learned yet"):
+        loop.run(start(), 0, stuck(0), Schedule("t", 6, 100), record)
+    assert record.checkpointer.latest_step is None
+
+
 def test_a_state_that_was_given_away_leaves_the_newest_checkpoint(files, monkeypatch):
     monkeypatch.setattr(signals, "CALL_SECONDS", 0.1)
     record = files()

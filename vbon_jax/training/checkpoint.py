@@ -1,7 +1,6 @@
 """Checkpoints: everything needed to go on, written asynchronously and atomically by orbax."""
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from vbon_jax.errors import InputError, writing
+from vbon_jax.errors import InputError, space, writing
 from vbon_jax.progress import log
 from vbon_jax.training import fingerprints, seals
 
@@ -31,6 +30,7 @@ class Checkpointer:
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory.absolute()
+        self._needed: int | None = None  # bytes of the state that was saved last
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, cleanup_tmp_directories=True
         )
@@ -61,6 +61,7 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
+        self._needed = sum(int(x.nbytes) for x in jax.tree.leaves(state))
         try:
             self._manager.save(
                 step,
@@ -169,12 +170,12 @@ class Checkpointer:
                 self._manager.close()
 
     def _disk_error(self, step: int | None, error: Exception) -> InputError:
-        free = shutil.disk_usage(self.directory).free / 2**30
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         what = "a checkpoint" if step is None else f"checkpoint {step}"
+        room = space(self.directory, self._needed)
         return InputError(
-            f"{what} could not be written to {self.directory} ({reason}; {free:.1f} GiB free): "
-            f"make room and run the same command again; the last good one is {self.latest_step}"
+            f"{what} could not be written to {self.directory} ({reason}; {room}): make room and "
+            f"run the same command again; the last good one is {self.latest_step}"
         )
 
 

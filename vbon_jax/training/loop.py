@@ -202,6 +202,8 @@ class _End:
             if self.record is not None and (good := self.record.checkpointer.latest_step):
                 where = f"checkpoint {good} is the last; the same command goes on from it"
             raise Stopped(self.signum, f"inside iteration {step + 1}: {where}")
+        if step == 0 and self.record is not None:
+            raise Stopped(self.signum, "inside iteration 1: nothing was learned yet")
         if self.record is not None and step > start:
             metadata = {**self.record.metadata, "step": step}
             self.record.checkpointer.save(step, state, metadata)

@@ -163,6 +163,9 @@ def test_json_that_is_none_is_named(tmp_path):
     file.write_text("[]")
     with pytest.raises(CheckpointError, match=r"x\.json holds a list"):
         tensor_files.read_json(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"x\.json cannot be read as JSON"):
+        tensor_files.read_json(file)
 
 
 def test_a_shard_that_is_gone_is_named(shards):

@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"no file {path}: give a directory written by save_pretrained, which has it"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}: a JSON object is needed")
