@@ -26,7 +26,8 @@ ADDED = frozenset({
     "data.hub", "data.text_column", "data.label_column", "data.train_split", "data.test_split",
     "prompts.hub", "prompts.column", "prompts.train_split", "prompts.test_split", "prompts.date",
     "tokenizer.add_bos", "sampling.end_tokens", "reward.template_arguments",
-    "evaluator.template_arguments",
+    "evaluator.template_arguments", "train.group", "train.kl_target", "train.warmup",
+    "train.baseline", "train.average_half_life",
 })  # fmt: skip
 
 

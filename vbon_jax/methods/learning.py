@@ -23,7 +23,7 @@ from vbon_jax.methods.base import Method, Offline, Online
 from vbon_jax.models import heads, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.sampling.sampler import named_key
-from vbon_jax.training import loop, offline, population, state
+from vbon_jax.training import averages, loop, offline, population, state
 from vbon_jax.training.learner import Learner, Member, Program, prompt_length
 from vbon_jax.training.loop import Step, Task
 from vbon_jax.training.options import Lora, Memory, Train
@@ -129,12 +129,13 @@ class Job:
 
     @property
     def schedule(self) -> optax.Schedule:
-        """A learning rate that falls linearly to 0 over all gradient steps."""
+        """A learning rate that falls linearly to 0 over all gradient steps, after its warm-up."""
         t, o = self.training.train, self.training.offline
         if self.method.online:
-            return optax.linear_schedule(
-                t.learning_rate, 0.0, t.iterations * self.steps_an_iteration
-            )
+            each = self.steps_an_iteration
+            fall = optax.linear_schedule(t.learning_rate, 0.0, (t.iterations - t.warmup) * each)
+            rise = optax.linear_schedule(0.0, t.learning_rate, t.warmup * each)
+            return optax.join_schedules([rise, fall], [t.warmup * each]) if t.warmup else fall
         return optax.linear_schedule(o.learning_rate, 0.0, self.offline_steps)
 
     @property
@@ -155,11 +156,15 @@ class Job:
             value_config=None if self.value is None else self.value.config,
         )  # fmt: skip
         each = self.steps_an_iteration
+        update = self.method.learns.build(self.options, setup)
+        if t.average_half_life:
+            update = averages.averaged(update, t.average_half_life)
         return Program(
-            self.method.learns.build(self.options, setup),
+            update,
             self.method.learns.sources,
             t.batch_size,
             lambda step: float(schedule(step * each)),
+            t.group,
         )
 
     def offline_setup(self) -> offline.OfflineSetup:
@@ -183,10 +188,10 @@ class Job:
                 params["value"] = jax.tree.map(lambda x: jnp.array(x, dtype), network)
             fresh = state.create(params, tx, key)
             if isinstance(learns, Online) and learns.anchor:  # the optimizer does not see it
-                fresh = fresh._replace(
-                    params=params | {"anchor": jax.tree.map(jnp.copy, params["decoder"])}
-                )
-            return fresh
+                params = params | {"anchor": jax.tree.map(jnp.copy, params["decoder"])}
+            if isinstance(learns, Online) and training.train.average_half_life:
+                params = params | {averages.NAME: jax.tree.map(jnp.copy, params["decoder"])}
+            return fresh._replace(params=params)
 
         return make
 

@@ -36,12 +36,14 @@ class Program:
         policy alone, ("decoder",), for PPO.
       batch_size: responses of each source.
       learning_rate: iteration -> rate, for the log.
+      group: responses of each source to each prompt.
     """
 
     update: Update
     sources: tuple[str, ...]
     batch_size: int
     learning_rate: Callable[[int], float]
+    group: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +81,16 @@ class Learner:
     def roll_out(self, state: Any, step: int) -> list[Batch]:
         """One response of each source to each of the iteration's prompts."""
         self._clock.start()
-        base = batch_requests(self.task.prompts, self.program.batch_size, step, self.member.seed)
+        program = self.program
+        base = batch_requests(
+            self.task.prompts, program.batch_size, step, self.member.seed, program.group
+        )
         batches = []
-        for i, source in enumerate(self.program.sources):
+        for i, source in enumerate(program.sources):
             params = trainable.join(self.task.sampler.model.params, state.params[source])
             batches.append(
                 self.task.sampler.with_params(params).draw(
-                    self._key, step, requests_of(base, i, self.program), self._length
+                    self._key, step, requests_of(base, i, program), self._length
                 )
             )
         tokens = sum(int(jnp.sum(b.rollout.mask_BxT)) for b in batches)  # waits for the rollouts

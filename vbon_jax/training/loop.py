@@ -211,21 +211,31 @@ class _End:
 
 
 def batch_requests(
-    prompts: Sequence[Prompt], batch_size: int, step: int, seed: int
+    prompts: Sequence[Prompt], batch_size: int, step: int, seed: int, group: int = 1
 ) -> list[Request]:
-    """The prompts of iteration ``step``.
+    """The prompts of iteration ``step``, each ``group`` times in a row.
 
-    They are those at positions step * batch_size and on in an endless sequence of shuffled passes
-    over the prompts. The sample index of a request is its pass, so a prompt met twice in a batch is
-    drawn twice differently. A pure function of (step, seed): resuming needs no stored order.
+    They are those at positions step * batch_size / group and on in an endless sequence of shuffled
+    passes over the prompts. The sample index of a request tells its pass and its place in the group
+    apart, so a prompt met twice in a batch is drawn twice differently. A pure function of (step,
+    seed): resuming needs no stored order.
+
+    Args:
+      prompts: to choose from.
+      batch_size: requests, a multiple of ``group``.
+      step: the iteration.
+      seed: of the order.
+      group: responses to each prompt.
     """
     requests: list[Request] = []
-    position = step * batch_size
+    count = batch_size // group
+    position = step * count
     while len(requests) < batch_size:
-        epoch, start = divmod(position + len(requests), len(prompts))
+        epoch, start = divmod(position + len(requests) // group, len(prompts))
         order = _order(seed, epoch, len(prompts))
-        for i in order[start : start + batch_size - len(requests)]:
-            requests.append(Request(prompts[i].id, epoch, prompts[i].tokens))
+        for i in order[start : start + count - len(requests) // group]:
+            prompt = prompts[i]
+            requests += [Request(prompt.id, epoch * group + j, prompt.tokens) for j in range(group)]
     return requests
 
 

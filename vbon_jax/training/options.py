@@ -8,6 +8,7 @@ from vbon_jax.models import trainable
 from vbon_jax.models.config import DTYPES, REMAT
 
 LABELS = ("hard", "soft")  # of dpo's pairs
+BASELINES = ("value", "group", "both")
 # Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
 MOST_ROWS = Size(4_000_000)  # of a batch, or of what is drawn for a prompt
 MOST_TOKENS = Size(4_000_000)
@@ -37,8 +38,16 @@ class Train:
     batch_size: int = key(128, "Responses per rollout.", least=1, most=MOST_ROWS)
     minibatch_size: int = key(32, "Responses per gradient step; must divide `train.batch_size`.",
                               least=1, most=MOST_ROWS)  # fmt: skip
+    group: int = key(1, "Responses to each prompt of a rollout; must divide `train.batch_size`, "
+                     "and be 2 at least for `train.baseline` group and both.", least=1,
+                     most=MOST_ROWS)  # fmt: skip
     ppo_epochs: int = key(4, "Passes over each rollout.", least=1, most=100_000)
+    kl_target: float = key(0.0, "KL(rollout policy || policy), nats a response, beyond which no "
+                           "further pass over a rollout is begun; 0 for no such limit.",
+                           least=0)  # fmt: skip
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
+    warmup: int = key(0, "Iterations over which the learning rate first rises linearly from 0.",
+                      least=0, most=100_000_000)  # fmt: skip
     adam_eps: float = key(1e-5, "Epsilon of AdamW.", above=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", least=0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm.", above=0)
@@ -47,6 +56,10 @@ class Train:
     value_coef: float = key(0.2, "Coefficient of the value loss.", least=0)
     gamma: float = key(1.0, "Discount factor.", least=0, most=1)
     lam: float = key(0.95, "Lambda of generalized advantage estimation (GAE).", least=0, most=1)
+    baseline: str = key("value", "What is subtracted from returns: value, the value function by "
+                        "GAE; group, the mean return of the other responses to the prompt; both, "
+                        "the value and what the others' returns exceed theirs by.",
+                        choices=BASELINES)  # fmt: skip
     whiten: bool = key(True, "Normalise the advantages of a rollout to zero mean and unit "
                        "variance.")  # fmt: skip
     penalty: str = key("full", "Per-token KL penalty: sampled, the log-ratio of the sampled token; "
@@ -58,6 +71,9 @@ class Train:
     value_network: str = key("head", "Value function: head, a linear head on the policy; reward, a "
                              "separate network initialised from the reward model.",
                              choices=("head", "reward"))  # fmt: skip
+    average_half_life: float = key(0.0, "Half-life, in iterations, of an exponential average of "
+                                   "the policy's weights, which is then the policy that is "
+                                   "exported; 0 for the last iterate.", least=0)  # fmt: skip
     checkpoint_every: int = key(50, "Iterations between checkpoints.", least=1)
     keep: int = key(2, "Number of most recent checkpoints to keep.", least=1)
 
@@ -131,6 +147,19 @@ def check(train: Train, lora: Lora, memory: Memory) -> None:
             train.batch_size % train.minibatch_size == 0,
             f"train.batch_size={train.batch_size} is not a multiple of "
             f"train.minibatch_size={train.minibatch_size}",
+        ),
+        (
+            train.batch_size % train.group == 0,
+            f"train.group={train.group} does not divide train.batch_size={train.batch_size}",
+        ),
+        (
+            train.warmup < train.iterations,
+            f"train.warmup={train.warmup} must be less than train.iterations={train.iterations}",
+        ),
+        (
+            train.baseline == "value" or train.group > 1,
+            f"train.baseline={train.baseline} compares responses to one prompt, and "
+            f"train.group={train.group}: set it to 2 or more",
         ),
         (
             train.minibatch_size % memory.accumulate == 0,

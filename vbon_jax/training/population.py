@@ -172,7 +172,8 @@ class PopulationLearner:
         self._clock.start()
         task, program = self.task, self.program
         base = [
-            batch_requests(task.prompts, program.batch_size, step, m.seed) for m in self.members
+            batch_requests(task.prompts, program.batch_size, step, m.seed, program.group)
+            for m in self.members
         ]
         whole = trainable.trains_head(state.params[program.sources[0]])
         frozen = {} if whole else task.sampler.model.params

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,11 @@ import optax
 from vbon_jax import sharding
 from vbon_jax.models import decoder, heads, log_probs, trainable
 from vbon_jax.rl import chunked, gae, kl, ppo, shaping
+from vbon_jax.rl.bond import leave_one_out
 from vbon_jax.rl.masking import masked_mean
 from vbon_jax.rl.next_token import NextToken, log_prob, next_token
 from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.training import state as optim
 from vbon_jax.training.options import Memory, Train
 from vbon_jax.training.state import TrainState
 
@@ -247,7 +250,7 @@ def advantages(
         rewards = shaping.token_rewards(
             target.sequence_reward_B, log_policy, log_ref, mask, kl_coef, entropy_coef
         )
-    advantage, returns = gae.gae(rewards, scored.values_BxT, mask, train.gamma, train.lam)
+    advantage, returns = gae.gae(rewards, *_baseline(rewards, scored, train))
     explained = ppo.explained_variance(scored.values_BxT, returns, mask)
     scale = jnp.float32(1.0)
     if train.whiten:
@@ -280,6 +283,25 @@ def advantages(
         batch.temperature,
     )  # fmt: skip
     return experience, metrics
+
+
+def _baseline(
+    rewards_BxT: jax.Array, scored: Scored, train: Train
+) -> tuple[jax.Array, jax.Array, float, float]:
+    """What GAE takes beside the rewards: values, mask, gamma and lambda.
+
+    With a group, the mean over the other responses to the prompt of what their returns exceed their
+    first values by is added to each value; without a value function it is their mean return, and
+    lambda is 1, since a value that is the same at every token can stand in for no return.
+    """
+    values, mask, lam = scored.values_BxT, scored.response_mask_BxT, train.lam
+    if train.baseline == "group":
+        values, lam = jnp.zeros_like(values), 1.0
+    if train.baseline != "value":
+        excess_GxK = (jnp.sum(rewards_BxT, axis=-1) - values[:, 0]).reshape(-1, train.group)
+        of_others = (excess_GxK - leave_one_out(excess_GxK)).reshape(-1, 1)
+        values = jnp.where(mask, values + of_others, 0.0)
+    return values, mask, train.gamma, lam
 
 
 def loss(
@@ -350,7 +372,8 @@ def loss(
     value_loss, value_info = ppo.value_loss(
         values, exp.values_BxT, exp.returns_BxT, mask, train.clip_value, count
     )
-    total += train.value_coef * value_loss
+    if train.baseline != "group":
+        total += train.value_coef * value_loss
     return total, {
         "loss": total,
         "policy_loss": info["policy_loss"],
@@ -385,21 +408,19 @@ def gradients(
 def epochs(
     state: TrainState, ref_params: Any, exp: Experience, setup: Setup
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """``train.ppo_epochs`` passes over the experience in shuffled minibatches, in one scan.
+    """Passes over the experience in shuffled minibatches, ``train.ppo_epochs`` of them.
+
+    They end early once the policy is further than ``train.kl_target`` from that of the rollout:
+    KL(rollout policy || policy) in nats a response, the mean over the minibatches of a pass, each
+    measured before its own step.
 
     Returns:
       (state one step on, metrics: means over the gradient steps; ``grad_norm`` is the largest,
-      ``first_approx_kl`` that of the first step, which must be 0).
+      ``first_approx_kl`` that of the first step, which must be 0, ``kl_rollout`` the KL of the last
+      pass, ``epochs`` the passes done).
     """
     train, rows = setup.train, exp.tokens_BxS.shape[0]
     minibatches = rows // train.minibatch_size
-
-    def epoch_order(epoch: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), epoch)
-        return jax.random.permutation(key, rows).reshape(minibatches, train.minibatch_size)
-
-    order = jax.vmap(epoch_order)(jnp.arange(train.ppo_epochs))
-    order = order.reshape(train.ppo_epochs * minibatches, train.minibatch_size)
 
     def gradient_step(carry, rows_of_step):
         params, opt_state = carry
@@ -408,15 +429,40 @@ def epochs(
         grads, info = gradients(params, ref_params, minibatch, setup)
         updates, opt_state = setup.optimizer.update(grads, opt_state, params)
         info["grad_norm"] = optax.tree.norm(grads)
+        length = jnp.sum(minibatch.response_mask_BxT) / train.minibatch_size
+        info["kl_rollout"] = info["approx_kl"] * length
         return (optax.apply_updates(params, updates), opt_state), info
 
+    def one_pass(epoch: jax.Array, carry: Any) -> tuple[Any, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), epoch)
+        order = jax.random.permutation(key, rows).reshape(minibatches, train.minibatch_size)
+        return jax.lax.scan(gradient_step, carry, order)
+
+    def another(loop: Any) -> Any:
+        epoch, carry, found = loop
+        carry, info = one_pass(epoch, carry)
+        found = jax.tree.map(lambda all_, one: all_.at[epoch].set(one), found, info)
+        return epoch + 1, carry, found
+
+    def within(loop: Any) -> jax.Array:
+        epoch, _, found = loop
+        near = jnp.mean(found["kl_rollout"][epoch - 1]) <= (train.kl_target or jnp.inf)
+        return (epoch < train.ppo_epochs) & ((epoch == 0) | near)
+
+    carry = (state.params, state.opt_state)
+    like = jax.eval_shape(partial(one_pass, jnp.int32(0)), carry)[1]
+    found = jax.tree.map(lambda x: jnp.zeros((train.ppo_epochs, *x.shape), x.dtype), like)
     with jax.named_scope("ppo"):
-        (params, opt_state), info = jax.lax.scan(
-            gradient_step, (state.params, state.opt_state), order
+        done, (params, opt_state), found = jax.lax.while_loop(
+            within, another, (jnp.int32(0), carry, found)
         )
-    metrics = {name: jnp.mean(value) for name, value in info.items()}
-    metrics["grad_norm"] = jnp.max(info["grad_norm"])
-    metrics["first_approx_kl"] = info["approx_kl"][0]
+    metrics = {name: jnp.sum(x) / (done * minibatches) for name, x in found.items()}
+    metrics["grad_norm"] = jnp.max(found["grad_norm"])
+    metrics["first_approx_kl"] = found["approx_kl"][0, 0]
+    metrics["kl_rollout"] = jnp.mean(found["kl_rollout"][done - 1])
+    metrics["epochs"] = done.astype(jnp.float32)
+    # The learning rate is a function of the iteration, whatever the passes that were left out.
+    opt_state = optim.at_step(opt_state, (state.step + 1) * train.ppo_epochs * minibatches)
     # Left to the compiler, small leaves drift from the table, and the next call compiles anew.
     new_state = TrainState(state.step + 1, params, opt_state, state.key)
     return sharding.constrain(new_state, ""), metrics

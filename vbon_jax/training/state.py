@@ -56,6 +56,13 @@ def adamw(
     )
 
 
+def at_step(opt_state: Any, count: jax.Array) -> Any:
+    """The optimizer's state with its learning rate where ``count`` gradient steps put it."""
+    return optax.tree.set(
+        opt_state, lambda path, _: "ScaleByScheduleState" in str(path), count=count
+    )
+
+
 def _stored_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """``inner`` on float32, its moments kept in ``dtype`` between the steps."""
 

@@ -1,0 +1,29 @@
+r"""A real pretrained model: SmolLM2-135M continues movie reviews, towards positive sentiment.
+
+    vbon run --config=configs/smollm2.py --config.data.path=TRAIN.jsonl \
+        --config.data.test_path=TEST.jsonl
+"""
+
+import ml_collections
+
+from vbon_jax import config as vbon_config
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant:
+        raise ValueError(f"configs/smollm2.py has no variant {variant!r}: use none")
+    config = vbon_config.default()
+    config.stages = ("sft", "reward", "sample", "train", "export", "evaluate")
+    config.reference.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.reward.function = "vbon_jax.rewards.vader:compound"
+    config.prompts.update(train=300, test=64, min_tokens=4, max_tokens=10)
+    config.sampling.update(max_new_tokens=24, batch_size=128)
+    config.samples.m = 32
+    config.method.n = 8.0
+    config.train.update(
+        iterations=60, batch_size=64, minibatch_size=32, ppo_epochs=2, learning_rate=1e-4,
+        checkpoint_every=20,
+    )  # fmt: skip
+    config.lora.update(rank=16, alpha=32.0, targets=("q", "k", "v", "out", "gate", "up", "down"))
+    config.evaluate.update(m=32, samples_per_prompt=4)
+    return config
