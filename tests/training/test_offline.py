@@ -211,7 +211,7 @@ def test_loss_equals_a_slow_twin(world, setups, method):
     gap = ratio[ROWS.best_E] - ratio[ROWS.worst_E]
     want = {
         "bon_sft": nll,
-        "dpo": np.log1p(np.exp(-BETA * gap)) + (1 - ROWS.preferred_E) * BETA * gap,
+        "dpo": np.log1p(np.exp(-BETA * gap)) + (1 - ROWS.target_E) * BETA * gap,
         "bonbon": ALPHA * nll + (1 - ALPHA) * (gap - 1 / (2 * BETA)) ** 2,
     }[method].mean()
     np.testing.assert_allclose(total, want, rtol=1e-4)
@@ -265,7 +265,7 @@ def random_rows(seed, steps, batch):
 
 @pytest.mark.parametrize("method", NAMES)
 def test_steps_learn_their_choices(world, optimizer, setups, run, method):
-    once = ROWS._replace(preferred_E=np.ones(4, np.float32))
+    once = ROWS._replace(target_E=np.ones(4, np.float32))
     rows = jax.tree.map(lambda x: np.tile(x, (2, 1)), once)
     setup = setups[method]
     before = loss(world.reference, world.pool, once, BETA, ALPHA, setup=setup)[1]

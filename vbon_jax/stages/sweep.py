@@ -299,9 +299,10 @@ def _work(
     task, samples = tasks.of(unit)
     config = task.sampler.model.config
     value = loading.value_network(run, config) if unit.method.values else None
-    job = learning.Job(
-        unit.method, unit.options, loading.training(s), config, len(task.prompts), value
-    )
+    training = loading.training(s)
+    own = dataclasses.replace(training.offline, **unit.series.offline)
+    training = dataclasses.replace(training, offline=own)
+    job = learning.Job(unit.method, unit.options, training, config, len(task.prompts), value)
     members = population.padded(unit.members, run.mesh)
     state, step = learning.many(job, task, members, samples, s.sweep.at_once)
     step = _while_held(step, claim)
