@@ -26,7 +26,7 @@ ADDED = frozenset({
     "data.hub", "data.text_column", "data.label_column", "data.train_split", "data.test_split",
     "prompts.hub", "prompts.column", "prompts.train_split", "prompts.test_split", "prompts.date",
     "tokenizer.add_bos", "sampling.end_tokens", "reward.template_arguments",
-    "evaluator.template_arguments", "offline.transform", "sweep.qrpo", "sweep.qrpo_identity",
+    "evaluator.template_arguments", "offline.transform",
 })  # fmt: skip
 
 
