@@ -85,7 +85,7 @@ METHOD = Method(
     learns=Offline(choose=choose, loss=loss, pairs=False),
     series=(
         Series(
-            label="qrpo", name="QRPO", color="#f0e442", marker="p",
+            label="qrpo", name="QRPO", color="#6a3d9a", marker="p",
             doc="Values of beta of qrpo with the log of the quantile.", varies="beta",
             offline={"transform": "log"}, variant="log",
             optimum=lambda log_ref, rewards, n, beta, _: targets.qrpo(
@@ -94,7 +94,7 @@ METHOD = Method(
             formula="pi_ref q^(1 / beta) / Z",
         ),
         Series(
-            label="qrpo_identity", name="QRPO, identity", color="#999933", marker="h",
+            label="qrpo_identity", name="QRPO, identity", color="#b15928", marker="h",
             doc="Values of beta of qrpo with the quantile itself.", varies="beta",
             offline={"transform": "identity"}, variant="identity", in_front=False,
             optimum=lambda log_ref, rewards, n, beta, _: targets.qrpo(
