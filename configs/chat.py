@@ -56,7 +56,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         iterations=150, batch_size=64, minibatch_size=32, ppo_epochs=2, learning_rate=1e-4,
         checkpoint_every=25,
     )  # fmt: skip
-    config.offline.learning_rate = 3e-4  # of dpo, bonbon and bon_sft
+    config.offline.learning_rate = 3e-4  # of dpo, qrpo, bonbon and bon_sft
     config.lora.update(rank=32, alpha=64.0, targets=("q", "k", "v", "out", "gate", "up", "down"))
     config.memory.update(
         compute_dtype="bfloat16", frozen_dtype="bfloat16", remat="full", accumulate=4, chunk=512

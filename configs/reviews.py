@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.stages = ("sft", "reward", "sample", "train", "export", "evaluate")
     config.sampling.update(max_new_tokens=36, batch_size=512)
     config.train.update(batch_size=256, minibatch_size=64, learning_rate=5e-4, value_coef=1.0)
-    config.offline.learning_rate = 3e-4  # of dpo, bonbon and bon_sft
+    config.offline.learning_rate = 3e-4  # of dpo, qrpo, bonbon and bon_sft
     if variant == "text":
         config.tokenizer.vocab_size = 4_096
         config.reference.model.update(layers=4, width=192, heads=6, positions=128)

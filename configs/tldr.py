@@ -91,7 +91,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )  # fmt: skip
     # Three responses a prompt: the paper's three seeds of sampling.
     config.evaluate.update(temperatures=(0.25, 0.5, 0.75, 1.0), m=100, samples_per_prompt=3)
-    config.offline.learning_rate = 3e-4  # of dpo, bonbon and bon_sft; :sweep has its own
+    config.offline.learning_rate = 3e-4  # of dpo, qrpo, bonbon and bon_sft; :sweep has its own
     if variant == "sweep":
         config.stages = ("sft", "reward", "evaluator", "sample", "sweep", "report")
         # Not the paper's, which gives neither pairs nor rates of BoNBoN, nor beta of DPO, here.

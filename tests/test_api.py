@@ -119,6 +119,7 @@ def test_vbon_moves_towards_the_reward_and_leaves_the_reference_alone(
         (vbon.BOND(n=4), SMALL | {"iterations": 1}),
         (vbon.JBOND(), SMALL | {"iterations": 1}),
         (vbon.DPO(beta=0.3), {"epochs": 1, "pairs": 2, "batch_size": 8}),
+        (vbon.QRPO(beta=0.3), {"epochs": 1, "pairs": 2, "batch_size": 8, "transform": "identity"}),
         (vbon.BoNBoN(n=4), {"epochs": 1, "pairs": 2, "batch_size": 8}),
         (vbon.BoNSFT(n=4), {"epochs": 1, "pairs": 2, "batch_size": 8}),
     ],

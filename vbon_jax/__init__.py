@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vbon_jax.methods.dpo import DPO
     from vbon_jax.methods.jbond import JBOND
     from vbon_jax.methods.ppo import PPO
+    from vbon_jax.methods.qrpo import QRPO
     from vbon_jax.methods.vbon import VBoN
     from vbon_jax.sampling.sampler import Sampler
     from vbon_jax.sharding import make_mesh
@@ -56,6 +57,7 @@ _FROM = {
     "BOND": "methods.bond",
     "JBOND": "methods.jbond",
     "DPO": "methods.dpo",
+    "QRPO": "methods.qrpo",
     "BoNBoN": "methods.bonbon",
     "BoNSFT": "methods.bon_sft",
     "Sampler": "sampling.sampler",
@@ -84,6 +86,7 @@ __all__ = [
     "DPO",
     "JBOND",
     "PPO",
+    "QRPO",
     "BoNBoN",
     "BoNSFT",
     "Evaluation",

@@ -140,3 +140,28 @@ def test_bad_pools_are_refused():
         pool.sample_best_and_worst(np.random.default_rng(0), [[0.0, np.nan]], 2, 1)
     with pytest.raises(ValueError, match=r"order_PxM .* shape \(4, 6\), got shape \(4, 5\)"):
         pool.winner_weights(POOLS, 2, ORDER[:, :5])
+
+
+def slow_quantiles(rewards, keys):
+    """Shares of the pool below each sample, and up to its ties, one comparison at a time."""
+    mine = list(zip(rewards, keys, strict=True))
+    low = [sum(other < own for other in mine) / len(mine) for own in mine]
+    return low, [sum(other <= own for other in mine) / len(mine) for own in mine]
+
+
+@pytest.mark.parametrize("order", [None, ORDER], ids=["random", "order"])
+def test_quantiles_equal_a_slow_count(order):
+    low, high = pool.quantiles(POOLS, order)
+    assert low.dtype == high.dtype == np.float64
+    for row in range(len(POOLS)):
+        keys = np.zeros(POOLS.shape[1]) if order is None else order[row]
+        want = slow_quantiles(POOLS[row].tolist(), keys.tolist())
+        np.testing.assert_allclose((low[row], high[row]), want, rtol=1e-14)
+    assert ((high - low) * POOLS.shape[1] > 1.5).any() or order is not None  # there are ties
+
+
+def test_quantiles_give_the_odds_of_the_best_of_draws_with_replacement():
+    """Of 16 pairs, 12 have a 3.0 as their best, 3 the 2.0 and 1 the 1.0."""
+    low, high = pool.quantiles([[3.0, 1.0, 3.0, 2.0]])
+    ratio = (high**2 - low**2) / (high - low)
+    np.testing.assert_allclose(ratio / 4, np.array([[6, 1, 6, 3]]) / 16)

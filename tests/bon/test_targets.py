@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.optimize
 
 from vbon_jax.bon import enumeration, targets
@@ -198,3 +199,60 @@ def test_bad_arguments_are_refused():
         targets.bonbon(LOG_REF, INJECTIVE, 1, 0.5)
     with pytest.raises(ValueError, match=r"alpha must be in \(0, 1\], got alpha=0"):
         targets.bonbon(LOG_REF, INJECTIVE, 4, 0)
+
+
+def slow_qrpo(ref_S, rewards_S, beta, transform):
+    """pi_ref times the mean of exp(f(q) / beta) / Z over a string's quantiles, by quadrature."""
+    f = {"log": np.log, "identity": lambda q: q}[transform]
+
+    def integral(low, high):
+        return scipy.integrate.quad(lambda q: np.exp(f(q) / beta), low, high, epsabs=1e-14)[0]
+
+    p = []
+    for ref, reward in zip(ref_S, rewards_S, strict=True):
+        low, mass = ref_S[rewards_S < reward].sum(), ref_S[rewards_S == reward].sum()
+        p.append(ref * integral(low, low + mass) / mass)
+    return np.array(p) / integral(0, 1)
+
+
+@pytest.mark.parametrize("rewards_S", [INJECTIVE, TIED], ids=["injective", "tied"])
+@pytest.mark.parametrize("beta", [0.05, 1 / 2, 3.0])
+@pytest.mark.parametrize("transform", targets.TRANSFORMS)
+def test_qrpo_equals_quadrature_and_needs_no_normalisation(transform, beta, rewards_S):
+    got_S = np.exp(targets.qrpo(LOG_REF, rewards_S, beta, transform))
+    np.testing.assert_allclose(got_S, slow_qrpo(REF, rewards_S, beta, transform), rtol=1e-9)
+    log_f_S, log_mass_S = enumeration.log_f_and_mass(LOG_REF, rewards_S)
+    ratio_S = targets.qrpo_log_ratio(log_f_S, log_mass_S, beta, transform)
+    np.testing.assert_allclose(REF @ np.exp(ratio_S), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rewards_S", [INJECTIVE, TIED], ids=["injective", "tied"])
+def test_qrpo_of_the_log_is_best_of_n(rewards_S):
+    for n in (1.5, 8.0, 500.0):
+        np.testing.assert_allclose(
+            targets.qrpo(LOG_REF, rewards_S, 1 / (n - 1), "log"),
+            enumeration.log_bon(LOG_REF, rewards_S, n), rtol=1e-9, atol=1e-9,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("transform", "log_z"), [
+    ("log", lambda beta: np.log(beta / (1 + beta))),
+    ("identity", lambda beta: np.log(beta * np.expm1(1 / beta))),
+])  # fmt: skip
+def test_qrpo_of_little_mass_is_the_formula_of_the_paper(transform, log_z):
+    """f(q) / beta - log Z with q = F + g, up to terms of order g / beta."""
+    q, beta = np.array([0.1, 0.5, 1.0]), 0.2
+    got = targets.qrpo_log_ratio(np.log(q - 1e-9), np.full(3, np.log(1e-9)), beta, transform)
+    f = np.log(q) if transform == "log" else q
+    np.testing.assert_allclose(got, f / beta - log_z(beta), atol=1e-6)
+
+
+def test_qrpo_where_a_string_is_never_said_and_where_its_arguments_are_bad():
+    log_ref_S = np.log([0.5, 0.5, 1e-300])
+    log_ref_S[2] = -np.inf
+    got_S = np.exp(targets.qrpo(log_ref_S, [0.0, 1.0, 2.0], 1.0, "log"))
+    np.testing.assert_allclose(got_S, [0.25, 0.75, 0])
+    with pytest.raises(ValueError, match="beta must be > 0"):
+        targets.qrpo(LOG_REF, INJECTIVE, 0.0, "log")
+    with pytest.raises(ValueError, match="transform must be one of log, identity"):
+        targets.qrpo(LOG_REF, INJECTIVE, 1.0, "cube")

@@ -55,6 +55,8 @@ TARGETS = {
     "bond": normalised(P_REF * UP_TO ** (N - 1)),
     "ppo": normalised(P_REF * np.exp(REWARDS / BETA)),
     "dpo": normalised(P_REF * np.exp(REWARDS / BETA)),
+    "qrpo": UP_TO ** (1 + 1 / BETA) - F ** (1 + 1 / BETA),
+    "qrpo_identity": normalised(np.exp(UP_TO / BETA) - np.exp(F / BETA)),
 }
 
 
@@ -105,6 +107,8 @@ def test_every_curve_of_a_sweep_has_an_optimum_and_its_formula():
         "bond": "pi_ref p_<=^(n-1) / Z",
         "ppo": "pi_ref exp(r / beta) / Z",
         "dpo": "pi_ref exp(r / beta) / Z",
+        "qrpo": "pi_ref q^(1 / beta) / Z",
+        "qrpo_identity": "pi_ref exp(q / beta) / Z",
         "bonbon": "argmin of its loss",
     }
 
@@ -143,7 +147,7 @@ def test_figures_are_means_over_prompts():
     assert found["target"] == "pi_ref exp(r / beta) / Z"
 
 
-@pytest.mark.parametrize("method", ["vbon", "bond", "bon_sft", "bonbon", "dpo"])
+@pytest.mark.parametrize("method", ["vbon", "bond", "bon_sft", "bonbon", "dpo", "qrpo"])
 def test_a_policy_at_its_optimum_has_nothing_left_to_learn(method):
     aim = np.exp(target(method, LOG_REF, REWARDS))
     found = row(method, (aim, aim), beta=BETA)

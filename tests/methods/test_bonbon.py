@@ -24,7 +24,7 @@ def test_bonbon_takes_best_and_worst_of_the_same_draws(rng):
     np.testing.assert_array_equal(some.best_E // 8, np.repeat(np.arange(40), 12))
     np.testing.assert_array_equal(some.worst_E // 8, np.repeat(np.arange(40), 12))
     assert (rewards.ravel()[some.best_E] > rewards.ravel()[some.worst_E]).all()
-    assert (some.preferred_E == 1).all()
+    assert (some.target_E == 1).all()
 
 
 def test_pairs_are_a_function_of_the_seed(rng):

@@ -21,7 +21,7 @@ def test_dpo_pairs_are_different_pairs_of_the_first_responses(rng):
     hard, soft = choose(rewards), choose(rewards, labels="soft")
     assert hard.best_E.shape == (50 * 12,)
     assert hard.best_E.dtype == hard.worst_E.dtype == np.int32
-    assert hard.preferred_E.dtype == np.float32
+    assert hard.target_E.dtype == np.float32
     prompt = np.repeat(np.arange(50), 12)
     pairs = set()
     for p, best, worst in zip(prompt, hard.best_E - 9 * prompt, hard.worst_E - 9 * prompt):
@@ -33,9 +33,9 @@ def test_dpo_pairs_are_different_pairs_of_the_first_responses(rng):
 
     lead = rewards.ravel()[hard.best_E] - rewards.ravel()[hard.worst_E]
     assert (lead >= 0).all() and 20 < (lead == 0).sum() <= 50
-    np.testing.assert_array_equal(hard.preferred_E, np.where(lead == 0, 0.5, 1.0))
+    np.testing.assert_array_equal(hard.target_E, np.where(lead == 0, 0.5, 1.0))
     np.testing.assert_array_equal(soft.best_E, hard.best_E)
-    np.testing.assert_allclose(soft.preferred_E, 1 / (1 + np.exp(-lead)), rtol=1e-5)
+    np.testing.assert_allclose(soft.target_E, 1 / (1 + np.exp(-lead)), rtol=1e-5)
 
 
 def test_pairs_are_a_function_of_the_seed(rng):

@@ -129,13 +129,15 @@ def passes(job, state, step):
 # What steers a method differs, and every member has a seed of its own.
 MEMBERS = {
     "dpo": [Member(3.0, 0.5, 0, M), Member(2.0, 1.0, 1, M), Member(6.0, 0.2, 2, M)],
+    "qrpo": [Member(3.0, 0.5, 0, M), Member(2.0, 1.0, 1, M), Member(6.0, 0.2, 2, M)],
     "bonbon": [Member(2.0, 0.1, 0, M), Member(4.0, 0.1, 1, M), Member(12.0, 0.1, 2, M)],
     "bon_sft": [Member(1.0, 0.1, 0, M), Member(4.0, 0.1, 1, M), Member(12.0, 0.1, 2, M)],
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "at_once", "devices"), [("dpo", 1, 1), ("bonbon", 0, 1), ("bon_sft", 2, 4)]
+    ("name", "at_once", "devices"),
+    [("dpo", 1, 1), ("qrpo", 0, 1), ("bonbon", 0, 1), ("bon_sft", 2, 4)],
 )
 def test_each_member_of_an_offline_population_equals_its_single_run(root, name, at_once, devices):
     members = MEMBERS[name]

@@ -550,6 +550,7 @@ PPO = (*ONLINE, "objective", "policy_clip_fraction", "explained_variance")
         ("bond", ("--config.bond.form=backward",), PPO, 20),
         ("bon_sft", (), ("nll", "seconds_update"), 3),
         ("dpo", ("--config.method.beta=0.5",), ("accuracy", "margin"), 3),
+        ("qrpo", (), ("nll", "seconds_update"), 3),
         ("bonbon", (), ("accuracy", "margin", "nll"), 3),
         (
             "vbon",
@@ -558,7 +559,16 @@ PPO = (*ONLINE, "objective", "policy_clip_fraction", "explained_variance")
             20,
         ),
     ],
-    ids=["ppo", "bond-jeffreys", "bond-backward", "bon_sft", "dpo", "bonbon", "vbon-exponential"],
+    ids=[
+        "ppo",
+        "bond-jeffreys",
+        "bond-backward",
+        "bon_sft",
+        "dpo",
+        "qrpo",
+        "bonbon",
+        "vbon-exponential",
+    ],
 )
 def test_every_method_from_samples_to_evaluation(easy, tmp_path, name, flags, columns, steps):
     """Trained, exported, measured; and it did learn: more wins, and nearer to best-of-n."""

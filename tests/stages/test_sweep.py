@@ -84,12 +84,15 @@ def test_the_grid_of_each_method_times_its_seeds():
         offline={"responses": 100, "pairs": 4000},
         sweep={
             "vbon": (2, 8, 32.5), "lower_bound": (), "ppo": (0.5,), "dpo": (1.0, 0.1),
-            "bonbon": (2, 4, 8, 16), "bon_sft": (3,), "bond": (2,), "m": (10, 100), "seeds": 2,
+            "qrpo": (0.5,), "qrpo_identity": (), "bonbon": (2, 4, 8, 16),
+            "bon_sft": (3,), "bond": (2,), "m": (10, 100), "seeds": 2,
         },
     )  # fmt: skip
     found = sweep.units(s)
     sizes = {u.name: len(u.members) for u in found}
-    assert sizes == {"bonbon": 8, "vbon": 6, "dpo": 4, "bond": 2, "bon_sft": 2, "ppo": 2, "m": 2}
+    assert sizes == {
+        "bonbon": 8, "vbon": 6, "dpo": 4, "bond": 2, "bon_sft": 2, "ppo": 2, "qrpo": 2, "m": 2,
+    }  # fmt: skip
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     of = {u.name: u for u in found}
     assert of["vbon"].members == tuple(
@@ -109,6 +112,14 @@ def test_the_grid_of_each_method_times_its_seeds():
     assert all(u.label == u.method.name for u in found)
 
 
+def test_a_curve_is_trained_with_what_its_series_fixes_and_the_rest_of_the_run():
+    s = parsed(offline={"transform": "identity", "learning_rate": 3e-3})
+    for label, own in (("qrpo", "log"), ("qrpo_identity", "identity"), ("dpo", "identity")):
+        found = sweep._training(s, methods.SERIES[label][1])
+        assert found.offline == dataclasses.replace(s.offline, transform=own)
+        assert found.train == s.train
+
+
 def test_the_study_of_m_trains_all_of_its_own_where_vbon_has_not_its_n():
     s = parsed(samples={"m": 100}, offline={"responses": 100, "pairs": 4000},
                sweep={"vbon": (2,), "m": (10, 100), "lower_bound": (4,)})  # fmt: skip
@@ -117,9 +128,7 @@ def test_the_study_of_m_trains_all_of_its_own_where_vbon_has_not_its_n():
     bound = of["lower_bound"]
     assert bound.method.name == "vbon"
     assert (bound.options.objective, bound.options.estimator) == ("lower_bound", "harmonic")
-    empty = dict.fromkeys(
-        ("bon", "vbon", "lower_bound", "ppo", "dpo", "bonbon", "bon_sft", "bond", "m"), ()
-    )
+    empty = dict.fromkeys(("bon", "m", *methods.SERIES), ())
     assert sweep.units(parsed(sweep=empty)) == []
 
 

@@ -13,7 +13,7 @@ from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, response_ids
 from vbon_jax.errors import InputError
-from vbon_jax.methods import bon_sft, bonbon, dpo
+from vbon_jax.methods import bon_sft, bonbon, dpo, qrpo
 from vbon_jax.models import decoder
 from vbon_jax.rl import preference
 from vbon_jax.training import offline, state
@@ -22,7 +22,8 @@ TEMPERATURE = 0.8
 P, M, T, COLUMNS = 3, 4, 5, 4
 PAD, EOS = 0, 3
 BETA, ALPHA = 0.3, 0.4
-METHODS = (bon_sft.METHOD, dpo.METHOD, bonbon.METHOD)
+METHODS = (bon_sft.METHOD, dpo.METHOD, qrpo.METHOD, bonbon.METHOD)
+SINGLE = ("bon_sft", "qrpo")  # that learn from single responses
 NAMES = [method.name for method in METHODS]
 
 
@@ -102,7 +103,9 @@ def optimizer():
 def setups(config, optimizer):
     """What each method is compiled for."""
     return {
-        method.name: offline.OfflineSetup(config, optimizer, method.learns.loss)
+        method.name: offline.OfflineSetup(
+            config, optimizer, method.learns.loss, method.learns.pairs
+        )
         for method in METHODS
     }
 
@@ -211,12 +214,13 @@ def test_loss_equals_a_slow_twin(world, setups, method):
     gap = ratio[ROWS.best_E] - ratio[ROWS.worst_E]
     want = {
         "bon_sft": nll,
-        "dpo": np.log1p(np.exp(-BETA * gap)) + (1 - ROWS.preferred_E) * BETA * gap,
+        "dpo": np.log1p(np.exp(-BETA * gap)) + (1 - ROWS.target_E) * BETA * gap,
+        "qrpo": BETA * (ROWS.target_E - ratio[ROWS.best_E]) ** 2,
         "bonbon": ALPHA * nll + (1 - ALPHA) * (gap - 1 / (2 * BETA)) ** 2,
     }[method].mean()
     np.testing.assert_allclose(total, want, rtol=1e-4)
     expected = {"loss": want, "nll": nll.mean()}
-    if method != "bon_sft":
+    if method not in SINGLE:
         expected |= {"accuracy": (gap > 0).mean(), "margin": gap.mean()}
         assert 0 < expected["accuracy"] < 1
     assert metrics.keys() == expected.keys()
@@ -265,7 +269,7 @@ def random_rows(seed, steps, batch):
 
 @pytest.mark.parametrize("method", NAMES)
 def test_steps_learn_their_choices(world, optimizer, setups, run, method):
-    once = ROWS._replace(preferred_E=np.ones(4, np.float32))
+    once = ROWS._replace(target_E=np.ones(4, np.float32))
     rows = jax.tree.map(lambda x: np.tile(x, (2, 1)), once)
     setup = setups[method]
     before = loss(world.reference, world.pool, once, BETA, ALPHA, setup=setup)[1]
@@ -280,6 +284,8 @@ def test_steps_learn_their_choices(world, optimizer, setups, run, method):
     assert float(after["loss"]) < float(metrics["loss"]) < float(before["loss"])
     if method == "bon_sft":
         assert float(after["nll"]) < float(before["nll"]) - 1
+    elif method == "qrpo":
+        assert float(after["loss"]) < 0.2 * float(before["loss"])
     else:
         assert float(after["accuracy"]) == 1 and float(after["margin"]) > 1
 

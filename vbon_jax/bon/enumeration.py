@@ -62,6 +62,21 @@ def log_f_and_mass(log_ref_S: ArrayLike, rewards_S: ArrayLike) -> tuple[np.ndarr
     return log_f_G[group_S], log_mass_G[group_S]
 
 
+def log_bon_ratio(log_f: np.ndarray, log_mass: np.ndarray, n: float) -> np.ndarray:
+    """Computes log(pi_bon / pi_ref) by formula (1), ``bon.distribution.log_bon_ratio`` in float64.
+
+    Args:
+      log_f: log F, in nats; -inf for a lowest reward.
+      log_mass: log g, in nats, finite.
+      n: the N of best-of-N, a real number >= 1.
+
+    Returns:
+      float64, in nats, of the shape of the arguments.
+    """
+    x = n * np.logaddexp(0.0, log_mass - log_f)
+    return n * np.logaddexp(log_f, log_mass) + np.log(-np.expm1(-x)) - log_mass
+
+
 def log_bon(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndarray:
     """Computes log pi_bon of every string by formula (1), ties broken uniformly at random.
 
@@ -83,9 +98,7 @@ def log_bon(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.ndarray:
     # -inf - -inf belongs to a string that the reference never says: pi_bon = 0 there as well.
     possible_S = np.isfinite(log_mass_S)
     log_bon_S = np.full(log_f_S.shape, -np.inf)
-    log_f, log_g = log_f_S[possible_S], log_mass_S[possible_S]
-    x = n * np.logaddexp(0.0, log_g - log_f)
-    log_ratio = n * np.logaddexp(log_f, log_g) + np.log(-np.expm1(-x)) - log_g
+    log_ratio = log_bon_ratio(log_f_S[possible_S], log_mass_S[possible_S], n)
     log_bon_S[possible_S] = np.asarray(log_ref_S, np.float64)[possible_S] + log_ratio
     return log_bon_S
 

@@ -127,6 +127,34 @@ def winner_weights(
     return weights_PxM
 
 
+def quantiles(
+    rewards_PxM: ArrayLike, order_PxM: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the quantiles (low, high] that each sample's tie group takes up in its pool.
+
+    low is the share of the pool below the sample, high - low that of its ties, itself counted: the
+    F and g of the pool. The groups of a pool divide (0, 1] among them.
+
+    Args:
+      rewards_PxM: rewards of the pool, M samples of each of P prompts, in any order.
+      order_PxM: as of ``winner_weights``; None ties all equal rewards.
+
+    Returns:
+      (low_PxM, high_PxM), float64, in the order of the pool's columns.
+
+    Raises:
+      ValueError: as ``winner_weights`` does.
+    """
+    rewards_PxM = _pool(rewards_PxM)
+    places = _sort(rewards_PxM, order_PxM)
+    bounds = []
+    for place_PxM in (places.low_PxM, places.high_PxM):
+        bound_PxM = np.empty(rewards_PxM.shape)
+        np.put_along_axis(bound_PxM, places.column_PxM, place_PxM / rewards_PxM.shape[1], axis=1)
+        bounds.append(bound_PxM)
+    return bounds[0], bounds[1]
+
+
 def best_mean(values_PxM: ArrayLike, weights_PxM: ArrayLike) -> np.ndarray:
     """Computes the expectation of a quantity under best-of-n, the weighted sum over the pool.
 

@@ -7,9 +7,10 @@ vBoN's exact objective and of maximum likelihood on best-of-n winners.
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vbon_jax.bon.checks import check_beta, check_n
-from vbon_jax.bon.enumeration import log_f_and_mass
+from vbon_jax.bon.checks import check_beta, check_choice, check_n
+from vbon_jax.bon.enumeration import log_bon_ratio, log_f_and_mass
 
+TRANSFORMS = ("log", "identity")  # f of QRPO's quantile reward
 _STEPS = 500  # of Newton's method; a few dozen are taken
 _GRADIENT_WITHIN = 1e-8
 
@@ -30,6 +31,12 @@ def _power(log_p_S: np.ndarray, exponent: float) -> np.ndarray:
     return np.zeros_like(log_p_S) if exponent == 0 else exponent * log_p_S
 
 
+def _check_positive(beta: float) -> None:
+    check_beta(beta)
+    if beta == 0:
+        raise ValueError("beta must be > 0: without a KL penalty the best string takes all")
+
+
 def tilted(log_ref_S: ArrayLike, score_S: ArrayLike, beta: float) -> np.ndarray:
     """Computes log(pi_ref exp(score / beta) / Z), the maximizer of E[score] - beta KL(p || ref).
 
@@ -48,9 +55,7 @@ def tilted(log_ref_S: ArrayLike, score_S: ArrayLike, beta: float) -> np.ndarray:
       ValueError: as ``enumeration.log_f_and_mass`` does, if a score is infinite, or if beta is not
         positive.
     """
-    check_beta(beta)
-    if beta == 0:
-        raise ValueError("beta must be > 0: without a KL penalty the best string takes all")
+    _check_positive(beta)
     log_f_and_mass(log_ref_S, score_S)  # its checks
     score_S = np.asarray(score_S, np.float64)
     if not np.isfinite(score_S).all():
@@ -125,6 +130,70 @@ def jensen_bound(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: float) -> np.nda
     log_ref_S = np.asarray(log_ref_S, np.float64)
     sharper_S = _power(log_ref_S, n * (n + 1) / 2 - 1)
     return _tilted(log_ref_S, sharper_S + _power(log_f_S, n * (n - 1) / 2))
+
+
+def qrpo_log_ratio(
+    log_f: np.ndarray, log_mass: np.ndarray, beta: float, transform: str
+) -> np.ndarray:
+    """Computes the log-ratio that QRPO regresses to, f(q) / beta - log Z, in nats.
+
+    Matrenok et al., 2025: the quantile reward q is uniform on (0, 1) under the reference, so the
+    partition function Z = E[exp(f(q) / beta)] is known,
+
+        log:       f(q) = log q,  Z = beta / (1 + beta)
+        identity:  f(q) = q,      Z = beta (exp(1 / beta) - 1).
+
+    The paper's q is P_ref(r(y') <= r(y)), which is uniform for a continuous reward only. Here
+    exp(f(q) / beta) is averaged over the quantiles (F, F + g) of the response's tie group: this
+    tends to the paper's for g -> 0, and the ratio has mean 1 under the reference whatever the ties
+    and, with ranks among stored samples, for any number of them. The log form is formula (1) with
+    n = 1 + 1 / beta.
+
+    Args:
+      log_f: log F, in nats; -inf for a lowest reward.
+      log_mass: log g, in nats, finite.
+      beta: weight of the KL penalty, > 0.
+      transform: f, "log" or "identity".
+
+    Returns:
+      float64, in nats, of the shape of the arguments.
+
+    Raises:
+      ValueError: if beta is not positive, or the transform is unknown.
+    """
+    _check_positive(beta)
+    check_choice("transform", transform, TRANSFORMS)
+    if transform == "log":
+        return log_bon_ratio(log_f, log_mass, 1 + 1 / beta)
+    below_top = (np.exp(np.logaddexp(log_f, log_mass)) - 1) / beta
+    width = -np.expm1(-np.exp(log_mass) / beta)
+    return below_top + np.log(width) - np.log(-np.expm1(-1 / beta)) - log_mass
+
+
+def qrpo(log_ref_S: ArrayLike, rewards_S: ArrayLike, beta: float, transform: str) -> np.ndarray:
+    """Computes log(pi_ref exp(f(q) / beta) / Z), where QRPO's loss is 0; see ``qrpo_log_ratio``.
+
+    With transform = "log" and beta = 1 / (n - 1) this is pi_bon, ties broken at random.
+
+    Args:
+      log_ref_S: log pi_ref of every string, in nats, normalized.
+      rewards_S: rewards of the same strings; they may be tied.
+      beta: weight of the KL penalty, > 0.
+      transform: f, "log" or "identity".
+
+    Returns:
+      float64 vector [S], in nats, normalized; -inf where log_ref_S is -inf.
+
+    Raises:
+      ValueError: as ``enumeration.log_f_and_mass`` and ``qrpo_log_ratio`` do.
+    """
+    log_f_S, log_mass_S = log_f_and_mass(log_ref_S, rewards_S)
+    log_ratio_S = np.zeros(log_f_S.shape)
+    possible_S = np.isfinite(log_mass_S)
+    log_ratio_S[possible_S] = qrpo_log_ratio(
+        log_f_S[possible_S], log_mass_S[possible_S], beta, transform
+    )
+    return _tilted(log_ref_S, log_ratio_S)
 
 
 def best_and_worst(log_ref_S: ArrayLike, rewards_S: ArrayLike, n: int) -> np.ndarray:

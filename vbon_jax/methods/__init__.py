@@ -12,6 +12,7 @@ FILES = (
     "bond",
     "jbond",
     "dpo",
+    "qrpo",
     "bonbon",
     "bon_sft",
 )

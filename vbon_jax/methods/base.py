@@ -49,7 +49,7 @@ class Options:
 
 def beta_key() -> Any:
     """The coefficient of KL(policy || reference)."""
-    return key(1 / 7, "Of ppo and dpo: KL coefficient; 1/(n-1) matches best-of-n.", above=0)
+    return key(1 / 7, "Of ppo, dpo and qrpo: KL coefficient; 1/(n-1) matches best-of-n.", above=0)
 
 
 def taken(cls: type, *groups: Any) -> Any:
@@ -96,8 +96,9 @@ class Offline:
         its training examples.
       coefficients: (member, mean -log pi_ref of the examples' best, nats) -> (beta, alpha) of the
         loss.
-      loss: (log pi of best [B], log-ratio of best [B], of worst [B], probability that best is
-        preferred [B], beta, alpha) -> loss [B]; None for maximum likelihood on the best.
+      loss: (log pi of best [B], log-ratio of best [B], of worst [B] or None, target [B], beta,
+        alpha) -> loss [B]; None for maximum likelihood on the best.
+      pairs: whether the loss compares best with worst; if not, it is told of no worst.
     """
 
     choose: Callable[[np.ndarray, Member, OfflineKeys, np.ndarray | None], Choices]
@@ -106,6 +107,7 @@ class Offline:
         0.0,
     )
     loss: Callable[..., jax.Array] | None = None
+    pairs: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Series:
       doc: of the grid's key.
       varies: the option that the grid gives values of: "n" or "beta".
       fixed: values of other options.
+      offline: values of offline options.
       estimators: where the curve needs an estimator of its own: what ``sweep.<label>_estimator``
         may be, its default first.
       optimum: (log pi_ref [S], rewards [S], n, beta, offline options) -> log-probabilities, float64
@@ -139,6 +142,7 @@ class Series:
     formula: str
     varies: str = "n"
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    offline: dict[str, Any] = dataclasses.field(default_factory=dict)
     estimators: tuple[str, ...] = ()
     in_front: bool = True
     variant: str = "exact"

@@ -63,12 +63,12 @@ def loss(
     log_policy_best_B: jax.Array,
     best_B: jax.Array,
     worst_B: jax.Array,
-    preferred_B: jax.Array,
+    target_B: jax.Array,
     beta: jax.Array,
     alpha: jax.Array,
 ) -> jax.Array:
     """``rl.preference.bonbon_loss``, [B]."""
-    del preferred_B
+    del target_B
     return preference.bonbon_loss(log_policy_best_B, best_B, worst_B, beta, alpha)
 
 

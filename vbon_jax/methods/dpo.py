@@ -77,13 +77,13 @@ def loss(
     log_policy_best_B: jax.Array,
     best_B: jax.Array,
     worst_B: jax.Array,
-    preferred_B: jax.Array,
+    target_B: jax.Array,
     beta: jax.Array,
     alpha: jax.Array,
 ) -> jax.Array:
     """``rl.preference.dpo_loss``, [B]."""
     del log_policy_best_B, alpha
-    return preference.dpo_loss(best_B, worst_B, beta, preferred_B)
+    return preference.dpo_loss(best_B, worst_B, beta, target_B)
 
 
 def optimum(

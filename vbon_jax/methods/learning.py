@@ -171,8 +171,9 @@ class Job:
         """What an offline method's gradient steps are compiled for."""
         assert isinstance(self.method.learns, Offline)
         return offline.OfflineSetup(
-            self.config, self.optimizer, self.method.learns.loss, self.training.memory.chunk
-        )
+            self.config, self.optimizer, self.method.learns.loss, self.method.learns.pairs,
+            self.training.memory.chunk,
+        )  # fmt: skip
 
     def make_state(self) -> Callable[[Any, Any, jax.Array], state.TrainState]:
         """(the reference's tree, a value network's or None, key) -> the first state; pure."""

@@ -82,6 +82,13 @@ def _options(s: Config, method: Method, series: Series) -> Any:
     return method.options(**given | series.fixed)
 
 
+def _training(s: Config, series: Series) -> learning.Training:
+    """How the members of a curve are trained: as the run says, but for what the series fixes."""
+    training = loading.training(s)
+    offline = dataclasses.replace(training.offline, **series.offline)
+    return dataclasses.replace(training, offline=offline)
+
+
 def units(s: Config) -> list[Unit]:
     """The units of a sweep, the longest first."""
     m = s.samples.m
@@ -300,7 +307,7 @@ def _work(
     config = task.sampler.model.config
     value = loading.value_network(run, config) if unit.method.values else None
     job = learning.Job(
-        unit.method, unit.options, loading.training(s), config, len(task.prompts), value
+        unit.method, unit.options, _training(s, unit.series), config, len(task.prompts), value
     )
     members = population.padded(unit.members, run.mesh)
     state, step = learning.many(job, task, members, samples, s.sweep.at_once)

@@ -58,12 +58,13 @@ class Choices(NamedTuple):
     Attributes:
       best_E: int32 rows of the pool.
       worst_E: int32 rows of the pool; those of ``best_E`` for a method that uses the best alone.
-      preferred_E: float32, the probability that best is the better one.
+      target_E: float32, what the loss is held to: of pairs the probability that best is the better
+        one, of single responses what the method makes of their reward.
     """
 
     best_E: Any
     worst_E: Any
-    preferred_E: Any
+    target_E: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +74,15 @@ class OfflineSetup:
     Attributes:
       config: the decoder of policy and reference.
       optimizer: of what is trained.
-      loss: of pairs; see ``methods.base.Offline``. None for maximum likelihood on the best.
+      loss: see ``methods.base.Offline``. None for maximum likelihood on the best.
+      pairs: whether the loss compares best with worst.
       chunk: tokens whose logits are held at once.
     """
 
     config: DecoderConfig
     optimizer: optax.GradientTransformation
     loss: Callable[..., jax.Array] | None = None
+    pairs: bool = True
     chunk: int = log_probs.CHUNK
 
 
@@ -230,13 +233,13 @@ def check_pairs(pairs: int, most: int | None = None, responses: int = 0) -> None
         )
 
 
-def examples(m: int, best: np.ndarray, worst: np.ndarray, preferred: np.ndarray) -> Choices:
+def examples(m: int, best: np.ndarray, worst: np.ndarray, target: np.ndarray) -> Choices:
     """Choices from sample numbers [P, pairs] of each prompt, prompt by prompt."""
     first_row_Px1 = m * np.arange(len(best))[:, None]
     return Choices(
         (first_row_Px1 + best).astype(np.int32).ravel(),
         (first_row_Px1 + worst).astype(np.int32).ravel(),
-        preferred.astype(np.float32).ravel(),
+        target.astype(np.float32).ravel(),
     )
 
 
@@ -284,7 +287,7 @@ def loss(
       pairs ``accuracy`` (share with log-ratio(best) > log-ratio(worst)) and ``margin`` (mean of
       their difference, nats).
     """
-    pairwise = setup.loss is not None
+    pairwise = setup.loss is not None and setup.pairs
     rows_B = jnp.concatenate([rows.best_E, rows.worst_E]) if pairwise else rows.best_E
     # Gathered rows would be whole on every device: each would do all of the minibatch.
     batch = sharding.constrain(jax.tree.map(lambda x: jnp.asarray(x)[rows_B], pool), "batch")
@@ -303,8 +306,10 @@ def loss(
     if setup.loss is None:
         return nll, {"loss": nll, "nll": nll}
     log_ratio = log_policy - batch.log_ref_N
-    best, worst = log_ratio[:size], log_ratio[size:]
-    total = jnp.mean(setup.loss(log_policy[:size], best, worst, rows.preferred_E, beta, alpha))
+    best, worst = log_ratio[:size], log_ratio[size:] if pairwise else None
+    total = jnp.mean(setup.loss(log_policy[:size], best, worst, rows.target_E, beta, alpha))
+    if worst is None:
+        return total, {"loss": total, "nll": nll}
     return total, {
         "loss": total,
         "nll": nll,

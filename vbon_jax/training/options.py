@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from vbon_jax.bon.targets import TRANSFORMS
 from vbon_jax.errors import InputError
 from vbon_jax.keys import Size, key
 from vbon_jax.models import trainable
@@ -80,17 +81,21 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Offline:
-    """Training on stored samples: bon_sft, dpo and bonbon."""
+    """Training on stored samples: bon_sft, dpo, qrpo and bonbon."""
 
     responses: int = key(
         6, "Stored responses per prompt from which dpo makes its pairs.", least=2, most=MOST_ROWS
     )
     pairs: int = key(
-        12, "Training pairs per prompt (for bon_sft: best-of-n responses).", least=1, most=MOST_ROWS
-    )
+        12, "Training pairs per prompt (for bon_sft: best-of-n responses; for qrpo: stored "
+        "responses, all of them once before any is taken again).", least=1, most=MOST_ROWS
+    )  # fmt: skip
     labels: str = key("hard", "Preference labels of dpo: hard, the higher reward is preferred; "
                       "soft, with probability sigmoid(reward difference).",
                       choices=LABELS)  # fmt: skip
+    transform: str = key("log", "Transform of qrpo's quantile reward q: log, log q, whose optimum "
+                         "at `method.beta` = 1/(n-1) is best-of-n; identity, q itself.",
+                         choices=TRANSFORMS)  # fmt: skip
     epochs: int = key(2, "Passes over the pairs.", least=1, most=1_000_000)
     batch_size: int = key(64, "Pairs per gradient step.", least=1, most=MOST_ROWS)
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
