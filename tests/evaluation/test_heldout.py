@@ -43,7 +43,7 @@ def held_out(rng, draw, log_ref, estimator="interval", by_order=False, evaluator
     models = heldout.Models(Sampler(None, None, Sampling(0.5, 3, (), 0)), None)
     protocol = heldout.Protocol(float(N), estimator, m=M, each=EACH, seed=4)
     prompts = [Prompt(p, f"p{p}", (1,)) for p in range(PROMPTS)]
-    return heldout.HeldOut(models, protocol, "test", prompts, yardstick, samples, pool)
+    return heldout.HeldOut(models, protocol, "test", prompts, yardstick, samples, pool, yardstick)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def log_ratio(num_below: ArrayLike, num_equal: ArrayLike, m: int, n: float) -> n
         + e * _interval(k, np.maximum(e - 1, 0), m - 1, n)
         + (m - k - e) * _interval(np.minimum(k, m - 1 - e), e, m - 1, n)
     )
-    return m * whole - (m - 1) / m * without
+    return m * whole - (m - 1) / m * without if n != 1 else np.zeros_like(whole)
 
 
 def _interval(k: np.ndarray, e: np.ndarray, m: int, n: float) -> np.ndarray:

@@ -226,7 +226,7 @@ def open_split(
     def yardstick(*roles: str) -> measure.Yardstick:
         evaluated = None
         if models.evaluator is not None:
-            columns = [[x.evaluator_rewards for x in found[role]] for role in roles]
+            columns = [np.array([x.evaluator_rewards for x in found[role]]) for role in roles]
             evaluated = np.sort(np.concatenate(columns, axis=1), axis=1).astype(np.float32)
         table = references(
             np.concatenate([sample_files.rewards(found[role], protocol.m) for role in roles], 1),

@@ -12,13 +12,19 @@ The log ratios of a policy's responses come from their ranks among the m opponen
 by the jackknife of ``interval`` (``bon.jackknife``, whose table says what bias is left; other
 estimators keep theirs). The variance is then reduced by a control variate: the log-ratio
 k1 = log pi / pi_ref of a response less its KL summed over positions has mean 0, and where the
-policy is near best-of-n its noise is that of w.
+policy is near best-of-n its noise is that of w. Ranks blur F, by sqrt(F (1 - F) / m), which moves
+up to 0.008 nats between bins at m = 160 (0.02 at 64) and changes no sum.
 
 Intervals are over prompts (``compare.over_prompts``). Each prompt has its own responses and its own
 opponents, so that the spread between prompts holds the noise of both, and of the prompts
-themselves. It does not hold what all prompts share: the training seed and the reward model.
+themselves. It does not hold what all prompts share: the training seed and the reward model. The
+mean over prompts is near enough to normal in spite of the tails (w reaches -29 nats at the lowest
+of 64 ranks, n = 8): with 0.2, 2 or 10% of a policy's responses drawn from the reference, the
+interval covers 93 to 97% of the time with 128 prompts and more, of 4 to 32 responses each, as do
+Hall's transformed t and the bootstrap-t. With 20 prompts of 4 it covers 87 to 93%.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -88,6 +94,6 @@ def parts(
             "lost": lost[at].mean,
             "lost_ci95": lost[at].ci95,
         }
-        for at, (low, high) in enumerate(zip(EDGES[:-1], EDGES[1:]))
+        for at, (low, high) in enumerate(itertools.pairwise(EDGES))
     ]
     return out

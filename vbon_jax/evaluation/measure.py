@@ -249,11 +249,11 @@ def bon_row(
 ) -> dict[str, Any]:
     """The row of best-of-n read off a pool of reference samples by the order-statistics weights.
 
-    The parts of its kl_bon are null. KL(bon || ref) three ways: "kl_bound", log n - (n-1)/n; "kl_beirami", Beirami et al.'s estimate
+    KL(bon || ref) three ways: "kl_bound", log n - (n-1)/n; "kl_beirami", Beirami et al.'s estimate
     from log g of the winner (log pi_ref without ties), which is also "kl_ref"; "kl_direct", the
     mean of the estimated log ratio. kl_bon is what the estimator says of best-of-n's distance to
     itself, 0 in truth: Beirami's KL less the direct one, where n is the yardstick's; null for any
-    other.
+    other, as its parts are for all.
     """
     weights = bon_pool.winner_weights(pool.rewards, n, pool.order)
     direct, log_mass = yardstick.density(pool, float(n))
