@@ -5,6 +5,8 @@ over F from k / m to (k + c) / m: inside a tie group best-of-n, like any policy 
 rewards, is as likely as the reference says. In float64 NumPy on the host.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +47,7 @@ def overlaps(low: ArrayLike, high: ArrayLike, edges: ArrayLike) -> np.ndarray:
 
 
 def best_of_n(
-    rewards_PxM: ArrayLike, n: float, edges: ArrayLike, order_PxM: ArrayLike | None = None
+    rewards_PxM: ArrayLike, n: float, edges: Sequence[float], order_PxM: ArrayLike | None = None
 ) -> Parts:
     """Computes the parts of best-of-n, by formula (1) of ``bon.distribution``.
 
@@ -70,19 +72,18 @@ def best_of_n(
     groups = pool.tie_groups(np.asarray(rewards_PxM), order_PxM)
     group_low, group_high = groups.low_PxM, groups.high_PxM
     m = group_low.shape[1]
-    edges = np.asarray(edges, np.float64)
-    low_M = np.arange(m) / m  # a sample's own span of its group's
-    high_M = np.arange(1, m + 1) / m
+    places = np.arange(m + 1) / m  # the spans of single samples begin and end here
+    size = group_high - group_low
+    ratio = m * ((group_high / m) ** n - (group_low / m) ** n) / size  # over the group
+    gain = xlogy(ratio, ratio)
 
-    begins, ends = (np.clip(x[:, None], edges[:-1], edges[1:]) for x in (low_M, high_M))
-    alone = (group_high - group_low == 1)[..., None]
-    ratio = m * ((group_high / m) ** n - (group_low / m) ** n) / (group_high - group_low)
-    width = ends - begins
-    share = np.where(alone, ends**n - begins**n, ratio[..., None] * width)
-    log_ratio = np.where(
-        alone, _integral(ends, n) - _integral(begins, n), xlogy(ratio, ratio)[..., None] * width
-    )
-    return Parts(share.sum(axis=1), log_ratio.sum(axis=1))
+    shares, log_ratios = [], []
+    for low, high in itertools.pairwise(edges):
+        at = np.clip(places, low, high)
+        shares.append(np.where(size == 1, np.diff(at**n), ratio * np.diff(at)).sum(axis=1))
+        inside = np.where(size == 1, np.diff(_integral(at, n)), gain * np.diff(at))
+        log_ratios.append(inside.sum(axis=1))
+    return Parts(np.stack(shares, axis=1), np.stack(log_ratios, axis=1))
 
 
 def _integral(u: np.ndarray, n: float) -> np.ndarray:

@@ -19,10 +19,10 @@ RESULTS_COLUMNS = (
     Column("T"),
     Column("reward"),
     Column("win rate"),
-    Column("KL(·‖ref), nats", narrow="KL(·‖ref),\nnats"),
-    Column("KL(·‖BoN), nats", narrow="KL(·‖\nBoN),\nnats"),
-    Column("responses/s", narrow="resp.\n/s"),
-    Column("tokens/s", narrow="tokens\n/s"),
+    Column("KL(·‖ref),\nnats"),
+    Column("KL(·‖BoN),\nnats"),
+    Column("responses\n/s", narrow="resp.\n/s"),
+    Column("tokens\n/s"),
 )
 EXACT_LABELS = {
     "kl_bon": "KL(policy‖BoN), nats",
