@@ -422,8 +422,8 @@ def evaluate(
 ) -> Evaluation:
     """Measures a policy against the reference and against true best-of-n.
 
-    Fresh responses of the reference, m a prompt, are the opponents of the win rate; others are the
-    pool that best-of-n is read off.
+    Fresh responses of the reference, m a prompt, are the opponents; others are the pool that
+    best-of-n is read off. The policy is held against both.
 
     Args:
       policy: the model to measure, at the reference's temperature.

@@ -1,5 +1,7 @@
 """Best-of-n read off a pool of reference samples, against theory; and what a split hands out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from vbon_jax.bon import theory
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.evaluation import heldout, measure
-from vbon_jax.sampling.sampler import Sampler, Sampling
+from vbon_jax.sampling.sampler import Response, Sampler, Sampling
 from vbon_jax.training.references import response_orders
 
 PROMPTS, M, EACH = 60, 300, 5
@@ -43,7 +45,7 @@ def held_out(rng, draw, log_ref, estimator="interval", by_order=False, evaluator
     models = heldout.Models(Sampler(None, None, Sampling(0.5, 3, (), 0)), None)
     protocol = heldout.Protocol(float(N), estimator, m=M, each=EACH, seed=4)
     prompts = [Prompt(p, f"p{p}", (1,)) for p in range(PROMPTS)]
-    return heldout.HeldOut(models, protocol, "test", prompts, yardstick, samples, pool)
+    return heldout.HeldOut(models, protocol, "test", prompts, yardstick, samples, pool, yardstick)
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +185,67 @@ def test_places_in_the_order_are_those_of_the_tokens_alone():
     np.testing.assert_array_equal(got.ravel(), lf.response_order(tokens, mask))
     assert got.shape == (2, 2) and got.dtype == np.uint32
     assert got[0, 0] == got[1, 1] and len(set(got.ravel().tolist())) == 3
+
+
+@pytest.mark.parametrize("ties", ["random", "order"])
+def test_a_policy_is_held_against_opponents_and_pool(ties, monkeypatch):
+    """The reference and best-of-n, which the pool is of, against the opponents alone."""
+
+    def orders(samples, m, sampler):  # without a tokenizer
+        return response_orders([i for x in samples for i in x.response_tokens], 3).reshape(-1, m)
+
+    monkeypatch.setattr(heldout, "orders", orders)
+    rng = np.random.default_rng(5)
+    prompts = [Prompt(p, f"p{p}", (1,)) for p in range(2)]
+
+    def draw(role, sampler, key):
+        return [
+            PromptSamples(
+                p.text, ("x",) * 6, tuple(rng.integers(0, 4, size=6).astype(float)), p.id, (1,),
+                response_tokens=tuple((i, len(role)) for i in range(6)), log_probs=(-9.0,) * 6,
+                finished=(True,) * 6, evaluator_rewards=tuple(rng.normal(size=6)),
+            )
+            for p in prompts
+        ]  # fmt: skip
+
+    drawn = {}
+    sampler = Sampler(None, None, Sampling(0.5, 3, (), 0))
+    models = heldout.Models(sampler, None, evaluator=object())
+    held = heldout.open_split(
+        models, prompts, "test", 0.5, heldout.Protocol(2.0, ties=ties, m=6, each=3),
+        lambda role, *rest: drawn.setdefault(role, draw(role, *rest)),
+    )  # fmt: skip
+    both = [drawn["opponents"], drawn["pool"]]
+    for yardstick, roles in ((held.yardstick, both[:1]), (held.all_samples, both)):
+        assert yardstick.m == 6 * len(roles)
+        rewards = np.sort(np.concatenate([[x.rewards for x in r] for r in roles], axis=1), axis=1)
+        np.testing.assert_array_equal(yardstick.references.rewards_PxM, rewards)
+        theirs = np.concatenate([[x.evaluator_rewards for x in r] for r in roles], axis=1)
+        np.testing.assert_allclose(yardstick.evaluator_PxM, np.sort(theirs, axis=1), rtol=1e-6)
+        order = yardstick.references.order_PxM
+        assert (order is None) == (ties == "random")
+        if order is not None:
+            ids = [ids for r in roles for x in r[:1] for ids in x.response_tokens]
+            assert set(np.asarray(order)[0]) == set(response_orders(ids, 3))
+
+
+class Fake:
+    """Stands for a policy: responses whose rewards are 1, one prompt after the other."""
+
+    settings = Sampling(0.5, 3, (), 0)
+
+    def at(self, **changed):
+        return self
+
+    def responses(self, key, prompts, requests, size, reward, also):
+        extra = {"kl": 0.5, "kl_k1": 0.5, "log_ref": -3.0}
+        yield [Response(r, (1,), "x", -2.0, True, 1.0, extra) for r in requests]
+
+
+def test_a_policys_row_goes_by_all_samples(rng):
+    held = held_out(rng, lambda shape: rng.normal(size=shape) + 9, -20.0)  # all above
+    assert held.policy("vbon", 8.0, Fake(), "")[0]["win_rate"] == 0
+    below = held_out(rng, lambda shape: rng.normal(size=shape) - 9, -20.0).yardstick
+    row, drawn = dataclasses.replace(held, all_samples=below).policy("vbon", 8.0, Fake(), "")
+    assert row["win_rate"] == 1 and [len(group) for group in drawn] == [EACH] * PROMPTS
+    assert row["kl_lost"] == pytest.approx(np.log(N) - (N - 1) / N - np.log(N), abs=0.02)

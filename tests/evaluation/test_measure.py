@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from vbon_jax.bon import references, theory
+from vbon_jax.bon import jackknife, references, theory
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import exact, measure
@@ -158,6 +158,7 @@ def test_row_of_best_of_n_finds_no_distance_to_itself(rng):
     assert row["kl_direct"] == pytest.approx(float(theory.kl_upper_bound(n)), abs=0.03)
     assert row["kl_bon"] == pytest.approx(0, abs=0.03)
     assert row["kl_ref_k1"] is None and row["kl_ref_k1_ci95"] is None
+    assert row["kl_excess"] is row["kl_lost"] is row["kl_lost_by_quantile"] is None
     low, high = row["kl_direct_ci95"]
     assert low < row["kl_direct"] < high
     assert (row["policy"], row["n"], row["temperature"]) == ("bon", 4.0, 1.0)
@@ -241,10 +242,17 @@ def test_row_of_a_policy_by_hand():
     assert row["evaluator_reward"] == 3.25
     assert row["evaluator_win_rate"] == pytest.approx((1 + 2 + 0.5 + 1.5) / 12)
     assert row["kl_ref"] == 1.5 and row["kl_ref_k1"] == 1.5
-    # With one more in its bin, of m + 1 = 4: ranks 2 + 1 tie, 1, 0 + 1 tie, 2; squares' difference
-    # over width: (16 - 4) / 8, (4 - 1) / 4, 4 / 8, (9 - 4) / 4.
-    ratios = np.log([12 / 8, 3 / 4, 4 / 8, 5 / 4])
-    assert row["kl_bon"] == pytest.approx(np.mean([1, 2, 0, 3] - ratios), abs=1e-6)
+    # Below, and equal to, each of the 3 opponents: the estimate with each of them left out.
+    ratios = jackknife.log_ratio([2, 1, 0, 2], [1, 0, 1, 0], 3, 2)
+    noise = np.array([0.5, -1.5, 0.0, 1.0])  # of kl_k1 about kl
+    least = ratios - noise * np.sum((ratios - ratios.mean()) * noise) / np.sum(noise**2)
+    assert row["kl_bon"] == pytest.approx(np.mean([1, 2, 0, 3] - least), abs=1e-6)
+    assert row["kl_bon"] == pytest.approx(row["kl_excess"] + row["kl_lost"])
+    assert row["kl_excess"] == pytest.approx(1.5 - np.log(2) + 0.5, abs=1e-6)
+    # The spans are (2, 4), (1, 2), (0, 2), (2, 3) quarters.
+    assert [x["policy"] for x in row["kl_lost_by_quantile"]] == pytest.approx(
+        [0.5, 0.25 * (0.5 + 1), 0.25 * 0.3, 0.25 * 0.2]
+    )
     assert row["eos_rate"] == 0.75 and row["length"] == 2.0
     assert row["responses_per_second"] is None
     alone = measure.row("vbon", 2.0, measure.of_policy(rows, None), yardstick(opponents, 2))

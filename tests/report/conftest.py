@@ -290,3 +290,24 @@ def fill_workdir(sweep: list[dict]) -> Callable[[Path], Path]:
 @pytest.fixture
 def full_workdir(tmp_path: Path, fill_workdir: Callable[[Path], Path]) -> Path:
     return fill_workdir(tmp_path)
+
+
+def _kl_parts(kl_bon: float) -> dict:
+    bins = ((0.0, 0.5, 0.02, 0.004), (0.5, 0.75, 0.11, 0.096), (0.75, 0.9, 0.31, 0.33),
+            (0.9, 1.0, 0.56, 0.57))  # fmt: skip
+    return {
+        "kl_bon": kl_bon, "kl_bon_ci95": ci(kl_bon, 0.03), "kl_excess": 0.05,
+        "kl_excess_ci95": ci(0.05, 0.02), "kl_lost": kl_bon - 0.05,
+        "kl_lost_ci95": ci(kl_bon - 0.05, 0.025),
+        "kl_lost_by_quantile": [
+            {"from": low, "to": high, "policy": policy, "bon": bon, "lost": (kl_bon - 0.05) / 4,
+             "lost_ci95": ci((kl_bon - 0.05) / 4, 0.01)}
+            for low, high, policy, bon in bins
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def kl_parts() -> Callable[[float], dict]:
+    """Makes the columns of ``evaluation.kl_parts`` for a KL to best-of-n of at least 0.05."""
+    return _kl_parts

@@ -285,6 +285,29 @@ def test_a_single_run_comes_first_with_its_table_and_large_figures(single):
     assert "out-of-distribution prompts" in text.lower()
 
 
+def test_a_run_with_the_parts_of_its_kl_to_best_of_n_shows_them(
+    one_picture, full_workdir, read, kl_parts
+):
+    """At the first of two temperatures: rows of older evaluations have none."""
+    path = full_workdir / "evaluation.json"
+    result = json.loads(path.read_text())
+    own = next(row for row in result["rows"] if row["policy"] == "vbon")
+    assert not [row for row in read(full_workdir).cells if "lost" in row]
+    own |= kl_parts(0.25)
+    path.write_text(json.dumps(result))
+    for sweep in (True, False):
+        if not sweep:
+            (full_workdir / "sweep.jsonl").unlink()
+        cells = read(full_workdir).cells
+        head = ["vBoN", "8", f"{own['temperature']:g}"]
+        assert [*head, "KL(·‖BoN)", "0.250 ± 0.030", "", ""] in cells
+        assert [*head, "excess", "0.050 ± 0.020", "", ""] in cells
+        assert [*head, "lost", "0.200 ± 0.025", "", ""] in cells
+        assert [*head, "lost, F 0 to 0.5", "0.050 ± 0.010", "2.0%", "0.4%"] in cells
+        assert sum("lost" in " ".join(row) for row in cells) == 5
+        assert "0.250 ± 0.030" in next(row for row in cells if len(row) == 9 and row[:3] == head)
+
+
 def test_what_a_single_run_lacks_is_one_line_at_the_end(single):
     text = (single / "report.html").read_text(encoding="utf-8")
     seen = Page(text)

@@ -57,6 +57,27 @@ def test_cells_by_hand():
     )
 
 
+def test_kl_to_best_of_n_has_its_interval():
+    rows = [VBON | {"kl_bon_ci95": [0.0934, 0.1534]}, BON | {"kl_bon_ci95": None}]
+    cells = [row[6] for row in table.results_table(rows).rows]
+    assert cells == ["0.123 ± 0.030", "n/a"]
+
+
+def test_parts_of_the_kl_to_best_of_n_by_hand(kl_parts):
+    """A group of rows for each policy that was trained, at each temperature."""
+    own = VBON | kl_parts(0.25)
+    assert table.kl_parts_table([VBON, BON, own | {"policy": "reference"}]) is None
+    found = table.kl_parts_table([BON, own, own | {"temperature": 1.0}])
+    assert len(found.rows) == 14 and found.rules == (7,)
+    assert found.rows[2] == ("vbon", "8", "0.7", "lost", "0.200 ± 0.025", "", "")
+    assert found.rows[6] == (
+        "vbon", "8", "0.7", "lost, F 0.9 to 1", "0.050 ± 0.010", "56.0%", "57.0%"
+    )  # fmt: skip
+    assert found.rows[7][:5] == ("vbon", "8", "1", "KL(·‖BoN)", "0.250 ± 0.030")
+    shown = on_screen(found, 80).splitlines()
+    assert sum(line.startswith("vbon") for line in shown) == 14  # in one piece
+
+
 def test_a_real_n_keeps_its_fraction():
     assert table.results_table([VBON | {"n": 2.5}]).rows[0][1] == "2.5"
 
@@ -100,13 +121,17 @@ SMALL = [one | {"reward": 1.74, "reward_ci95": [1.694, 1.786], "kl_ref": 1.2, "k
          for one in rows_of(1.0, 8.0)]  # fmt: skip
 
 
-def test_a_usual_evaluation_is_one_table_on_80_columns():
-    shown = [line for line in on_screen(table.results_table(SMALL), 80).splitlines() if line[:1]]
+def test_a_usual_evaluation_has_all_but_its_speed_at_a_glance_on_80_columns():
+    rows = [row | {"kl_bon_ci95": [5.377, 5.423]} for row in SMALL]
+    shown = [line for line in on_screen(table.results_table(rows), 80).splitlines() if line[:1]]
     assert shown[0] == "Held-out prompts (±: half the 95% interval)"
-    assert shown[-3].split(" ", 1)[0] == "reference" and len(shown[-3]) <= 80
-    numbers = "1.740 ± 0.046 0.500 ± 0.100 1.200 ± 0.100 5.400 1,105.5 32,681"
-    assert " ".join(shown[-1].split()) == f"vbon 8 1 {numbers}"
-    assert sum(line.startswith("vbon") for line in shown) == 1
+    own = [line for line in shown if line.startswith("vbon")]
+    numbers = "1.740 ± 0.046 0.500 ± 0.100 1.200 ± 0.100 5.400 ± 0.023"
+    assert [" ".join(line.split()) for line in own] == [
+        f"vbon 8 1 {numbers}", "vbon 8 1 1,105.5 32,681"
+    ]  # fmt: skip
+    wide = on_screen(table.results_table(rows), 90).splitlines()
+    assert sum(line.startswith("vbon") for line in wide) == 1
 
 
 @pytest.mark.parametrize("width", [80, 60, 40])

@@ -36,7 +36,7 @@ def _pool(rewards_PxM: ArrayLike) -> np.ndarray:
     return rewards_PxM
 
 
-class _Sorted(NamedTuple):
+class TieGroups(NamedTuple):
     """Columns of the pool from worst to best, and the tie group [low, high) of each position."""
 
     column_PxM: np.ndarray
@@ -44,7 +44,8 @@ class _Sorted(NamedTuple):
     high_PxM: np.ndarray
 
 
-def _sort(rewards_PxM: np.ndarray, order_PxM: ArrayLike | None) -> _Sorted:
+def tie_groups(rewards_PxM: np.ndarray, order_PxM: ArrayLike | None) -> TieGroups:
+    """Sorts a pool and finds its groups of tied samples; arguments as of ``winner_weights``."""
     if order_PxM is None:
         keys = [rewards_PxM]
         column_PxM = np.argsort(rewards_PxM, axis=1)
@@ -68,7 +69,7 @@ def _sort(rewards_PxM: np.ndarray, order_PxM: ArrayLike | None) -> _Sorted:
     ends_PxM = np.concatenate([begins_PxM[:, 1:], np.ones((len(begins_PxM), 1), bool)], axis=1)
     ends_PxM = np.where(ends_PxM, place_M + 1, m)
     high_PxM = np.minimum.accumulate(ends_PxM[:, ::-1], axis=1)[:, ::-1]
-    return _Sorted(column_PxM, low_PxM, high_PxM)
+    return TieGroups(column_PxM, low_PxM, high_PxM)
 
 
 def order_weights(m: int, n: int) -> np.ndarray:
@@ -117,7 +118,7 @@ def winner_weights(
     """
     rewards_PxM = _pool(rewards_PxM)
     weights_M = order_weights(rewards_PxM.shape[1], n)
-    places = _sort(rewards_PxM, order_PxM)
+    places = tie_groups(rewards_PxM, order_PxM)
     below_M = np.append(0.0, np.cumsum(weights_M))
     share_PxM = (below_M[places.high_PxM] - below_M[places.low_PxM]) / (
         places.high_PxM - places.low_PxM
@@ -206,7 +207,7 @@ def sample_winners(
     rewards_PxM = _pool(rewards_PxM)
     prompts, m = rewards_PxM.shape
     cumulative_M = np.cumsum(order_weights(m, n))
-    places = _sort(rewards_PxM, order)
+    places = tie_groups(rewards_PxM, order)
     place_PxC = np.searchsorted(cumulative_M, rng.random((prompts, count)), side="right")
     place_PxC = np.minimum(place_PxC, m - 1)  # the sum may round to just below 1
     low_PxC = np.take_along_axis(places.low_PxM, place_PxC, axis=1)

@@ -83,6 +83,37 @@ def references(
     return References(jnp.asarray(rewards), order, fit, jnp.int32(rewards.shape[1]))
 
 
+def ranks(
+    table: References, row_B: ArrayLike, reward_B: ArrayLike, order_B: ArrayLike | None
+) -> tuple[jax.Array, jax.Array]:
+    """Counts the reference samples below, and equal to, responses with the given rewards.
+
+    Args:
+      table: the reference rewards, from ``references``.
+      row_B: as of ``density``.
+      reward_B: as of ``density``.
+      order_B: as of ``density``.
+
+    Returns:
+      (num_below_B, num_equal_B), int32.
+
+    Raises:
+      ValueError: if the table breaks ties by order and order_B is None.
+    """
+    row_B, reward_B = jnp.asarray(row_B), jnp.asarray(reward_B)
+    rewards_BxM = table.rewards_PxM[row_B]
+    if table.order_PxM is None:
+        below, equal = lf.reference_ranks(rewards_BxM, reward_B[:, None])
+    else:
+        if order_B is None:
+            raise ValueError("the table breaks ties by order: order_B is needed, got None")
+        below, equal = lf.ordered_ranks(
+            rewards_BxM, table.order_PxM[row_B], reward_B[:, None], jnp.asarray(order_B)[:, None]
+        )
+    below = jnp.minimum(below[:, 0], table.m)  # a reward of +inf meets the padding
+    return below, jnp.minimum(equal[:, 0], table.m - below)
+
+
 def density(
     table: References,
     row_B: ArrayLike,
@@ -112,19 +143,7 @@ def density(
         needed and None.
     """
     row_B, reward_B, log_ref_B = map(jnp.asarray, (row_B, reward_B, log_ref_B))
-    rewards_BxM = table.rewards_PxM[row_B]
-    if table.order_PxM is None:
-        ties = "random"
-        below, equal = lf.reference_ranks(rewards_BxM, reward_B[:, None])
-    else:
-        ties = "order"
-        if order_B is None:
-            raise ValueError("the table breaks ties by order: order_B is needed, got None")
-        below, equal = lf.ordered_ranks(
-            rewards_BxM, table.order_PxM[row_B], reward_B[:, None], jnp.asarray(order_B)[:, None]
-        )
-    below = jnp.minimum(below[:, 0], table.m)  # a reward of +inf meets the padding
-    equal = jnp.minimum(equal[:, 0], table.m - below)
+    below, equal = ranks(table, row_B, reward_B, order_B)
     log_f = None
     if estimator == "exponential":
         if table.fit is None:
@@ -135,6 +154,7 @@ def density(
         )  # fmt: skip
     elif estimator != "interval":
         log_f = lf.log_f(below, table.m, estimator)
+    ties = "random" if table.order_PxM is None else "order"
     log_mass = lf.log_mass(ties, equal, table.m, log_ref_B)
     log_ratio = lf.log_ratio(estimator, below, equal, table.m, n, log_mass=log_mass, log_f=log_f)
     up_to = lf.log_f(below + equal, table.m, "smoothed")

@@ -222,8 +222,13 @@ class Evaluate:
     """Evaluation on held-out prompts."""
 
     temperatures: tuple[float, ...] = key((1.0,), "Sampling temperatures; each has its own rows.")
-    m: int = key(100, "Fresh reference responses per held-out prompt, from which win rates and "
-                 "best-of-n are computed.", least=1, most=MOST_ROWS)  # fmt: skip
+    m: int = key(
+        100,
+        "Fresh reference responses per held-out prompt, twice: opponents, and the pool that "
+        "best-of-n is read off; a policy is held against both.",
+        least=1,
+        most=MOST_ROWS,
+    )
     samples_per_prompt: int = key(4, "Responses per held-out prompt of the policy and of "
                                   "best-of-n.", least=1, most=MOST_ROWS)  # fmt: skip
 

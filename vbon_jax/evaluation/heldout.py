@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from vbon_jax.bon import pool as bon_pool
+from vbon_jax.bon.references import references
+from vbon_jax.data import samples as sample_files
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.evaluation import measure
@@ -22,7 +24,7 @@ from vbon_jax.sampling.sampler import (
     named_key,
     requests_for,
 )
-from vbon_jax.training.references import orders, references, response_orders
+from vbon_jax.training.references import orders, response_orders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Protocol:
       n: of the best-of-n that policies are compared with.
       estimator: of log F.
       ties: how best-of-n chooses among equal rewards.
-      m: opponents a prompt, and samples a prompt of the pool.
+      m: opponents a prompt, and samples a prompt of the pool; policies are held against both.
       each: responses a prompt from each policy.
       batch_size: responses drawn at once.
       seed: of the draws.
@@ -81,9 +83,11 @@ class HeldOut:
       protocol: how it is measured.
       split: its name, "test" or "ood".
       prompts: held-out prompts.
-      yardstick: the opponents that every response is compared with.
+      yardstick: the opponents that reference and best-of-n are compared with.
       pool_samples: other fresh reference samples, that best-of-n is read off.
       pool: their figures.
+      all_samples: opponents and pool together, that a policy is compared with: it has no response
+        in either, and twice the opponents halve the variance that they cause.
     """
 
     models: Models
@@ -93,6 +97,7 @@ class HeldOut:
     yardstick: measure.Yardstick
     pool_samples: Sequence[PromptSamples]
     pool: measure.Responses
+    all_samples: measure.Yardstick
 
     @property
     def temperature(self) -> float:
@@ -144,7 +149,7 @@ class HeldOut:
             ids = [r.tokens for r in drawn]
             longest = policy.settings.max_new_tokens
             order = response_orders(ids, longest).reshape(len(rows), -1)
-        row = measure.row(name, n, measure.of_policy(rows, order), self.yardstick)
+        row = measure.row(name, n, measure.of_policy(rows, order), self.all_samples)
         return row | self._counts(), rows
 
     def _counts(self) -> dict[str, float]:
@@ -215,20 +220,26 @@ def open_split(
         role: draw(role, reference, protocol.key(role, split, temperature))
         for role in ("opponents", "pool")
     }
-    evaluated = None
-    if models.evaluator is not None:
-        evaluated = np.sort([x.evaluator_rewards for x in found["opponents"]], axis=1)
-    yardstick = measure.Yardstick(
-        references(found["opponents"], protocol.m, protocol.estimator, protocol.ties, reference),
-        None if evaluated is None else evaluated.astype(np.float32),
-        protocol.n,
-        protocol.estimator,
-        temperature,
-    )
-    order = orders(found["pool"], protocol.m, reference) if protocol.ties == "order" else None
-    pool = measure.of_reference(found["pool"], order)
-    at = dataclasses.replace(models, reference=reference)
-    return HeldOut(at, protocol, split, prompts, yardstick, found["pool"], pool)
+    by_order = protocol.ties == "order"
+    order = {role: orders(x, protocol.m, reference) for role, x in found.items() if by_order}
+
+    def yardstick(*roles: str) -> measure.Yardstick:
+        evaluated = None
+        if models.evaluator is not None:
+            columns = [np.array([x.evaluator_rewards for x in found[role]]) for role in roles]
+            evaluated = np.sort(np.concatenate(columns, axis=1), axis=1).astype(np.float32)
+        table = references(
+            np.concatenate([sample_files.rewards(found[role], protocol.m) for role in roles], 1),
+            protocol.estimator,
+            np.concatenate([order[role] for role in roles], axis=1) if by_order else None,
+        )
+        return measure.Yardstick(table, evaluated, protocol.n, protocol.estimator, temperature)
+
+    pool = measure.of_reference(found["pool"], order.get("pool"))
+    return HeldOut(
+        dataclasses.replace(models, reference=reference), protocol, split, prompts,
+        yardstick("opponents"), found["pool"], pool, yardstick("opponents", "pool"),
+    )  # fmt: skip
 
 
 def sample_lines(

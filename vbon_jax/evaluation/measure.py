@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vbon_jax.bon import jackknife, quantiles, theory
 from vbon_jax.bon import pool as bon_pool
 from vbon_jax.bon import references as bon_references
-from vbon_jax.bon import theory
 from vbon_jax.bon.references import References
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation import compare
+from vbon_jax.evaluation import compare, kl_parts
 from vbon_jax.models import decoder, log_probs
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
@@ -42,20 +42,39 @@ class Yardstick:
     estimator: str
     temperature: float
 
+    @property
+    def m(self) -> int:
+        """Reference responses to each prompt."""
+        return int(self.references.m)
+
+    def ranks(self, responses: "Responses") -> tuple[np.ndarray, np.ndarray]:
+        """How many reference responses are below, and equal to, each response; [P, S] each."""
+        below, equal = bon_references.ranks(self.references, *_flat(responses))
+        shape = responses.rewards.shape
+        return np.asarray(below).reshape(shape), np.asarray(equal).reshape(shape)
+
     def density(self, responses: "Responses", n: float) -> tuple[np.ndarray, np.ndarray]:
-        """Estimated log(pi_bon / pi_ref) and log g of responses, float64 nats [P, S] each."""
+        """Estimated log(pi_bon / pi_ref) and log g of responses, float64 nats [P, S] each.
+
+        Of the ``interval`` estimator, the bias of order 1 / m is taken out.
+        """
         shape = responses.rewards.shape
         density = bon_references.density(
             self.references,
-            np.repeat(np.arange(shape[0]), shape[1]),
-            np.asarray(responses.rewards, np.float32).ravel(),
-            None if responses.order is None else responses.order.ravel(),
+            *_flat(responses),
             np.asarray(responses.log_ref, np.float32).ravel(),
             n,
             estimator=self.estimator,
         )
-        ratio, mass = density.log_ratio_B, density.log_mass_B
-        return np.asarray(ratio, float).reshape(shape), np.asarray(mass, float).reshape(shape)
+        mass = np.asarray(density.log_mass_B, float).reshape(shape)
+        if self.estimator == "interval" and self.m > 1:
+            return jackknife.log_ratio(*self.ranks(responses), self.m, n), mass
+        return np.asarray(density.log_ratio_B, float).reshape(shape), mass
+
+    def bon_parts(self) -> quantiles.Parts:
+        """What best-of-n itself has in each bin of F."""
+        table = self.references
+        return quantiles.best_of_n(table.rewards_PxM, self.n, kl_parts.EDGES, table.order_PxM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +94,16 @@ class Responses:
     length: np.ndarray
     kl: np.ndarray
     kl_k1: np.ndarray | None
+
+
+def _flat(responses: Responses) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Prompt, reward and place in the order of each response, [P * S] each."""
+    prompts, count = responses.rewards.shape
+    return (
+        np.repeat(np.arange(prompts), count),
+        np.asarray(responses.rewards, np.float32).ravel(),
+        None if responses.order is None else responses.order.ravel(),
+    )
 
 
 @partial(jax.jit, static_argnames=("config", "ref_config"))
@@ -191,20 +220,23 @@ def row(
 ) -> dict[str, Any]:
     """One row of evaluation.json.
 
-    kl_bon is the mean of KL(policy || ref) - log ratio, that is KL(policy || bon) by the
-    estimator of the yardstick, bon being best-of-n of the yardstick's n.
+    kl_bon is KL(policy || bon) by the estimator of the yardstick, bon being best-of-n of the
+    yardstick's n; it and its parts are explained in ``kl_parts``.
     """
     ratios, _ = yardstick.density(responses, yardstick.n)
+    below, equal = yardstick.ranks(responses)
+    spans = below / (yardstick.m + 1), (below + equal + 1) / (yardstick.m + 1)
+    kl_k1 = responses.kl if responses.kl_k1 is None else responses.kl_k1
     columns = _columns(responses, yardstick) | {
         "kl_ref": responses.kl,
         "kl_ref_k1": responses.kl_k1,
-        "kl_bon": responses.kl - ratios,
     }
     return {
         "policy": policy,
         "n": n,
         "temperature": yardstick.temperature,
         **_estimates(columns),
+        **kl_parts.parts(responses.kl, kl_k1, ratios, spans, yardstick.bon_parts()),
         "eos_rate": float(responses.finished.mean()),
         "length": float(responses.length.mean()),
         "responses_per_second": None if speed is None else speed[0],
@@ -221,7 +253,7 @@ def bon_row(
     from log g of the winner (log pi_ref without ties), which is also "kl_ref"; "kl_direct", the
     mean of the estimated log ratio. kl_bon is what the estimator says of best-of-n's distance to
     itself, 0 in truth: Beirami's KL less the direct one, where n is the yardstick's; null for any
-    other.
+    other, as its parts are for all.
     """
     weights = bon_pool.winner_weights(pool.rewards, n, pool.order)
     direct, log_mass = yardstick.density(pool, float(n))
@@ -239,6 +271,7 @@ def bon_row(
         "n": float(n),
         "temperature": yardstick.temperature,
         **estimates,
+        **dict.fromkeys(kl_parts.NAMES),
         "kl_bound": float(theory.kl_upper_bound(float(n))),
         "kl_beirami": estimates["kl_ref"],
         "eos_rate": float(bon_pool.best_mean(pool.finished, weights).mean()),

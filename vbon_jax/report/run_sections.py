@@ -22,31 +22,41 @@ from vbon_jax.report.page import (
     Section,
     Tables,
 )
-from vbon_jax.report.results import Results, policies_in_order, read_metrics, read_samples
+from vbon_jax.report.results import (
+    Results,
+    display_name,
+    policies_in_order,
+    read_metrics,
+    read_samples,
+)
 from vbon_jax.report.style import Looks, method_name
 from vbon_jax.report.sweep_tables import tabular_table
 from vbon_jax.report.table import Column, Table
-from vbon_jax.report.tables import exact_table, results_table
+from vbon_jax.report.tables import exact_table, kl_parts_table, results_table
 
 PROMPTS_SHOWN = 6
 EVALUATE = Missing("evaluate", "evaluate")
 
 
-def evaluation_table(rows: Sequence[dict[str, Any]], looks: Looks) -> Table:
+def evaluation_tables(rows: Sequence[dict[str, Any]], looks: Looks, prompts: str) -> Tables:
     """Returns the rows of ``evaluation.json`` with the names of the methods.
 
     Args:
         rows: The rows of a split.
         looks: The looks of the fine-tuned methods, by label.
+        prompts: What the captions call the split's prompts.
 
     Returns:
-        `results_table` with names for labels.
+        `results_table`, and `kl_parts_table` where there is one, with names for labels.
     """
-    table = results_table(rows)
-    named = [
-        (method_name(row["policy"], looks), *cells[1:]) for row, cells in zip(rows, table.rows)
-    ]
-    return replace(table, rows=tuple(named))
+    names = {display_name(row["policy"]): method_name(row["policy"], looks) for row in rows}
+    shown = []
+    for table in (results_table(rows), kl_parts_table(rows)):
+        if table is not None:
+            named = tuple((names[cells[0]], *cells[1:]) for cells in table.rows)
+            caption = table.caption.replace("Held-out prompts", prompts)
+            shown.append(replace(table, rows=named, caption=caption))
+    return Tables(tuple(shown))
 
 
 def this_run(results: Results) -> Section | Missing:
@@ -81,11 +91,13 @@ def this_run(results: Results) -> Section | Missing:
             )
         )
     blocks: list[Block] = [Paragraph(text) for text in run_sentence(rows, looks)]
-    blocks += [Tables((evaluation_table(rows, looks),)), Figures(tuple(shown), wide=True)]
+    blocks += [
+        evaluation_tables(rows, looks, "Held-out prompts"),
+        Figures(tuple(shown), wide=True),
+    ]
     if evaluation.get("ood"):
-        table = evaluation_table(evaluation["ood"], looks)
-        caption = table.caption.replace("Held-out prompts", "Out-of-distribution prompts")
-        blocks += [Heading("Out of distribution"), Tables((replace(table, caption=caption),))]
+        out = evaluation_tables(evaluation["ood"], looks, "Out-of-distribution prompts")
+        blocks += [Heading("Out of distribution"), out]
     return Section("run", "This run", tuple(blocks))
 
 

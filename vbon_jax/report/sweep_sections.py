@@ -19,7 +19,7 @@ from vbon_jax.report.page import (
     Tables,
 )
 from vbon_jax.report.results import Results, chosen
-from vbon_jax.report.run_sections import EVALUATE, evaluation_table
+from vbon_jax.report.run_sections import EVALUATE, evaluation_tables
 from vbon_jax.report.style import method_name
 from vbon_jax.report.tables import convergence_table
 
@@ -55,16 +55,17 @@ def results(results: Results) -> tuple[Section | Missing, ...]:
     blocks: list[Block] = []
     missing = []
     if results.evaluation is not None:
-        own = evaluation_table(results.evaluation["rows"], results.looks)
-        blocks += [Heading("This run's own policy"), Tables((own,))]
+        rows = results.evaluation["rows"]
+        own = evaluation_tables(rows, results.looks, "Held-out prompts")
+        blocks += [Heading("This run's own policy"), own]
     else:
         missing.append(EVALUATE)
     blocks.append(Heading("Every method of the sweep"))
     if results.n is not None:
         near = sweep_tables.matched_table(results.sweep, results.n, results.looks)
         blocks.append(Tables((near,)))
-    rows = sweep_tables.sweep_table(results.sweep, results.looks)
-    blocks.append(Folded(f"All {len(results.sweep)} rows of the sweep", Tables((rows,))))
+    every = sweep_tables.sweep_table(results.sweep, results.looks)
+    blocks.append(Folded(f"All {len(results.sweep)} rows of the sweep", Tables((every,))))
     return Section("results", "Results", tuple(blocks)), *missing
 
 

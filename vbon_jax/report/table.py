@@ -174,7 +174,8 @@ def markdown(table: Table) -> str:
         The lines of the table, each ended by a newline, with characters that Markdown would act on
         escaped.
     """
-    head = [escape_markdown(column.title.replace("\n", " ")) for column in table.columns]
+    titles = (column.title.replace("\n/", "/").replace("\n", " ") for column in table.columns)
+    head = [escape_markdown(title) for title in titles]
     rule = ["---" if column.align == "left" else "---:" for column in table.columns]
     cells = [[escape_markdown(cell) for cell in row] for row in table.rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *cells))

@@ -19,10 +19,10 @@ RESULTS_COLUMNS = (
     Column("T"),
     Column("reward"),
     Column("win rate"),
-    Column("KL(·‖ref), nats", narrow="KL(·‖ref),\nnats"),
-    Column("KL(·‖BoN), nats", narrow="KL(·‖\nBoN),\nnats"),
-    Column("responses/s", narrow="resp.\n/s"),
-    Column("tokens/s", narrow="tokens\n/s"),
+    Column("KL(·‖ref),\nnats"),
+    Column("KL(·‖BoN),\nnats"),
+    Column("responses\n/s", narrow="resp.\n/s"),
+    Column("tokens\n/s"),
 )
 EXACT_LABELS = {
     "kl_bon": "KL(policy‖BoN), nats",
@@ -88,7 +88,7 @@ def results_table(rows: Sequence[Row]) -> Table:
                 with_interval(value("reward"), value("reward_ci95")),
                 with_interval(value("win_rate"), value("win_rate_ci95")),
                 with_interval(value("kl_ref"), value("kl_ref_ci95")),
-                number(value("kl_bon")),
+                with_interval(value("kl_bon"), row.get("kl_bon_ci95")),
                 number(value("responses_per_second"), ",.1f"),
                 number(value("tokens_per_second"), ",.0f"),
             )
@@ -108,6 +108,55 @@ def results_table(rows: Sequence[Row]) -> Table:
             for at in range(1, len(rows))
             if rows[at]["temperature"] != rows[at - 1]["temperature"]
         ),
+    )
+
+
+def kl_parts_table(rows: Sequence[Row]) -> Table | None:
+    """Returns KL(policy || BoN) of each trained policy and its parts.
+
+    Args:
+        rows: The rows of a split, in the order of the file; those of an older file have no parts.
+
+    Returns:
+        The table, a group of rows for each policy and temperature; None where no row has parts.
+    """
+    cells: list[tuple[str, ...]] = []
+    rules = []
+    for row in rows:
+        if row["policy"] in ("reference", "bon") or row.get("kl_lost_by_quantile") is None:
+            continue
+        rules.append(len(cells))
+        head = (display_name(row["policy"]), number(row["n"], "g"), number(row["temperature"], "g"))
+        for name, key in (("KL(·‖BoN)", "kl_bon"), ("excess", "kl_excess"), ("lost", "kl_lost")):
+            cells.append((*head, name, with_interval(row[key], row[f"{key}_ci95"]), "", ""))
+        cells += [
+            (
+                *head,
+                f"lost, F {part['from']:g} to {part['to']:g}",
+                with_interval(part["lost"], part["lost_ci95"]),
+                f"{part['policy']:.1%}",
+                f"{part['bon']:.1%}",
+            )
+            for part in row["kl_lost_by_quantile"]
+        ]
+    if not cells:
+        return None
+    return Table(
+        columns=(
+            *RESULTS_COLUMNS[:3],
+            Column("part", "left"),
+            Column("nats"),
+            Column("its responses"),
+            Column("BoN's"),
+        ),
+        rows=tuple(cells),
+        title="KL to best-of-n and its parts (±: half the 95% interval)",
+        caption="KL(·‖BoN) is the sum of the excess, KL(·‖ref) - KL(BoN‖ref), and of what is lost, "
+        "the mean of log(BoN/ref) over BoN's responses less that over its own; the latter also by "
+        "F, the quantile of a response's reward under the reference, with the shares of responses "
+        "there. After ± half the 95% interval over prompts; nats per response.",
+        row_heads=4,
+        rules=tuple(rules[1:]),
     )
 
 

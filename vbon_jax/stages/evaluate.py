@@ -35,7 +35,7 @@ def run(run: Run) -> None:
 
     Where the run has out-of-distribution prompts, the same rows of these are under "ood".
     """
-    from vbon_jax.report import figures, tables
+    from vbon_jax.report import figures, table, tables
 
     s, workdir = run.config, run.workdir
     models = loading.models(run)
@@ -57,9 +57,13 @@ def run(run: Run) -> None:
         if split != "test":
             markdown += "\nOut of distribution:\n\n"
             console.print("Out of distribution:")
+        parts = tables.kl_parts_table(rows)
         markdown += f"{tables.markdown_table(rows)}\n{tables.bon_kls(rows)}\n"
         console.print(tables.results_table(rows))
         console.print(tables.bon_kls(rows), highlight=False)
+        if parts is not None:
+            markdown += f"{parts.caption}\n\n{table.markdown(parts)}\n"
+            console.print(parts)
     if enumerable(s) and policy is not None:
         world = enumerated(run, models.reference)
         result["exact"] = exact.figures(policy.model, models.reference.model, world, s.method.n)
