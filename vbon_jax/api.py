@@ -35,7 +35,7 @@ from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import TextFormat, TextReward
 from vbon_jax.sampling import samples as sampling
 from vbon_jax.sampling.sampler import Sampler, Sampling, named_key
-from vbon_jax.training import averages, loop, options
+from vbon_jax.training import loop, options, policies
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
 from vbon_jax.training.options import Lora, Memory, Offline, Train
@@ -334,7 +334,7 @@ def train(
         job = Job(record, method, training, sampler.model.config, len(samples.prompts))
         state, step = learning.single(job, task, member, samples.samples)
         state = loop.run(state, 0, step, loop.Schedule("train", job.iterations))
-        own = trainable.join(sampler.model.params, averages.policy(state.params))
+        own = trainable.join(sampler.model.params, policies.policy(state.params))
         config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
         model = dataclasses.replace(reference.model, config=config, params=own)
         return dataclasses.replace(reference, model=model).merged()

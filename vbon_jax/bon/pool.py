@@ -147,7 +147,7 @@ def quantiles(
       ValueError: as ``winner_weights`` does.
     """
     rewards_PxM = _pool(rewards_PxM)
-    places = _sort(rewards_PxM, order_PxM)
+    places = tie_groups(rewards_PxM, order_PxM)
     bounds = []
     for place_PxM in (places.low_PxM, places.high_PxM):
         bound_PxM = np.empty(rewards_PxM.shape)
@@ -180,6 +180,27 @@ def best_mean(values_PxM: ArrayLike, weights_PxM: ArrayLike) -> np.ndarray:
     return np.multiply(values_PxM, weights_PxM, out=np.zeros(values_PxM.shape), where=won_PxM).sum(
         1
     )
+
+
+def resample(rng: np.random.Generator, weights_PxM: ArrayLike, count: int) -> np.ndarray:
+    """Draws ``count`` columns a prompt in proportion to their weights, by systematic resampling.
+
+    Sample i comes floor(count w_i) or ceil(count w_i) times, count w_i in expectation: the noise of
+    independent draws, as of ``sample_winners``, is left out.
+
+    Args:
+      rng: source of randomness, one number a prompt.
+      weights_PxM: weights of the samples, from ``winner_weights``; each row sums to 1.
+      count: columns drawn for each prompt.
+
+    Returns:
+      int64 column indices [P, count], ascending.
+    """
+    cumulative_PxM = np.cumsum(np.asarray(weights_PxM, np.float64), axis=1)
+    prompts, m = cumulative_PxM.shape
+    at_PxC = (np.arange(count) + rng.random((prompts, 1))) / count
+    found = [np.searchsorted(row, at, side="right") for row, at in zip(cumulative_PxM, at_PxC)]
+    return np.minimum(np.array(found, np.int64), m - 1)  # the sums may round to just below 1
 
 
 def sample_winners(

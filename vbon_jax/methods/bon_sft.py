@@ -1,4 +1,8 @@
-"""Maximum likelihood on the winners of best-of-n among the stored samples (BoN-SFT)."""
+"""Maximum likelihood on best-of-n (BoN-SFT): the stored samples, each by its weight as the winner.
+
+The weights are those of the order statistics, so the loss is KL(best-of-n || policy) up to a
+constant, and nothing is left to the chance of which samples met in a draw of n.
+"""
 
 import dataclasses
 
@@ -34,9 +38,9 @@ def choose(
     settings: OfflineKeys,
     order_PxM: np.ndarray | None = None,
 ) -> offline.Choices:
-    """The best of n of each prompt's m samples, drawn ``offline.pairs`` times a prompt.
+    """``offline.pairs`` of each prompt's m samples, in proportion to their weights.
 
-    The n are drawn without replacement; tied rewards are broken at random, or by ``order_PxM``.
+    Sample i comes ``offline.pairs`` times its weight, rounded up or down at random.
 
     Raises:
       InputError: n or the number of pairs is one that m samples cannot serve.
@@ -46,15 +50,21 @@ def choose(
     offline.check_pairs(settings.pairs)
     offline.check_n("bon_sft", member.n, m, 1)
     rng = np.random.default_rng(member.seed)
-    best = pool.sample_winners(rng, rewards_PxM, int(member.n), settings.pairs, order_PxM)
-    return offline.examples(m, best, best, np.ones(best.shape))
+    weights = pool.winner_weights(rewards_PxM, int(member.n), order_PxM)
+    chosen = pool.resample(rng, weights, settings.pairs)
+    return offline.examples(m, chosen, chosen, np.ones(chosen.shape))
+
+
+def weights(rewards_PxM: np.ndarray, n: float, order_PxM: np.ndarray | None = None) -> np.ndarray:
+    """The probability of each stored sample to be the best of n, [P, M]."""
+    return pool.winner_weights(rewards_PxM, int(n), order_PxM)
 
 
 METHOD = Method(
     name="bon_sft",
     options=BoNSFT,
     from_config=lambda config: taken(BoNSFT, config.method),
-    learns=Offline(choose=choose),
+    learns=Offline(choose=choose, weights=weights),
     whole_n=True,
     series=(
         Series(

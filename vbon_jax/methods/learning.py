@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from vbon_jax import sharding
+from vbon_jax.bon.pool import resample
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
@@ -23,7 +24,7 @@ from vbon_jax.methods.base import Method, Offline, Online
 from vbon_jax.models import heads, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.sampling.sampler import named_key
-from vbon_jax.training import averages, loop, offline, population, state
+from vbon_jax.training import loop, offline, policies, population, state
 from vbon_jax.training.learner import Learner, Member, Program, prompt_length
 from vbon_jax.training.loop import Step, Task
 from vbon_jax.training.options import Lora, Memory, Train
@@ -33,6 +34,10 @@ from vbon_jax.training.ppo import Setup
 from vbon_jax.training.references import orders
 
 STEPS = 10  # gradient steps of an offline method between two looks at the host
+LOOKS = 20  # at the held-out prompts over a training that is judged by them
+PATIENCE = 3  # looks without a better one after which it ends
+LOOKED_AT = 16  # samples of each of these prompts
+MOST_HELD_OUT = 64  # prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +117,22 @@ class Job:
           InputError: a batch is larger than all pairs together.
         """
         o = self.training.offline
-        pairs = self.prompts * o.pairs
+        prompts = self.prompts - self.held_out
+        pairs = prompts * o.pairs
         if pairs < o.batch_size:
             raise InputError(
                 f"offline.batch_size={o.batch_size} is more than the {pairs} pairs of "
-                f"{self.prompts} prompts x offline.pairs={o.pairs}: lower it"
+                f"{prompts} prompts x offline.pairs={o.pairs}: lower it"
             )
         return o.epochs * (pairs // o.batch_size)
+
+    @property
+    def held_out(self) -> int:
+        """Prompts, the last ones, whose samples judge an offline method; 0 where none do."""
+        learns = self.method.learns
+        if isinstance(learns, Online) or learns.weights is None:
+            return 0
+        return min(self.prompts // 10, MOST_HELD_OUT)
 
     @property
     def steps_an_iteration(self) -> int:
@@ -158,7 +172,7 @@ class Job:
         each = self.steps_an_iteration
         update = self.method.learns.build(self.options, setup)
         if t.average_half_life:
-            update = averages.averaged(update, t.average_half_life)
+            update = policies.averaged(update, t.average_half_life)
         return Program(
             update,
             self.method.learns.sources,
@@ -187,11 +201,13 @@ class Job:
                 params["value"] = {"head": heads.init_value(self.config, key)}
             if network is not None:
                 params["value"] = jax.tree.map(lambda x: jnp.array(x, dtype), network)
-            fresh = state.create(params, tx, key)
-            if isinstance(learns, Online) and learns.anchor:  # the optimizer does not see it
+            fresh = state.create(params, tx, key)  # the optimizer does not see what is added here
+            if isinstance(learns, Online) and learns.anchor:
                 params = params | {"anchor": jax.tree.map(jnp.copy, params["decoder"])}
+            if self.held_out:
+                params = params | {policies.BEST: policies.unjudged(params["decoder"])}
             if isinstance(learns, Online) and training.train.average_half_life:
-                params = params | {averages.NAME: jax.tree.map(jnp.copy, params["decoder"])}
+                params = params | {policies.AVERAGE: jax.tree.map(jnp.copy, params["decoder"])}
             return fresh._replace(params=params)
 
         return make
@@ -298,8 +314,9 @@ class _Examples:
     def __init__(self, job: Job, chosen: Sequence[offline.Choices], members: Sequence[Member]):
         o = job.training.offline
         self._chosen, self._members = chosen, members
-        self._order = partial(offline.epoch_order, job.prompts * o.pairs, o.batch_size)
-        self._a_pass = job.prompts * o.pairs // o.batch_size
+        size = (job.prompts - job.held_out) * o.pairs
+        self._order = partial(offline.epoch_order, size, o.batch_size)
+        self._a_pass = size // o.batch_size
         self.width = min(STEPS, job.offline_steps)  # one program, also for the last pass
 
     def rows(self, member: int, step: int) -> offline.Choices:
@@ -309,6 +326,68 @@ class _Examples:
         orders = {int(e): self._order(int(e), seed) for e in set(at // a_pass)}
         examples = np.stack([orders[int(i // a_pass)][i % a_pass] for i in at])
         return offline.Choices(*(x[examples] for x in self._chosen[member]))
+
+
+class _Judge:
+    """Judges policies by KL(optimum || policy) on the samples of prompts they do not train on.
+
+    The samples are resampled by their weights, so that each counts the same: the mean over them of
+    log(m weight) + log pi_ref - log pi.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        shared: tuple[offline.Pool, Any],
+        rewards_PxM: np.ndarray,
+        order_PxM: np.ndarray | None,
+        log_ref_N: np.ndarray,
+        members: Sequence[Member],
+        at_once: int | None,
+    ):
+        """``shared``: the pool and the reference's decoder; ``at_once`` as of `_offline_step`."""
+        assert isinstance(job.method.learns, Offline) and job.method.learns.weights is not None
+        m, first = rewards_PxM.shape[1], len(rewards_PxM) - job.held_out
+        order = None if order_PxM is None else order_PxM[first:]
+        self._shared, self._alone = shared, at_once is None
+        self._every = max(1, job.iterations // LOOKS)
+        self._last = job.iterations - 1
+        rows, known = [], []
+        for member in members:
+            weights = job.method.learns.weights(rewards_PxM[first:], member.n, order)
+            columns = resample(np.random.default_rng(member.seed), weights, LOOKED_AT)
+            here = ((first + np.arange(job.held_out))[:, None] * m + columns).ravel()
+            ratio = np.log(m * np.take_along_axis(weights, columns, axis=1).ravel())
+            batch = job.training.offline.batch_size
+            shape = (-(-len(here) // batch), batch)  # the last is filled with the first again
+            rows.append(np.resize(here, shape))
+            known.append(np.mean(np.resize(ratio + log_ref_N[here], shape)))
+        of = partial(_judged, setup=job.offline_setup())
+        if at_once is None:
+            self._look: Callable[..., Any] = jax.jit(of, donate_argnums=1)
+            self._rows, self._known = rows[0].astype(np.int32), np.float32(known[0])
+            return
+        # The population's own way of going through its members.
+        self._look = population.over_members(of, jax.sharding.get_mesh(), at_once, donate=True)
+        self._rows, self._known = np.array(rows, np.int32), np.array(known, np.float32)
+
+    def __call__(self, state: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        """(the state with its best brought up to date, what to write) after ``step``."""
+        if (step + 1) % self._every and step != self._last:
+            return state, {}
+        state, kl, looks = self._look(self._shared, state, self._rows, self._known)
+        ended = bool(np.all(np.asarray(looks) >= PATIENCE))
+        return state, {"kl_held_out": np.asarray(kl).tolist(), "ended": ended}
+
+
+def _judged(
+    shared: Any, state: Any, rows: jax.Array, known: jax.Array, *, setup: offline.OfflineSetup
+) -> tuple[Any, jax.Array, jax.Array]:
+    """(state with its best, KL, looks since the best) of one policy."""
+    pool, base = shared
+    kl = known + offline.nll(state.params, pool, rows, base, setup=setup)
+    state = policies.judged(state, kl)
+    return state, kl, state.params[policies.BEST]["looks"]
 
 
 def _offline_step(
@@ -325,7 +404,9 @@ def _offline_step(
     m = task.references.rewards_PxM.shape[-1]
     rewards = sample_files.rewards(samples, m)
     order_PxM = orders(samples, m, task.sampler) if job.options.ties == "order" else None
-    chosen = [learns.choose(rewards, x, job.training.offline, order_PxM) for x in members]
+    kept = slice(len(rewards) - job.held_out)
+    order_of_kept = None if order_PxM is None else order_PxM[kept]
+    chosen = [learns.choose(rewards[kept], x, job.training.offline, order_of_kept) for x in members]
     weights = [
         learns.coefficients(x, float(-np.mean(log_ref[c.best_E])))
         for x, c in zip(members, chosen, strict=True)
@@ -351,6 +432,10 @@ def _offline_step(
         update = population.over_members(guarded, mesh, at_once, donate=True)
         scalars = sharding.place((betas, alphas), mesh, population.AXIS)
 
+    judge = None
+    if job.held_out:
+        judge = _Judge(job, (pool, base), rewards, order_PxM, log_ref, members, at_once)
+
     def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
         began = time.monotonic()
         rows = [examples.rows(i, step) for i in range(len(members))]
@@ -362,7 +447,13 @@ def _offline_step(
         state, metrics = update((pool, base), state, choices, *scalars)
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         values["learning_rate"] = float(schedule(step * examples.width))
+        words = f"loss {np.mean(values['loss']):.4f}"
+        if judge is not None:
+            state, found = judge(state, step)
+            values |= found
+            if "kl_held_out" in found:
+                words += f"  held out {np.mean(found['kl_held_out']):.3f} nats from BoN"
         values["seconds_update"] = time.monotonic() - began
-        return state, values, f"loss {np.mean(values['loss']):.4f}"
+        return state, values, words
 
     return one

@@ -10,7 +10,7 @@ from vbon_jax.models.hf import peft
 from vbon_jax.progress import log
 from vbon_jax.stages import loading
 from vbon_jax.stages.base import Run, Undone
-from vbon_jax.training import averages
+from vbon_jax.training import policies
 from vbon_jax.training.checkpoint import Checkpointer
 
 
@@ -38,7 +38,7 @@ def run(run: Run) -> None:
             "what there is",
             "train",
         )
-    own = averages.policy(restored[0].params)
+    own = policies.policy(restored[0].params)
     shutil.rmtree(run.workdir.policy, ignore_errors=True)  # perhaps of another form
     if s.export.form == "adapter":
         peft.save(

@@ -28,7 +28,7 @@ from vbon_jax.methods import Method, Series, learning
 from vbon_jax.progress import log
 from vbon_jax.stages import claims, evaluate, loading
 from vbon_jax.stages.base import Run
-from vbon_jax.training import averages, loop, population
+from vbon_jax.training import loop, policies, population
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
@@ -346,7 +346,7 @@ def _measure(run: Run, unit: Unit, place: Path, task: Task, state: Any, splits: 
     rate = test.speed(splits.models.reference, 1, True)[0]
 
     def policy(i: int) -> Any:
-        return loading.policy_of(reference, population.member(averages.policy(state.params), i))
+        return loading.policy_of(reference, population.member(policies.policy(state.params), i))
 
     def row(i: int, held: heldout.HeldOut, study: str) -> tuple[dict[str, Any], Any]:
         member = unit.members[i]

@@ -79,7 +79,8 @@ class Record:
     folder: Path = Path()
 
 
-# (state, step) -> (state one step on, what to write, a few words for the progress line)
+# (state, step) -> (state one step on, what to write, a few words for the progress line). "ended"
+# among what to write, which then is not written, says that no further step is to be taken.
 Step = Callable[[Any, int], tuple[Any, dict[str, Any], str]]
 
 
@@ -119,18 +120,22 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
                 stop.take()
                 return _End(schedule, record, report, error.signum).inside(state, step, start)
             trace.end(step + 1)
+            ended = bool(values.pop("ended", False))
             if record is not None:
                 record.writer.write(step + 1, values)
             _refuse_not_finite(values, step + 1, record, restored=step == start > 0)
             report.update(step + 1, words)
-            last = step + 1 == schedule.iterations
-            due = last or (step + 1) % schedule.checkpoint_every == 0 or stop.signum is not None
+            # What has ended is saved as the last iteration: a run that goes on finds it complete.
+            done = schedule.iterations if ended else step + 1
+            last = done == schedule.iterations
+            due = last or done % schedule.checkpoint_every == 0 or stop.signum is not None
             if record is not None and due:
-                record.checkpointer.save(step + 1, state, {**record.metadata, "step": step + 1})
+                record.checkpointer.save(done, state, {**record.metadata, "step": done})
             signum = stop.take()
-            if signum is None:
-                continue
-            return _End(schedule, record, report, signum).after(state, step + 1)
+            if signum is not None:
+                return _End(schedule, record, report, signum).after(state, step + 1)
+            if ended:
+                break
         if record is not None:
             record.checkpointer.wait()
     return state

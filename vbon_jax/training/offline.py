@@ -355,12 +355,42 @@ def steps(
         info["grad_norm"] = optax.tree.norm(grads)
         return (optax.apply_updates(params, updates), opt_state), info
 
+    trained = {"decoder": state.params["decoder"]}
     with jax.named_scope("offline"):
-        (params, opt_state), info = jax.lax.scan(
-            gradient_step, (state.params, state.opt_state), choices_SxB
+        (trained, opt_state), info = jax.lax.scan(
+            gradient_step, (trained, state.opt_state), choices_SxB
         )
     metrics = {name: jnp.mean(value) for name, value in info.items()}
     metrics["grad_norm"] = jnp.max(info["grad_norm"])
     done = state.step + choices_SxB.best_E.shape[0]
+    params = state.params | trained
     # Left to the compiler, small leaves drift from the table, and the next call compiles anew.
     return sharding.constrain(TrainState(done, params, opt_state, state.key), ""), metrics
+
+
+def nll(
+    params: Any, pool: Pool, rows_LxB: jax.Array, base: Any = None, *, setup: OfflineSetup
+) -> jax.Array:
+    """Mean -log policy of rows of the pool, nats a response, B rows a forward.
+
+    Args:
+      params: {"decoder": ...}, as in `loss`.
+      pool: the samples.
+      rows_LxB: int32 rows of the pool.
+      base: as in `loss`.
+      setup: what is static.
+
+    Returns:
+      float32 scalar.
+    """
+    policy = params["decoder"] if base is None else trainable.join(base, params["decoder"])
+
+    def of_batch(rows_B: jax.Array) -> jax.Array:
+        batch = sharding.constrain(jax.tree.map(lambda x: jnp.asarray(x)[rows_B], pool), "batch")
+        log_policy_B = log_prob(
+            {"decoder": policy}, batch.tokens_NxS, batch.mask_NxS, batch.response_mask_NxT,
+            config=setup.config, temperature=pool.temperature, chunk=setup.chunk,
+        )  # fmt: skip
+        return -jnp.mean(log_policy_B)
+
+    return jnp.mean(jax.lax.map(of_batch, rows_LxB))
