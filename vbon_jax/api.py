@@ -25,7 +25,7 @@ from vbon_jax.data.sources import chat as chats
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import heldout
 from vbon_jax.evaluation.heldout import Models, Protocol
-from vbon_jax.methods import learning
+from vbon_jax.methods import learning, starting
 from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.hf import hub, tokenizers
@@ -332,7 +332,14 @@ def train(
         scorer: Any = None if reward is None else _reward(reward, sampler)  # None: it is not asked
         task = Task(samples.prompts, table, scorer, sampler)
         job = Job(record, method, training, sampler.model.config, len(samples.prompts))
+        begin, start = starting.job(job), None
+        if begin is not None:
+            state, step = learning.single(begin, task, member, samples.samples)
+            schedule = loop.Schedule("start", begin.iterations, whole=True)
+            start = starting.policy(loop.run(state, 0, step, schedule))
         state, step = learning.single(job, task, member, samples.samples)
+        if start is not None:
+            state = starting.begun(state, start)
         state = loop.run(state, 0, step, loop.Schedule("train", job.iterations))
         own = trainable.join(sampler.model.params, policies.policy(state.params))
         config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)

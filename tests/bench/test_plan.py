@@ -11,7 +11,7 @@ from rich.console import Console
 import vbon_jax as vbon
 from vbon_jax.bench import plan as bench
 from vbon_jax.models.config import DecoderConfig
-from vbon_jax.stages import train
+from vbon_jax.training import loop
 
 MODEL = DecoderConfig(vocab_size=512, positions=64, layers=1, width=32, heads=4, mlp_width=64)
 DPO = (
@@ -67,7 +67,7 @@ def test_the_peak_while_a_checkpoint_is_saved_is_told_apart(root, monkeypatch):
             super().save(step, state, metadata)
 
     monkeypatch.setattr(bench, "Checkpointer", Heavy)
-    monkeypatch.setattr(train, "Checkpointer", train.Checkpointer)  # put back at the end
+    monkeypatch.setattr(loop, "Checkpointer", loop.Checkpointer)  # put back at the end
     peaks = bench._train_here(root, bench.flags(root, bench.Setting(DPO)))
     assert saved == [1]  # in the second run, which is the measured one
     assert peaks.keys() == {"measured", "measured_saving"}

@@ -35,8 +35,9 @@ from vbon_jax.bench import load
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.models import decoder, heads, hf
 from vbon_jax.models.config import DecoderConfig
-from vbon_jax.stages import STAGES, base, plan, train
+from vbon_jax.stages import STAGES, base, plan
 from vbon_jax.stages.workdir import Workdir
+from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
 
 CONFIG = "configs/reviews.py"
@@ -225,7 +226,7 @@ def _train_here(root: Path, line: list[str]) -> dict[str, Any]:
             super().save(step, state, metadata)
             peaks["measured_saving"] = load.resident_bytes("VmHWM") - before
 
-    train.Checkpointer = Marked  # type: ignore[misc]
+    loop.Checkpointer = Marked  # type: ignore[misc]
     load.reset_peak()
     base.perform(run, STAGES["train"], again=False)
     return peaks

@@ -365,7 +365,7 @@ class _Judge:
         of = partial(_judged, setup=job.offline_setup())
         if at_once is None:
             self._look: Callable[..., Any] = jax.jit(of, donate_argnums=1)
-            self._rows, self._known = rows[0].astype(np.int32), np.float32(known[0])
+            self._rows, self._known = rows[0].astype(np.int32), np.array(known[0], np.float32)
             return
         # The population's own way of going through its members.
         self._look = population.over_members(of, jax.sharding.get_mesh(), at_once, donate=True)

@@ -50,7 +50,8 @@ _STAGES = (
         ),
         after=("sample",),
         leaves=("checkpoints/train",),
-        logs=("metrics.jsonl",),
+        scratch=("checkpoints/start",),
+        logs=("metrics.jsonl", "start/metrics.jsonl"),
     ),
     Stage(
         "export",

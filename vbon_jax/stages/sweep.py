@@ -24,15 +24,13 @@ from vbon_jax.data import jsonl
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import writing
 from vbon_jax.evaluation import exact, heldout
-from vbon_jax.methods import Method, Series, learning
+from vbon_jax.methods import Method, Series, learning, starting
 from vbon_jax.progress import log
 from vbon_jax.stages import claims, evaluate, loading
 from vbon_jax.stages.base import Run
 from vbon_jax.training import loop, policies, population
-from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
-from vbon_jax.training.metrics import MetricsWriter
 from vbon_jax.training.references import references
 
 POLL_SECONDS = 5.0  # between looks at units that other workers hold
@@ -310,26 +308,22 @@ def _work(
         unit.method, unit.options, _training(s, unit.series), config, len(task.prompts), value
     )
     members = population.padded(unit.members, run.mesh)
-    state, step = learning.many(job, task, members, samples, s.sweep.at_once)
-    step = _while_held(step, claim)
-    total = job.iterations
-    checkpointer = Checkpointer(place / "checkpoints", keep=1)
-    try:
-        restored = checkpointer.restore(state)
-        start = checkpointer.latest_step or 0  # now that what is damaged is set aside
-        if restored is not None:
-            state = restored[0]
-            log(f"sweep: {unit.name} goes on after iteration {start} of {total}")
-        writer = MetricsWriter(place, start)
-        try:
-            title = f"{unit.name} x{len(unit.members)}"
-            schedule = loop.Schedule(title, total, min(s.train.checkpoint_every, total))
-            record = loop.Record(checkpointer, writer, {"unit": unit.name})
-            state = loop.run(state, start, step, schedule, record)
-        finally:
-            writer.close()
-    finally:
-        checkpointer.close()
+    title = f"{unit.name} x{len(unit.members)}"
+
+    def trained(of: learning.Job, title: str, folder: Path, own: Any = None) -> Any:
+        state, step = learning.many(of, task, members, samples, s.sweep.at_once)
+        total = of.iterations
+        return loop.resume(
+            state if own is None else starting.begun(state, own),
+            _while_held(step, claim),
+            loop.Schedule(title, total, min(s.train.checkpoint_every, total)),
+            loop.Place(folder / "checkpoints", folder, 1, {"unit": unit.name}),
+        )
+
+    begin, own = starting.job(job), None
+    if begin is not None:
+        own = starting.policy(trained(begin, f"start of {title}", place / "start"))
+    state = trained(job, title, place, own)
     _measure(run, unit, place, task, state, splits)
 
 

@@ -2,38 +2,38 @@
 
 from vbon_jax import methods
 from vbon_jax.config import as_dict
-from vbon_jax.methods import learning
+from vbon_jax.methods import learning, starting
 from vbon_jax.progress import log
 from vbon_jax.stages import loading
 from vbon_jax.stages.base import Run
 from vbon_jax.training import loop
-from vbon_jax.training.checkpoint import Checkpointer
-from vbon_jax.training.metrics import MetricsWriter
 
 
 def run(run: Run) -> None:
-    """Trains from the newest checkpoint, if there is one."""
+    """Trains from the newest checkpoint, if there is one; first what the policy starts from."""
     s, workdir = run.config, run.workdir
     if s.method.name == methods.BEST_OF_N:
         log("train: best-of-n itself (method.name=bon) trains nothing")
         return
     task, samples = loading.task(run, s.method.estimator)
-    job = loading.job(run, task.sampler.model.config, len(task.prompts))
-    state, step = learning.single(job, task, loading.member(s), samples)
-    total = job.iterations
-    checkpointer = Checkpointer(workdir.checkpoints("train"), s.train.keep)
-    try:
-        restored = checkpointer.restore(state)
-        start = checkpointer.latest_step or 0  # now that what is damaged is set aside
-        if restored is not None:
-            state = restored[0]
-            log(f"train: going on after iteration {start} of {total}")
-        writer = MetricsWriter(workdir.root, start, loading.wandb_arguments(run))
-        try:
-            schedule = loop.Schedule("train", total, s.train.checkpoint_every, run.profile)
-            record = loop.Record(checkpointer, writer, {"config": as_dict(s)}, workdir.root)
-            loop.run(state, start, step, schedule, record)
-        finally:
-            writer.close()
-    finally:
-        checkpointer.close()
+    job, member = loading.job(run, task.sampler.model.config, len(task.prompts)), loading.member(s)
+    begin, every = starting.job(job), s.train.checkpoint_every
+    policy = None
+    if begin is not None:
+        found = loop.resume(
+            *learning.single(begin, task, member, samples),
+            loop.Schedule("start", begin.iterations, every),
+            loop.Place(workdir.checkpoints("start"), workdir.start, 1, {}),
+        )
+        policy = starting.policy(found)
+        del found
+    state, step = learning.single(job, task, member, samples)
+    loop.resume(
+        state if policy is None else starting.begun(state, policy),
+        step,
+        loop.Schedule("train", job.iterations, every, run.profile),
+        loop.Place(
+            workdir.checkpoints("train"), workdir.root, s.train.keep, {"config": as_dict(s)},
+            loading.wandb_arguments(run),
+        ),
+    )  # fmt: skip

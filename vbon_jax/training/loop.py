@@ -14,7 +14,7 @@ import numpy as np
 
 from vbon_jax.bon.references import References
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.errors import InputError
+from vbon_jax.errors import InputError, writing
 from vbon_jax.progress import Reporter, log, reporting
 from vbon_jax.rewards.base import Reward
 from vbon_jax.sampling.sampler import Request, Sampler
@@ -54,12 +54,15 @@ class Schedule:
       iterations: passes of the loop.
       checkpoint_every: iterations between checkpoints.
       profile: iterations to trace, (first, last), counted from 1; None for none.
+      whole: whether what was learned so far is no result: without a record, Ctrl-C is then an
+        error.
     """
 
     title: str
     iterations: int
     checkpoint_every: int = 1
     profile: tuple[int, int] | None = None
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,25 @@ class Record:
     writer: MetricsWriter
     metadata: dict[str, Any]
     folder: Path = Path()
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Folders of a loop that goes on after it was cut.
+
+    Attributes:
+      checkpoints: folder of its checkpoints.
+      metrics: folder of ``metrics.jsonl`` and of what else tells of its course.
+      keep: newest checkpoints that stay.
+      metadata: JSON saved with every checkpoint.
+      wandb: arguments of ``wandb.init``; None for no Weights & Biases.
+    """
+
+    checkpoints: Path
+    metrics: Path
+    keep: int
+    metadata: dict[str, Any]
+    wandb: dict[str, Any] | None = None
 
 
 # (state, step) -> (state one step on, what to write, a few words for the progress line). "ended"
@@ -141,6 +163,42 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
     return state
 
 
+def resume(state: Any, one: Step, schedule: Schedule, place: Place) -> Any:
+    """`run` from the newest whole checkpoint in ``place``, or from the first state.
+
+    Args:
+      state: the first one; its layout is that of the checkpoints.
+      one: as for `run`.
+      schedule: likewise.
+      place: where checkpoints and metrics lie.
+
+    Returns:
+      The final state.
+
+    Raises:
+      Stopped: as `run`.
+      InputError: as `run`; or a checkpoint is of another shape.
+    """
+    checkpointer = Checkpointer(place.checkpoints, place.keep)
+    try:
+        restored = checkpointer.restore(state)
+        start = checkpointer.latest_step or 0  # now that what is damaged is set aside
+        if restored is not None:
+            state = restored[0]
+            if start < schedule.iterations:
+                log(f"{schedule.title}: going on after iteration {start} of {schedule.iterations}")
+        with writing(place.metrics):
+            place.metrics.mkdir(parents=True, exist_ok=True)
+        writer = MetricsWriter(place.metrics, start, place.wandb)
+        try:
+            record = Record(checkpointer, writer, place.metadata, place.metrics)
+            return run(state, start, one, schedule, record)
+        finally:
+            writer.close()
+    finally:
+        checkpointer.close()
+
+
 class _Trace:
     """A JAX profiler trace of some iterations, written below ``folder``."""
 
@@ -185,7 +243,7 @@ class _End:
     def after(self, state: Any, step: int) -> Any:
         """Ends after ``step``, whose state is saved: raises Stopped, or returns the state."""
         total = self.schedule.iterations
-        if self.record is None and self.signum == signal.SIGINT:
+        if self.record is None and self.signum == signal.SIGINT and not self.schedule.whole:
             self.report.say(
                 f"{self.schedule.title}: stopped after iteration {step} of {total}; the result is "
                 "what was learned so far"

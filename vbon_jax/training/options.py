@@ -10,6 +10,8 @@ from vbon_jax.models.config import DTYPES, REMAT
 
 LABELS = ("hard", "soft")  # of dpo's pairs
 BASELINES = ("value", "group", "both")
+REFERENCE = "reference"
+STARTS = (REFERENCE, "weighted")
 # Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
 MOST_ROWS = Size(4_000_000)  # of a batch, or of what is drawn for a prompt
 MOST_TOKENS = Size(4_000_000)
@@ -34,6 +36,10 @@ class Fit:
 class Train:
     """Training of the policy; the online methods' hyperparameters of PPO."""
 
+    start: str = key(REFERENCE, "Policy that an online method begins with: reference; weighted, "
+                     "maximum likelihood on the stored samples by their weights as best-of-n's "
+                     "winner, as bon_sft trains it under the keys of `offline`.",
+                     choices=STARTS)  # fmt: skip
     iterations: int = key(150, "Rollout batches to train on; training episodes are iterations x "
                           "batch_size.", least=1, most=100_000_000)  # fmt: skip
     batch_size: int = key(128, "Responses per rollout.", least=1, most=MOST_ROWS)
