@@ -1,7 +1,7 @@
 """Where an online method starts from: the reference, or a policy learned from the stored samples.
 
-The m scored samples a prompt that log F is estimated from are on-policy rollouts for the first steps
-of a policy, which so need no new ones.
+The m scored samples a prompt that log F is estimated from are on-policy rollouts for the first
+steps of a policy, which so need no new ones.
 """
 
 import dataclasses
