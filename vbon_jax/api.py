@@ -340,6 +340,7 @@ def train(
         state, step = learning.single(job, task, member, samples.samples)
         if start is not None:
             state = starting.begun(state, start)
+        state = starting.valued(state, job, task, [member], samples.samples)
         state = loop.run(state, 0, step, loop.Schedule("train", job.iterations))
         own = trainable.join(sampler.model.params, policies.policy(state.params))
         config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
@@ -358,7 +359,7 @@ def _training(
             f"{unknown[0]}={settings[unknown[0]]!r}: {record.name} has no such setting; it has "
             + ", ".join(sorted(names))
         )
-    if settings.get("value_network", "head") != "head":
+    if settings.get("value_network", "head") == "reward":
         raise InputError("value_network='reward' needs a run: vbon run --config=...; set 'head'")
     own = cls(**settings)
     keys.check(own)

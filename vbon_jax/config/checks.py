@@ -133,7 +133,7 @@ def _check_training(c: Config) -> None:
         f"memory.accumulate={c.memory.accumulate}: {name} is trained without microbatches; set 1",
     )
     _require(
-        c.train.value_network == "head" or not c.reward.function,
+        c.train.value_network != "reward" or not c.reward.function,
         f"train.value_network=reward starts from a reward model, but reward.function="
         f"{c.reward.function!r} is none: set train.value_network=head",
     )

@@ -68,14 +68,15 @@ class Online:
 
     Attributes:
       build: (options, setup) -> the update, a pure function: (state, reference params, scored
-        rollouts, references, n, beta) -> (state, metrics). ``setup`` has everything static but what
-        the options say.
+        rollouts, references, n, beta) -> (state, metrics). ``setup`` has everything static.
       iteration: (learner, state, step) -> (state, metrics): roll out, score, update.
       sources: the entries of the state's params that respond to each prompt, in order.
       values: whether it learns a value function beside the policy.
       anchor: whether its state holds a moving copy of the policy, "anchor".
       microbatches: whether its update can go by microbatches (`memory.accumulate`).
       passes: training options -> gradient passes over a rollout.
+      objective: options -> that of ``bon.distribution`` whose sequence reward it maximises; ""
+        where it has none of these.
     """
 
     build: Callable[[Any, Setup], Update]
@@ -85,6 +86,7 @@ class Online:
     anchor: bool = False
     microbatches: bool = True
     passes: Callable[[Train], int] = lambda train: train.ppo_epochs
+    objective: Callable[[Any], str] = lambda options: ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,11 +35,9 @@ METHOD = Method(
     options=BOND,
     from_config=lambda config: taken(BOND, config.method),
     learns=Online(
-        build=lambda options, setup: partial(
-            vbon.update,
-            setup=dataclasses.replace(setup, objective="backward", estimator=options.estimator),
-        ),
+        build=lambda options, setup: partial(vbon.update, setup=setup),
         iteration=vbon.iteration,
+        objective=lambda options: "backward",
     ),
     when=lambda config: config.bond.form == "backward",
     check_n=check_n,

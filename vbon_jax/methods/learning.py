@@ -23,11 +23,12 @@ from vbon_jax.errors import InputError
 from vbon_jax.methods.base import Method, Offline, Online
 from vbon_jax.models import heads, trainable
 from vbon_jax.models.decoder import DecoderConfig
+from vbon_jax.rl import prefix
 from vbon_jax.sampling.sampler import named_key
 from vbon_jax.training import loop, offline, policies, population, state
 from vbon_jax.training.learner import Learner, Member, Program, prompt_length
 from vbon_jax.training.loop import Step, Task
-from vbon_jax.training.options import Lora, Memory, Train
+from vbon_jax.training.options import PREFIX, Lora, Memory, Train
 from vbon_jax.training.options import Offline as OfflineKeys
 from vbon_jax.training.population import PopulationLearner
 from vbon_jax.training.ppo import Setup
@@ -127,6 +128,17 @@ class Job:
         return o.epochs * (pairs // o.batch_size)
 
     @property
+    def objective(self) -> str:
+        """Whose sequence reward an online method maximises; see ``methods.base.Online``."""
+        assert isinstance(self.method.learns, Online)
+        return self.method.learns.objective(self.options)
+
+    @property
+    def reads_prefixes(self) -> bool:
+        """Whether its values are those of a table by the rewards of prefixes."""
+        return self.method.values and self.training.train.value_network == PREFIX
+
+    @property
     def held_out(self) -> int:
         """Prompts, the last ones, whose samples judge an offline method; 0 where none do."""
         learns = self.method.learns
@@ -166,8 +178,8 @@ class Job:
         assert isinstance(self.method.learns, Online)
         t, schedule = self.training.train, self.schedule
         setup = Setup(
-            self.config, self.optimizer, t, self.training.memory,
-            value_config=None if self.value is None else self.value.config,
+            self.config, self.optimizer, t, self.training.memory, self.objective,
+            self.options.estimator, None if self.value is None else self.value.config,
         )  # fmt: skip
         each = self.steps_an_iteration
         update = self.method.learns.build(self.options, setup)
@@ -179,6 +191,7 @@ class Job:
             t.batch_size,
             lambda step: float(schedule(step * each)),
             t.group,
+            prefixes=self.reads_prefixes,
         )
 
     def offline_setup(self) -> offline.OfflineSetup:
@@ -197,13 +210,15 @@ class Job:
 
         def make(base: Any, network: Any, key: jax.Array) -> state.TrainState:
             params: dict[str, Any] = {"decoder": trainable.start(base, what, key, dtype)}
-            if values:
+            if values and not self.reads_prefixes:
                 params["value"] = {"head": heads.init_value(self.config, key)}
             if network is not None:
                 params["value"] = jax.tree.map(lambda x: jnp.array(x, dtype), network)
             fresh = state.create(params, tx, key)  # the optimizer does not see what is added here
             if isinstance(learns, Online) and learns.anchor:
                 params = params | {"anchor": jax.tree.map(jnp.copy, params["decoder"])}
+            if self.reads_prefixes:
+                params = params | {"prefix": prefix.empty()}
             if self.held_out:
                 params = params | {policies.BEST: policies.unjudged(params["decoder"])}
             if isinstance(learns, Online) and training.train.average_half_life:

@@ -34,11 +34,9 @@ METHOD = Method(
     options=PPO,
     from_config=lambda config: taken(PPO, config.method),
     learns=Online(
-        build=lambda options, setup: partial(
-            vbon.update,
-            setup=dataclasses.replace(setup, objective="reward", estimator=options.estimator),
-        ),
+        build=lambda options, setup: partial(vbon.update, setup=setup),
         iteration=vbon.iteration,
+        objective=lambda options: "reward",
     ),
     series=(
         Series(

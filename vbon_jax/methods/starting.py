@@ -1,21 +1,36 @@
-"""Where an online method starts from: the reference, or a policy learned from the stored samples.
+"""Where an online method starts from: its policy and its values, both from the stored samples.
 
 The m scored samples a prompt that log F is estimated from are on-policy rollouts for the first
 steps of a policy, which so need no new ones.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vbon_jax import sharding
+from vbon_jax.bon.pool import resample, winner_weights
+from vbon_jax.data import samples as sample_files
+from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
-from vbon_jax.methods import bon_sft
+from vbon_jax.methods import bon_sft, vbon
 from vbon_jax.methods.learning import Job
-from vbon_jax.training import policies
+from vbon_jax.progress import log
+from vbon_jax.rl import prefix
+from vbon_jax.rl.ppo import explained_variance
+from vbon_jax.sampling.decode import Rollout
+from vbon_jax.sampling.sampler import Prompts, ScoredRollout, pad_left
+from vbon_jax.training import offline, policies, population
+from vbon_jax.training.learner import Member, prompt_length
+from vbon_jax.training.loop import Task
 from vbon_jax.training.options import REFERENCE
 from vbon_jax.training.state import TrainState
+
+STORED = 2_048  # samples, at least, that the values of prefixes are learned from
 
 
 def job(online: Job) -> Job | None:
@@ -51,3 +66,90 @@ def begun(fresh: TrainState, own: Any) -> TrainState:
         if name in fresh.params
     }
     return fresh._replace(params=fresh.params | copies)
+
+
+def valued(
+    fresh: TrainState,
+    job: Job,
+    task: Task,
+    members: Sequence[Member],
+    samples: Sequence[PromptSamples],
+) -> TrainState:
+    """A first state, of one policy or of a population, whose values know the stored samples.
+
+    These are rollouts of the policy's first steps: some of each prompt, at random, or where the
+    policy starts as best-of-n of them, in proportion to their weights as its winner. A line says
+    what share of the returns' variance the values explain on the last tenth of the prompts, before
+    they learn from these too. Only values of prefixes are learned so; see ``rl.prefix``.
+    """
+    if not job.reads_prefixes:
+        return fresh
+    tables = [_values(job, task, i, member, samples) for i, member in enumerate(members)]
+    alone = fresh.step.ndim == 0
+    table = tables[0] if alone else jax.tree.map(lambda *x: jnp.stack(x), *tables)
+    placed = sharding.place(table, task.sampler.mesh, "" if alone else population.AXIS)
+    return fresh._replace(params=fresh.params | {"prefix": placed})
+
+
+def _values(
+    job: Job, task: Task, i: int, member: Member, samples: Sequence[PromptSamples]
+) -> prefix.Table:
+    """Mean returns of stored samples by the rank of their prefixes' rewards, of member i."""
+    table = task.references
+    if table.rewards_PxM.ndim == 3:
+        table = jax.tree.map(lambda x: x[i], table)
+    rewards = sample_files.rewards(samples, member.m)
+    weights = np.full(rewards.shape, 1 / member.m)
+    if job.training.train.start != REFERENCE:
+        weights = winner_weights(rewards, int(member.n))
+    each = -(-STORED // len(rewards))
+    columns = resample(np.random.default_rng(member.seed), weights, each)
+    batch, log_ref_B = _stored(job, task, samples, columns, rewards)
+    density = vbon.best_of_n_density(table, batch, log_ref_B, member.n, job.options.estimator)
+    target = vbon.objective(
+        job.objective, density, batch.reward_B, jnp.float32(member.n), jnp.float32(member.beta)
+    )
+    mask, ranks = batch.rollout.mask_BxT, vbon.prefix_ranks(table, batch)
+    returns = jnp.broadcast_to(target.sequence_reward_B[:, None], ranks.shape)
+    held = np.asarray(batch.row_B) >= len(rewards) - len(rewards) // 10
+    learned = prefix.updated(prefix.empty(), ranks, returns, mask & ~held[:, None], 1.0)
+    if held.any():
+        share = explained_variance(prefix.values(learned, ranks), returns, mask & held[:, None])
+        log(f"values of prefixes explain {float(share):.2f} of the variance on held-out prompts")
+    return prefix.updated(learned, ranks, returns, mask & held[:, None], 1.0)
+
+
+def _stored(
+    job: Job,
+    task: Task,
+    samples: Sequence[PromptSamples],
+    columns: np.ndarray,
+    rewards: np.ndarray,
+) -> tuple[ScoredRollout, np.ndarray]:
+    """Stored samples as a rollout, [P, each] ``columns`` of them, and their log pi_ref."""
+    sampler, T = task.sampler, task.sampler.settings.max_new_tokens
+    pad_id, row_B = sampler.settings.pad_id, np.repeat(np.arange(len(columns)), columns.shape[1])
+    asked = [task.prompts[row] for row in row_B]
+    prompts = pad_left([p.tokens for p in asked], prompt_length(task), pad_id)
+    tokens, mask = np.full((len(asked), T), pad_id, np.int32), np.zeros((len(asked), T), bool)
+    for b, (prompt, row, column) in enumerate(zip(asked, row_B, columns.ravel(), strict=True)):
+        ids = sampler.stored_ids(samples[row], int(column), prompt.tokens)[:T]
+        tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+    stored = [x.log_probs for x in samples if x.log_probs and x.response_tokens]
+    if len(stored) == len(samples):
+        log_ref_B = np.array([stored[r][c] for r, c in zip(row_B, columns.ravel())], np.float32)
+    else:  # encoded texts may have other ids than were sampled
+        log_ref_B = offline.log_ref(
+            task.reference, np.concatenate([prompts.tokens_BxP, tokens], axis=1),
+            np.concatenate([prompts.mask_BxP, mask], axis=1), mask, job.training.score_batch,
+            config=job.config, temperature=sampler.settings.temperature,
+        )  # fmt: skip
+    found = sampler.prefix_rewards(task.reward, asked, Prompts(*prompts), tokens, mask)
+    none = jnp.zeros(len(asked), bool)
+    rollout = Rollout(jnp.array(tokens), jnp.array(mask), jnp.zeros(mask.shape), none)
+    batch = ScoredRollout(
+        prompts.tokens_BxP, prompts.mask_BxP, rollout,
+        np.take_along_axis(rewards, columns, axis=1).ravel().astype(np.float32), row_B,
+        sampler.settings.temperature, found,
+    )  # fmt: skip
+    return batch, log_ref_B

@@ -18,10 +18,12 @@ from vbon_jax.methods.base import (
     Series,
     taken,
 )
+from vbon_jax.rl import prefix
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import ppo
 from vbon_jax.training.state import TrainState
 
+KEEP = 0.8  # of the returns of earlier iterations, each iteration, in the values of prefixes
 OBJECTIVES = ("exact", "lower_bound", "jensen_bound")
 
 
@@ -81,11 +83,25 @@ def update(
     (batch,) = scored
     found = ppo.score(state.params, ref_params, batch, setup)  # log pi, log pi_ref and values
     density = best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)  # log F
+    ranks = None if batch.prefix_reward_BxT is None else prefix_ranks(table, batch)
+    if ranks is not None:
+        found = found._replace(values_BxT=prefix.values(state.params["prefix"], ranks))
     target = objective(setup.objective, density, batch.reward_B, n, beta)
     experience, metrics = ppo.advantages(found, batch, target, setup)
     metrics["kl_bon"] = found.kl_ref - jnp.mean(density.log_ratio_B)
     state, info = ppo.epochs(state, ref_params, experience, setup)
+    if ranks is not None:
+        seen = prefix.updated(
+            state.params["prefix"], ranks, experience.returns_BxT, batch.rollout.mask_BxT, KEEP
+        )
+        state = state._replace(params=state.params | {"prefix": seen})
     return state, metrics | info
+
+
+def prefix_ranks(table: References, batch: ScoredRollout) -> jax.Array:
+    """The rank in [0, 1] of the reward of each prefix among the prompt's reference rewards."""
+    below, equal = lf.reference_ranks(table.rewards_PxM[batch.row_B], batch.prefix_reward_BxT)
+    return (below + 0.5 * equal) / table.m
 
 
 def best_of_n_density(
@@ -139,13 +155,9 @@ METHOD = Method(
     options=VBoN,
     from_config=lambda config: taken(VBoN, config.method),
     learns=Online(
-        build=lambda options, setup: partial(
-            update,
-            setup=dataclasses.replace(
-                setup, objective=options.objective, estimator=options.estimator
-            ),
-        ),
+        build=lambda options, setup: partial(update, setup=setup),
         iteration=iteration,
+        objective=lambda options: options.objective,
     ),
     check=_check,
     series=(

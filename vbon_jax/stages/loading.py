@@ -179,7 +179,7 @@ def value_network(run: Run, policy: DecoderConfig) -> ValueNetwork | None:
       InputError: that model is no decoder, or reads other tokens than the policy.
     """
     c = run.config
-    if c.train.value_network == "head" or not methods.of_config(c).values:
+    if c.train.value_network != "reward" or not methods.of_config(c).values:
         return None
     run.workdir.require("reward", "the reward model")
     path = hub.resolve(c.reward.path or str(run.workdir.reward))

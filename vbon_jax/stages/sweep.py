@@ -313,8 +313,10 @@ def _work(
     def trained(of: learning.Job, title: str, folder: Path, own: Any = None) -> Any:
         state, step = learning.many(of, task, members, samples, s.sweep.at_once)
         total = of.iterations
+        if own is not None:
+            state = starting.begun(state, own)
         return loop.resume(
-            state if own is None else starting.begun(state, own),
+            starting.valued(state, of, task, members, samples),
             _while_held(step, claim),
             loop.Schedule(title, total, min(s.train.checkpoint_every, total)),
             loop.Place(folder / "checkpoints", folder, 1, {"unit": unit.name}),

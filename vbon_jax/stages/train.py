@@ -28,8 +28,10 @@ def run(run: Run) -> None:
         policy = starting.policy(found)
         del found
     state, step = learning.single(job, task, member, samples)
+    if policy is not None:
+        state = starting.begun(state, policy)
     loop.resume(
-        state if policy is None else starting.begun(state, policy),
+        starting.valued(state, job, task, [member], samples),
         step,
         loop.Schedule("train", job.iterations, every, run.profile),
         loop.Place(

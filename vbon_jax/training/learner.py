@@ -37,6 +37,7 @@ class Program:
       batch_size: responses of each source.
       learning_rate: iteration -> rate, for the log.
       group: responses of each source to each prompt.
+      prefixes: whether the update reads the rewards of prefixes.
     """
 
     update: Update
@@ -44,6 +45,7 @@ class Program:
     batch_size: int
     learning_rate: Callable[[int], float]
     group: int = 1
+    prefixes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +109,17 @@ class Learner:
         scored = []
         for batch in batches:
             prompts = [by_id[r.prompt_id] for r in batch.requests]
+            prefixes = None
+            if self.program.prefixes:
+                prefixes = self.task.sampler.prefix_rewards(
+                    self.task.reward, prompts, batch.prompts, batch.rollout.tokens_BxT,
+                    batch.rollout.mask_BxT,
+                )  # fmt: skip
             rewards = self.task.sampler.rewards(
                 self.task.reward, prompts, batch.prompts, batch.rollout
             )
             rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
-            placed = sharding.place((rewards, rows), self.task.sampler.mesh, "batch")
+            placed = sharding.place((rewards, rows, prefixes), self.task.sampler.mesh, "batch")
             scored.append(
                 ScoredRollout(
                     batch.prompts.tokens_BxP,
@@ -120,6 +128,7 @@ class Learner:
                     placed[0],
                     placed[1],
                     batch.temperature,
+                    placed[2],
                 )
             )
         self._clock.lap("reward")

@@ -11,6 +11,7 @@ from vbon_jax.models.config import DTYPES, REMAT
 LABELS = ("hard", "soft")  # of dpo's pairs
 BASELINES = ("value", "group", "both")
 REFERENCE = "reference"
+PREFIX = "prefix"
 STARTS = (REFERENCE, "weighted")
 # Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
 MOST_ROWS = Size(4_000_000)  # of a batch, or of what is drawn for a prompt
@@ -76,13 +77,19 @@ class Train:
                                    "frozen trunk that policy and reference share; -1 trains the "
                                    "whole model.", least=-1)  # fmt: skip
     value_network: str = key("head", "Value function: head, a linear head on the policy; reward, a "
-                             "separate network initialised from the reward model.",
-                             choices=("head", "reward"))  # fmt: skip
+                             "separate network initialised from the reward model; prefix, a table "
+                             "of returns by the rank of the reward of what was written so far.",
+                             choices=("head", "reward", PREFIX))  # fmt: skip
     average_half_life: float = key(0.0, "Half-life, in iterations, of an exponential average of "
                                    "the policy's weights, which is then the policy that is "
                                    "exported; 0 for the last iterate.", least=0)  # fmt: skip
     checkpoint_every: int = key(50, "Iterations between checkpoints.", least=1)
     keep: int = key(2, "Number of most recent checkpoints to keep.", least=1)
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether parameters of a value function are trained."""
+        return self.baseline != "group" and self.value_network != PREFIX
 
 
 @dataclasses.dataclass(frozen=True)

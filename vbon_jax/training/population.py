@@ -214,9 +214,14 @@ class PopulationLearner:
             flat_prompts, flat = jax.tree.map(
                 lambda x: x.reshape(-1, *x.shape[2:]), (prompts, rollout)
             )
+            prefixes = None
+            if self.program.prefixes:
+                prefixes = task.sampler.prefix_rewards(
+                    task.reward, of, flat_prompts, flat.tokens_BxT, flat.mask_BxT
+                ).reshape(rollout.tokens_BxT.shape)
             rewards = task.sampler.rewards(task.reward, of, flat_prompts, flat)
             rows = np.array([[row_of[r.prompt_id] for r in b] for b in requests], np.int32)
-            placed = self._place((rewards.reshape(rows.shape), rows))
+            placed = self._place((rewards.reshape(rows.shape), rows, prefixes))
             scored.append(
                 ScoredRollout(
                     prompts.tokens_BxP,
@@ -225,6 +230,7 @@ class PopulationLearner:
                     placed[0],
                     placed[1],
                     task.sampler.settings.temperature,
+                    placed[2],
                 )
             )
         self._clock.lap("reward")

@@ -15,12 +15,14 @@ from vbon_jax import sharding
 from vbon_jax.models import decoder, heads, log_probs, trainable
 from vbon_jax.rl import chunked, gae, kl, ppo, shaping
 from vbon_jax.rl.bond import leave_one_out
-from vbon_jax.rl.masking import masked_mean
+from vbon_jax.rl.masking import masked, masked_mean
 from vbon_jax.rl.next_token import NextToken, log_prob, next_token
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import state as optim
-from vbon_jax.training.options import Memory, Train
+from vbon_jax.training.options import PREFIX, Memory, Train
 from vbon_jax.training.state import TrainState
+
+TRAINED = ("decoder", "value")  # of a state's params, what the optimizer sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +153,8 @@ def _values(
     params: Any, hidden_BxTxD: jax.Array, tokens_BxS: jax.Array, mask_BxS: jax.Array, setup: Setup
 ) -> jax.Array:
     """Values by a head on the policy's hidden states, or by a value network of its own."""
+    if params is None:  # they are read off a table, see `methods.vbon`
+        return jnp.zeros(hidden_BxTxD.shape[:2], jnp.float32)
     if setup.value_config is not None:
         hidden_BxTxD = log_probs.hidden(
             params["decoder"], setup.value_config, tokens_BxS, mask_BxS, hidden_BxTxD.shape[1]
@@ -179,7 +183,7 @@ def _forward(
             decoder.hidden(x, config, tokens_BxS, mask_BxS) for x in (policy, base)
         )
     hidden, ref_hidden = (log_probs.before(x, response_len) for x in (hidden, ref_hidden))
-    values = _values(params["value"], hidden, tokens_BxS, mask_BxS, setup)
+    values = _values(params.get("value"), hidden, tokens_BxS, mask_BxS, setup)
     found = log_probs.against(
         (decoder.head(policy), decoder.head(base)), (config, config), (hidden, ref_hidden),
         tokens_BxS[:, -response_len:], temperature, setup.memory.chunk,
@@ -251,6 +255,8 @@ def advantages(
             target.sequence_reward_B, log_policy, log_ref, mask, kl_coef, entropy_coef
         )
     advantage, returns = gae.gae(rewards, *_baseline(rewards, scored, train))
+    if train.value_network == PREFIX:  # a table is a mean of whole returns, not of its own values
+        returns = masked(jnp.cumsum(rewards[:, ::-1], axis=1)[:, ::-1], mask)
     explained = ppo.explained_variance(scored.values_BxT, returns, mask)
     scale = jnp.float32(1.0)
     if train.whiten:
@@ -368,11 +374,11 @@ def loss(
         frozen=(decoder.head(base) if full else None, count),
         train_head=trainable.trains_head(params["decoder"]),
     )
-    values = _values(params["value"], hidden, exp.tokens_BxS, exp.mask_BxS, setup)
+    values = _values(params.get("value"), hidden, exp.tokens_BxS, exp.mask_BxS, setup)
     value_loss, value_info = ppo.value_loss(
         values, exp.values_BxT, exp.returns_BxT, mask, train.clip_value, count
     )
-    if train.baseline != "group":
+    if train.learns_values:
         total += train.value_coef * value_loss
     return total, {
         "loss": total,
@@ -449,11 +455,13 @@ def epochs(
         near = jnp.mean(found["kl_rollout"][epoch - 1]) <= (train.kl_target or jnp.inf)
         return (epoch < train.ppo_epochs) & ((epoch == 0) | near)
 
-    carry = (state.params, state.opt_state)
+    # What stands beside these is kept by the methods themselves.
+    trained = {name: state.params[name] for name in TRAINED if name in state.params}
+    carry = (trained, state.opt_state)
     like = jax.eval_shape(partial(one_pass, jnp.int32(0)), carry)[1]
     found = jax.tree.map(lambda x: jnp.zeros((train.ppo_epochs, *x.shape), x.dtype), like)
     with jax.named_scope("ppo"):
-        done, (params, opt_state), found = jax.lax.while_loop(
+        done, (trained, opt_state), found = jax.lax.while_loop(
             within, another, (jnp.int32(0), carry, found)
         )
     metrics = {name: jnp.sum(x) / (done * minibatches) for name, x in found.items()}
@@ -464,5 +472,5 @@ def epochs(
     # The learning rate is a function of the iteration, whatever the passes that were left out.
     opt_state = optim.at_step(opt_state, (state.step + 1) * train.ppo_epochs * minibatches)
     # Left to the compiler, small leaves drift from the table, and the next call compiles anew.
-    new_state = TrainState(state.step + 1, params, opt_state, state.key)
+    new_state = TrainState(state.step + 1, state.params | trained, opt_state, state.key)
     return sharding.constrain(new_state, ""), metrics
