@@ -105,10 +105,9 @@ def _values(
     each = -(-STORED // len(rewards))
     columns = resample(np.random.default_rng(member.seed), weights, each)
     batch, log_ref_B = _stored(job, task, samples, columns, rewards)
-    density = vbon.best_of_n_density(table, batch, log_ref_B, member.n, job.options.estimator)
-    target = vbon.objective(
-        job.objective, density, batch.reward_B, jnp.float32(member.n), jnp.float32(member.beta)
-    )
+    n, beta = jnp.float32(member.n), jnp.float32(member.beta)
+    density = vbon.best_of_n_density(table, batch, log_ref_B, n, job.options.estimator)
+    target = vbon.objective(job.objective, density, batch.reward_B, n, beta)
     mask, ranks = batch.rollout.mask_BxT, vbon.prefix_ranks(table, batch)
     returns = jnp.broadcast_to(target.sequence_reward_B[:, None], ranks.shape)
     held = np.asarray(batch.row_B) >= len(rewards) - len(rewards) // 10
@@ -125,19 +124,20 @@ def _stored(
     samples: Sequence[PromptSamples],
     columns: np.ndarray,
     rewards: np.ndarray,
-) -> tuple[ScoredRollout, np.ndarray]:
+) -> tuple[ScoredRollout, jax.Array]:
     """Stored samples as a rollout, [P, each] ``columns`` of them, and their log pi_ref."""
     sampler, T = task.sampler, task.sampler.settings.max_new_tokens
     pad_id, row_B = sampler.settings.pad_id, np.repeat(np.arange(len(columns)), columns.shape[1])
-    asked = [task.prompts[row] for row in row_B]
+    at = list(zip(row_B.tolist(), columns.ravel().tolist(), strict=True))
+    asked = [task.prompts[row] for row, _ in at]
     prompts = pad_left([p.tokens for p in asked], prompt_length(task), pad_id)
     tokens, mask = np.full((len(asked), T), pad_id, np.int32), np.zeros((len(asked), T), bool)
-    for b, (prompt, row, column) in enumerate(zip(asked, row_B, columns.ravel(), strict=True)):
-        ids = sampler.stored_ids(samples[row], int(column), prompt.tokens)[:T]
+    for b, (row, column) in enumerate(at):
+        ids = sampler.stored_ids(samples[row], column, task.prompts[row].tokens)[:T]
         tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
     stored = [x.log_probs for x in samples if x.log_probs and x.response_tokens]
     if len(stored) == len(samples):
-        log_ref_B = np.array([stored[r][c] for r, c in zip(row_B, columns.ravel())], np.float32)
+        log_ref_B = np.array([stored[row][column] for row, column in at], np.float32)
     else:  # encoded texts may have other ids than were sampled
         log_ref_B = offline.log_ref(
             task.reference, np.concatenate([prompts.tokens_BxP, tokens], axis=1),
@@ -152,4 +152,4 @@ def _stored(
         np.take_along_axis(rewards, columns, axis=1).ravel().astype(np.float32), row_B,
         sampler.settings.temperature, found,
     )  # fmt: skip
-    return batch, log_ref_B
+    return batch, jnp.asarray(log_ref_B)
