@@ -15,6 +15,7 @@ from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
 from vbon_jax.methods import vbon
 from vbon_jax.models import decoder, heads
+from vbon_jax.rl import prefix
 
 HIDDEN = jax.jit(decoder.hidden, static_argnums=1)
 
@@ -206,3 +207,36 @@ def test_sharded_equals_one_device(world, mesh, shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, params_many)
     for name in metrics:
         np.testing.assert_allclose(metrics[name], metrics_many[name], atol=2e-3, err_msg=name)
+
+
+def test_values_of_prefixes_are_a_baseline_that_learns_from_each_rollout(world, mesh, batch):
+    fresh = world.fresh(mesh)
+    rng = np.random.default_rng(5)
+    shape = batch.rollout.mask_BxT.shape
+    of_prefixes = np.sort(rng.normal(2, 1, shape).astype(np.float32), axis=1)
+    with_prefixes = dataclasses.replace(batch, prefix_reward_BxT=of_prefixes)
+    ranks = np.asarray(vbon.prefix_ranks(world.references, with_prefixes))
+    row, t = 3, shape[1] - 1
+    rewards = world.table[int(batch.row_B[row])]
+    np.testing.assert_allclose(ranks[row, t], np.mean(rewards < of_prefixes[row, t]), atol=1e-6)
+
+    changes = {"value_network": "prefix", "whiten": False}
+    exp, _ = world.experience(mesh, batch, {"decoder": fresh.params["decoder"]}, **changes)
+    table = prefix.empty()
+    params = {"decoder": fresh.params["decoder"], "prefix": prefix.empty()}
+    optimizer = world.optimizer.init({"decoder": fresh.params["decoder"]})
+    first = fresh._replace(params=params, opt_state=optimizer)
+    state, _ = world.update(mesh, first, with_prefixes, **changes)
+    # Without values the returns are the sums of the rewards to come, and the advantages theirs.
+    learned = prefix.updated(table, ranks, exp.returns_BxT, exp.response_mask_BxT, vbon.KEEP)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params["prefix"], learned
+    )
+    assert set(state.params) == {"decoder", "prefix"}
+    # The next baseline is what was learned; a prefix's own reward says nothing here.
+    values = prefix.values(learned, ranks)
+    assert np.ptp(values) > 0
+    _, again = world.update(mesh, state, with_prefixes, **changes)
+    tokens = exp.response_mask_BxT.sum()
+    shown = jnp.sum(jnp.where(exp.response_mask_BxT, values, 0)) / tokens
+    np.testing.assert_allclose(again["value_mean"], shown, rtol=1e-4)
