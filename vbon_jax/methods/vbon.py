@@ -19,6 +19,7 @@ from vbon_jax.methods.base import (
     taken,
 )
 from vbon_jax.rl import prefix
+from vbon_jax.rl.masking import masked
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import ppo
 from vbon_jax.training.state import TrainState
@@ -85,7 +86,8 @@ def update(
     density = best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)  # log F
     ranks = None if batch.prefix_reward_BxT is None else prefix_ranks(table, batch)
     if ranks is not None:
-        found = found._replace(values_BxT=prefix.values(state.params["prefix"], ranks))
+        values = prefix.values(state.params["prefix"], ranks)
+        found = found._replace(values_BxT=masked(values, found.response_mask_BxT))
     target = objective(setup.objective, density, batch.reward_B, n, beta)
     experience, metrics = ppo.advantages(found, batch, target, setup)
     metrics["kl_bon"] = found.kl_ref - jnp.mean(density.log_ratio_B)
