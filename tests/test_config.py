@@ -44,7 +44,7 @@ def change(values, key, value):
 CONFIGS = [
     ("tabular",), ("tabular", "sweep"), ("reviews",), ("reviews", "text"), ("reviews_sweep",),
     ("reviews_sweep", "text"), ("verifier",), ("imdb",), ("imdb", "sweep"), ("tldr",),
-    ("tldr", "sweep"), ("chat",),
+    ("tldr", "sweep"), ("chat",), ("smollm2",),
 ]  # fmt: skip
 
 

@@ -334,7 +334,8 @@ def train(
         job = Job(record, method, training, sampler.model.config, len(samples.prompts))
         begin, start = starting.job(job), None
         if begin is not None:
-            state, step = learning.single(begin, task, member, samples.samples)
+            first = starting.member(member)
+            state, step = learning.single(begin, task, first, samples.samples)
             schedule = loop.Schedule("start", begin.iterations, whole=True)
             start = starting.policy(loop.run(state, 0, step, schedule))
         state, step = learning.single(job, task, member, samples.samples)
