@@ -310,7 +310,8 @@ def train(
       memory: dtypes, microbatches and rematerialisation.
       **settings: keys of the config group ``train`` (iterations, batch_size, minibatch_size,
         learning_rate, ...), or of ``offline`` (epochs, pairs, batch_size, learning_rate, ...) for
-        the methods that learn from stored samples.
+        the methods that learn from stored samples. ``start``, of the others, may be an
+        ``Offline(epochs=4, learning_rate=1e-3, ...)``: "weighted", under these.
 
     Returns:
       The policy. (After Ctrl-C, the policy so far.)
@@ -352,6 +353,9 @@ def _training(
     record: methods.Method, lora: Lora | None, memory: Memory | None, settings: dict[str, Any]
 ) -> Training:
     cls: type = Train if record.online else Offline
+    first = settings.get("start")
+    if record.online and isinstance(first, Offline):
+        settings = settings | {"start": options.WEIGHTED}
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(settings) - names)
     if unknown:
@@ -367,6 +371,9 @@ def _training(
         if group is not None:
             keys.check(group, name)
     groups = {"train": own} if record.online else {"offline": own}
+    if record.online and isinstance(first, Offline):
+        keys.check(first, "start")
+        groups["offline"] = first
     training = Training(**groups, lora=lora or Lora(), memory=memory or Memory())
     options.check(training.train, training.lora, training.memory)
     return training

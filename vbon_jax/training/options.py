@@ -10,8 +10,8 @@ from vbon_jax.models.config import DTYPES, REMAT
 
 LABELS = ("hard", "soft")  # of dpo's pairs
 BASELINES = ("value", "group", "both")
-REFERENCE = "reference"
-STARTS = (REFERENCE, "weighted")
+REFERENCE, WEIGHTED = "reference", "weighted"
+STARTS = (REFERENCE, WEIGHTED)
 # Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
 MOST_ROWS = Size(4_000_000)  # of a batch, or of what is drawn for a prompt
 MOST_TOKENS = Size(4_000_000)
