@@ -12,7 +12,7 @@ import pytest
 from vbon_jax import config as configs
 from vbon_jax import methods, sharding
 from vbon_jax.bon import log_f as lf
-from vbon_jax.bon.pool import winner_weights
+from vbon_jax.bon.pool import resample, winner_weights
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular
@@ -390,16 +390,17 @@ def test_training_is_judged_by_prompts_it_does_not_see(root, mesh, one_held_out)
     best = int(np.argmin(kl))
     assert 0 < best == len(kl) - 1 - learning.PATIENCE and len(kl) < job.iterations == 20
     jax.tree.map(np.testing.assert_array_equal, policies.policy(state.params), weights[best])
-    # KL(best-of-n || policy) by the exact weights, where the look resamples 16 by them.
+    # KL(best-of-n || policy): log pi_bon, by the weights, less log policy, of samples of best-of-n.
     pool, log_ref = learning._pool(job, task, samples)
-    chances = winner_weights(rewards[2:], 4)[0]
+    chances = winner_weights(rewards[2:], 4)
+    seen = resample(np.random.default_rng(member.seed), chances, learning.LOOKED_AT)[0]
+    rows = 2 * M + seen
     log_policy = offline._log_prob_jit(
-        {"decoder": weights[best]}, pool.tokens_NxS[2 * M :], pool.mask_NxS[2 * M :],
-        pool.response_mask_NxT[2 * M :], config=job.config, temperature=1.0,
+        {"decoder": weights[best]}, pool.tokens_NxS[rows], pool.mask_NxS[rows],
+        pool.response_mask_NxT[rows], config=job.config, temperature=1.0,
     )  # fmt: skip
-    some = chances > 0
-    found = np.log(M * chances[some]) + log_ref[2 * M :][some] - np.asarray(log_policy)[some]
-    assert kl[best] == pytest.approx(np.sum(chances[some] * found), abs=0.3)
+    log_bon = np.log(M * chances[0][seen]) + log_ref[rows]
+    assert kl[best] == pytest.approx(np.mean(log_bon - np.asarray(log_policy)), abs=1e-4)
 
 
 @pytest.mark.parametrize("at_once", [0, 1])

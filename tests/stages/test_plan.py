@@ -109,6 +109,24 @@ def test_what_is_held_is_what_the_arrays_are(root, tmp_path, monkeypatch, flags,
             assert "pool of samples" not in found
 
 
+def test_a_start_is_a_phase_of_training(root, monkeypatch):
+    """Its state, its samples and its steps, less what the method's own state takes after it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "_new_bytes", lambda lowered: 0)
+        few = need(root, "train.start=weighted")
+        assert "start" not in need(root).phases
+    sft = held(root, monkeypatch, "method.name=bon_sft", "method.n=4")
+    vbon = held(root, monkeypatch)
+    pool = sft["pool of samples"]
+    more = sft["trained"] + sft["optimizer"] - vbon["trained"] - vbon["optimizer"]
+    logits = few.phases["start"] - pool - more
+    assert 0 <= logits <= 4 * 2 * 16 * 24 * POLICY.vocab_size + 64  # as of 32 rows of logits
+    assert few.held == vbon
+    # The best so far stands beside the weights, and the average does.
+    weights = vbon["trained"]
+    assert held(root, monkeypatch, "train.average_half_life=5")["trained"] > 1.9 * weights
+
+
 def update(root, monkeypatch, *flags):
     """Bytes of the phase "update"; nothing else is looked at."""
     with monkeypatch.context() as patch:
