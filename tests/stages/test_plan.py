@@ -79,6 +79,8 @@ def held(root, monkeypatch, *flags, mesh=(1, 1, 1)):
         (("train.num_layers_unfrozen=1", "memory.frozen_dtype=bfloat16"), (1, 4, 2)),
         (("method.name=dpo", "offline.responses=4", "offline.pairs=2"), (2, 2, 1)),
         (("method.name=bond", "bond.form=jeffreys", "lora.rank=2"), (1, 2, 1)),
+        (("method.name=bon_sft", "method.n=4", "offline.pairs=4"), (1, 2, 2)),
+        (("train.average_half_life=5", "lora.rank=2"), (1, 2, 1)),
     ],
 )  # fmt: skip
 def test_what_is_held_is_what_the_arrays_are(root, tmp_path, monkeypatch, flags, mesh):
@@ -102,7 +104,7 @@ def test_what_is_held_is_what_the_arrays_are(root, tmp_path, monkeypatch, flags,
         assert found["optimizer"] == held_by_first(first.opt_state)
         table = sharding.place(task.references, run.mesh)
         assert found["reference rewards"] == held_by_first(table)
-        if job.method.name == "dpo":
+        if not job.method.online:
             pool = learning._pool(job, task, samples)[0]
             assert found["pool of samples"] == held_by_first(pool)
         else:
