@@ -136,6 +136,38 @@ def test_every_method_trains(reference, samples, method, settings):
     assert len(policy.generate(TEXTS[:1], count=2)[0]) == 2
 
 
+@pytest.mark.parametrize("lora", [None, vbon.Lora(rank=2)])
+def test_training_begins_with_what_is_learned_from_the_samples(reference, prompts, samples, lora):
+    """At a learning rate of almost 0 it is that policy still; and any n has a nearest whole one."""
+    options = vbon.Offline(pairs=8, epochs=6, batch_size=8, learning_rate=1e-2)
+    still = SMALL | {"learning_rate": 1e-30, "iterations": 1, "average_half_life": 1.0}
+    given = {"reward": length, "lora": lora, "seed": 3}
+    found = vbon.train(reference, samples, method=vbon.VBoN(n=4.2), start=options, **given, **still)
+    offline = {"pairs": 8, "epochs": 6, "batch_size": 8, "learning_rate": 1e-2}
+    likely = vbon.train(reference, samples, method=vbon.BoNSFT(n=4), **given, **offline)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        found.model.params, likely.model.params,
+    )  # fmt: skip
+    unmoved = vbon.train(reference, samples, method=vbon.VBoN(n=4.2), **given, **still)
+    moved = jax.tree.map(
+        lambda a, b: float(np.max(np.abs(a - b))), found.model.params, unmoved.model.params
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_a_start_is_held_to_its_limits(reference, samples):
+    given = {"reward": length, "method": vbon.VBoN(n=4)}
+    with pytest.raises(
+        InputError, match=r"offline.batch_size=64 is more than the 48 pairs of 4 pr"
+    ):
+        vbon.train(reference, samples, start="weighted", **given, **SMALL)
+    with pytest.raises(InputError, match=r"start.epochs=0: must be at least 1"):
+        vbon.train(reference, samples, start=vbon.Offline(epochs=0), **given, **SMALL)
+    with pytest.raises(InputError, match="start='best': choose one of reference, weighted"):
+        vbon.train(reference, samples, start="best", **given, **SMALL)
+
+
 def test_adapters_and_upper_layers_are_merged(reference, samples):
     common = SMALL | {"iterations": 1, "reward": length, "method": vbon.VBoN(n=4)}
     lora = vbon.train(reference, samples, lora=vbon.Lora(rank=2), **common)

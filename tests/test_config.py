@@ -44,7 +44,7 @@ def change(values, key, value):
 CONFIGS = [
     ("tabular",), ("tabular", "sweep"), ("reviews",), ("reviews", "text"), ("reviews_sweep",),
     ("reviews_sweep", "text"), ("verifier",), ("imdb",), ("imdb", "sweep"), ("tldr",),
-    ("tldr", "sweep"), ("chat",),
+    ("tldr", "sweep"), ("chat",), ("smollm2",),
 ]  # fmt: skip
 
 
@@ -239,6 +239,13 @@ def test_bad_values_are_named(values, key, value, message):
         ({"lora.targets": ("q", "w")}, "lora.targets names 'w': choose from q, k, v, out, gate, u"),
         ({"lora.rank": 4, "lora.targets": ()}, "lora.targets is empty: name at least one"),
         ({"export.form": "adapter"}, "export.form=adapter needs adapters: set lora.rank, which is"),
+        ({"train.group": 3}, "train.group=3 does not divide train.batch_size=512"),
+        ({"train.warmup": 1200}, "train.warmup=1200 must be less than train.iterations=1200"),
+        ({"train.baseline": "group"}, "train.baseline=group compares responses to one prompt, an"),
+        (
+            {"train.start": "weighted", "offline.batch_size": 6401},
+            "offline.batch_size=6401 is more than the 6400 examples of prompts.train=1 x offline.p",
+        ),
         ({"memory.accumulate": 3}, "memory.accumulate=3 does not divide train.minibatch_size=64"),
         ({"memory.accumulate": 2, "method.name": "dpo"}, "memory.accumulate=2: dpo is trained wit"),
         ({"memory.accumulate": 2, "method.name": "bond"}, "memory.accumulate=2: bond is trained w"),

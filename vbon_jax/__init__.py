@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vbon_jax.methods.vbon import VBoN
     from vbon_jax.sampling.sampler import Sampler
     from vbon_jax.sharding import make_mesh
-    from vbon_jax.training.options import Lora, Memory
+    from vbon_jax.training.options import Lora, Memory, Offline
 
 # Where each name comes from: "" for a package of its own.
 _FROM = {
@@ -63,6 +63,7 @@ _FROM = {
     "Sampler": "sampling.sampler",
     "Lora": "training.options",
     "Memory": "training.options",
+    "Offline": "training.options",
     "make_mesh": "sharding",
 }  # fmt: skip
 
@@ -92,6 +93,7 @@ __all__ = [
     "Evaluation",
     "Lora",
     "Memory",
+    "Offline",
     "Sampler",
     "Samples",
     "VBoN",

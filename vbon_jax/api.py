@@ -310,7 +310,8 @@ def train(
       memory: dtypes, microbatches and rematerialisation.
       **settings: keys of the config group ``train`` (iterations, batch_size, minibatch_size,
         learning_rate, ...), or of ``offline`` (epochs, pairs, batch_size, learning_rate, ...) for
-        the methods that learn from stored samples.
+        the methods that learn from stored samples. ``start``, of the others, may be an
+        ``Offline(epochs=4, learning_rate=1e-3, ...)``: "weighted", under these.
 
     Returns:
       The policy. (After Ctrl-C, the policy so far.)
@@ -334,7 +335,8 @@ def train(
         job = Job(record, method, training, sampler.model.config, len(samples.prompts))
         begin, start = starting.job(job), None
         if begin is not None:
-            state, step = learning.single(begin, task, member, samples.samples)
+            first = starting.member(member)
+            state, step = learning.single(begin, task, first, samples.samples)
             schedule = loop.Schedule("start", begin.iterations, whole=True)
             start = starting.policy(loop.run(state, 0, step, schedule))
         state, step = learning.single(job, task, member, samples.samples)
@@ -352,6 +354,9 @@ def _training(
     record: methods.Method, lora: Lora | None, memory: Memory | None, settings: dict[str, Any]
 ) -> Training:
     cls: type = Train if record.online else Offline
+    first = settings.get("start")
+    if record.online and isinstance(first, Offline):
+        settings = settings | {"start": options.WEIGHTED}
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(settings) - names)
     if unknown:
@@ -367,6 +372,9 @@ def _training(
         if group is not None:
             keys.check(group, name)
     groups = {"train": own} if record.online else {"offline": own}
+    if record.online and isinstance(first, Offline):
+        keys.check(first, "start")
+        groups["offline"] = first
     training = Training(**groups, lora=lora or Lora(), memory=memory or Memory())
     options.check(training.train, training.lora, training.memory)
     return training

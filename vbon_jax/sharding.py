@@ -25,8 +25,8 @@ BATCH = ("data", "fsdp")
 # replicated.
 TABLE: tuple[tuple[str, P], ...] = (
     (r"^population\b", P(BATCH)),  # members first: each device has whole ones
-    (r"coder/(wte|head)$", P("tensor", "fsdp")),  # of a decoder or an encoder
-    (r"coder/wpe$", P(None, "fsdp")),
+    (r"(coder|anchor|average)/(wte|head)$", P("tensor", "fsdp")),  # of a decoder or an encoder
+    (r"(coder|anchor|average)/wpe$", P(None, "fsdp")),
     (r"attention/(q|k|v)/kernel$", P(None, "fsdp", "tensor", None)),  # [L, D, H, K]
     (r"attention/(q|k|v)/bias$", P(None, "tensor", None)),  # [L, H, K]
     (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),  # [L, H, K, D]

@@ -165,3 +165,24 @@ def test_quantiles_give_the_odds_of_the_best_of_draws_with_replacement():
     low, high = pool.quantiles([[3.0, 1.0, 3.0, 2.0]])
     ratio = (high**2 - low**2) / (high - low)
     np.testing.assert_allclose(ratio / 4, np.array([[6, 1, 6, 3]]) / 16)
+
+
+@pytest.mark.parametrize("count", [1, 7, 16])
+def test_resampling_gives_each_its_share_rounded_up_or_down(rng, count):
+    weights = pool.winner_weights(rng.integers(0, 4, size=(5, 9)), 3)  # with ties
+    draws = 4000
+    found = pool.resample(rng, np.repeat(weights, draws, axis=0), count)
+    assert found.shape == (5 * draws, count) and (np.diff(found, axis=1) >= 0).all()
+    times = (found[:, :, None] == np.arange(9)).sum(axis=1).reshape(5, draws, 9)
+    shares = count * weights
+    assert (times >= np.floor(shares - 1e-9)[:, None]).all()
+    assert (times <= np.ceil(shares + 1e-9)[:, None]).all()
+    # Of a number that is one of two neighbours the variance is at most 1/4.
+    np.testing.assert_allclose(times.mean(axis=1), shares, atol=5 * np.sqrt(0.25 / draws))
+
+
+def test_resampling_takes_none_of_no_weight():
+    weights = np.array([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    for seed in range(20):
+        found = pool.resample(np.random.default_rng(seed), weights, 6)
+        assert found.tolist() == [[1, 1, 1, 3, 3, 3]]

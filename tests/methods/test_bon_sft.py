@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from vbon_jax.bon import pool
 from vbon_jax.errors import InputError
 from vbon_jax.methods import bon_sft
 from vbon_jax.training.learner import Member
@@ -46,3 +47,27 @@ def test_winners_are_a_function_of_the_seed(rng):
 def test_impossible_winners_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         choose(np.zeros((2, 8)), **change)
+
+
+def test_each_comes_in_proportion_to_its_weight(rng):
+    rewards = rng.normal(size=(6, 8)).astype(np.float32)
+    counts = np.bincount(choose(rewards, n=3, pairs=40).best_E, minlength=48).reshape(6, 8)
+    shares = 40 * pool.winner_weights(rewards, 3)
+    assert (np.abs(counts - shares) < 1).all() and (counts.sum(axis=1) == 40).all()
+
+
+def test_a_member_learns_from_its_own_samples_alone(rng):
+    """Of the study of m: the first m, in rows of the whole pool."""
+    rewards = rng.normal(size=(6, 8)).astype(np.float32)
+    member = Member(3, 0.1, 0, 5)
+    found = bon_sft.choose(rewards, member, Offline(pairs=30)).best_E.reshape(6, 30)
+    assert (found - 8 * np.arange(6)[:, None] < 5).all()
+    alone = bon_sft.choose(rewards[:, :5], member, Offline(pairs=30)).best_E.reshape(6, 30)
+    np.testing.assert_array_equal(
+        found - 8 * np.arange(6)[:, None], alone - 5 * np.arange(6)[:, None]
+    )
+    order = rng.permuted(np.tile(np.arange(8), (6, 1)), axis=1)
+    weights = bon_sft.weights(np.zeros((6, 8)), member, order)
+    np.testing.assert_array_equal(weights[:, 5:], 0)
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    np.testing.assert_array_equal(weights.argmax(axis=1), order[:, :5].argmax(axis=1))

@@ -12,6 +12,7 @@ import pytest
 from vbon_jax import config as configs
 from vbon_jax import methods, sharding
 from vbon_jax.bon import log_f as lf
+from vbon_jax.bon.pool import resample, winner_weights
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular
@@ -26,7 +27,7 @@ from vbon_jax.sampling.sampler import named_key
 from vbon_jax.stages import STAGES, loading
 from vbon_jax.stages.base import Run
 from vbon_jax.stages.workdir import Workdir
-from vbon_jax.training import offline, population
+from vbon_jax.training import offline, policies, population
 from vbon_jax.training.learner import Member
 
 ROOT = Path(__file__).parents[2]
@@ -343,3 +344,101 @@ def test_the_task_reads_the_workdir(root, mesh):
         task.reward([task.prompts[1]], None, None, *map(jnp.asarray, rows)),
         tabular.reward(["b"], ["fade"]),
     )
+
+
+# Two prompts to learn from, one that judges: a look every 10 of 200 steps, which overfit.
+JUDGED = {"offline": {"pairs": 10, "batch_size": 4, "epochs": 40, "learning_rate": 3e-4}}
+
+
+@pytest.fixture
+def one_held_out(monkeypatch):
+    monkeypatch.setattr(Job, "held_out", property(lambda job: 1))
+
+
+def test_a_tenth_of_the_prompts_judges_what_learns_by_weights():
+    for prompts, held_out in ((3, 0), (10, 1), (59, 5), (5000, 64)):
+        job = job_of(prompts, method={"name": "bon_sft"})
+        assert job.held_out == held_out
+        assert job_of(prompts, method={"name": "dpo"}).held_out == 0
+        assert job_of(prompts).held_out == 0
+        left = prompts - held_out
+        assert job.offline_steps == 2 * (left * 10 // 4)
+
+
+def until_ended(job, state, step):
+    """All iterations: (state, what was written, the weights after each)."""
+    written, weights = [], []
+    for i in range(job.iterations):
+        state, values, _ = step(state, i)
+        weights.append(jax.device_get(state.params["decoder"]))
+        written.append(values)
+        if values["ended"]:
+            break
+    return state, written, weights
+
+
+def test_training_is_judged_by_prompts_it_does_not_see(root, mesh, one_held_out):
+    """The best weights are given, and it ends when they have not changed for three looks."""
+    member = MEMBERS["bon_sft"][1]
+    job, task, samples = opened(root, mesh, "bon_sft", member, **JUDGED)
+    job, seen = recording(job)
+    state, step = learning.single(job, task, member, samples)
+    rewards = sample_files.rewards(samples, M)
+    np.testing.assert_array_equal(seen[0][0], rewards[:2])
+    state, written, weights = until_ended(job, state, step)
+    kl = [x["kl_held_out"] for x in written]
+    best = int(np.argmin(kl))
+    assert 0 < best == len(kl) - 1 - learning.PATIENCE and len(kl) < job.iterations == 20
+    jax.tree.map(np.testing.assert_array_equal, policies.policy(state.params), weights[best])
+    # KL(best-of-n || policy): log pi_bon, by the weights, less log policy, of samples of best-of-n.
+    pool, log_ref = learning._pool(job, task, samples)
+    chances = winner_weights(rewards[2:], 4)
+    seen = resample(np.random.default_rng(member.seed), chances, learning.LOOKED_AT)[0]
+    rows = 2 * M + seen
+    log_policy = offline._log_prob_jit(
+        {"decoder": weights[best]}, pool.tokens_NxS[rows], pool.mask_NxS[rows],
+        pool.response_mask_NxT[rows], config=job.config, temperature=1.0,
+    )  # fmt: skip
+    log_bon = np.log(M * chances[0][seen]) + log_ref[rows]
+    assert kl[best] == pytest.approx(np.mean(log_bon - np.asarray(log_policy)), abs=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_each_member_gives_the_best_of_its_single_run(root, mesh, one_held_out, at_once):
+    """Though those that would have ended go on until all have."""
+    members = MEMBERS["bon_sft"]
+    with jax.set_mesh(mesh):
+        job, task, samples = opened(root, mesh, "bon_sft", **JUDGED)
+        state, step = learning.many(job, task, members, samples, at_once)
+        state, written, _ = until_ended(job, state, step)
+    lengths = []
+    for k, member in enumerate(members):
+        own_job, task, samples = opened(root, mesh, "bon_sft", member, **JUDGED)
+        alone, of_alone, _ = until_ended(own_job, *learning.single(own_job, task, member, samples))
+        for together, own in zip(written, of_alone):
+            assert together["kl_held_out"][k] == pytest.approx(own["kl_held_out"], abs=1e-3)
+        found = policies.policy(population.member(state.params, k))
+        np.testing.assert_allclose(
+            log_probs(found, job.config), log_probs(policies.policy(alone.params), job.config),
+            atol=1e-3,
+        )  # fmt: skip
+        lengths.append(len(of_alone))
+    assert len(set(lengths)) > 1 and len(written) == max(lengths)
+
+
+def test_the_learning_rate_rises_before_it_falls():
+    job = job_of(3, train={"warmup": 2})
+    each = job.steps_an_iteration
+    rate = job.training.train.learning_rate
+    rates = [float(job.schedule(i * each)) / rate for i in range(6)]
+    np.testing.assert_allclose(rates, [0, 1 / 2, 1, 2 / 3, 1 / 3, 0], atol=1e-6)
+
+
+def test_an_average_stands_beside_the_weights_and_is_none_of_the_optimizer(root, mesh):
+    job, task, _ = opened(root, mesh, "vbon", train={"average_half_life": 3.0})
+    first = job.first_state(task.sampler.model.params, named_key(0, "train"))
+    assert first.params.keys() == {"decoder", "value", "average"}
+    paths = " ".join(jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(first.opt_state))
+    assert "decoder" in paths and "average" not in paths
+    assert job.program().group == 1
+    assert opened(root, mesh, "vbon", train={"group": 2})[0].program().group == 2

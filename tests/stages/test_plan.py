@@ -79,6 +79,8 @@ def held(root, monkeypatch, *flags, mesh=(1, 1, 1)):
         (("train.num_layers_unfrozen=1", "memory.frozen_dtype=bfloat16"), (1, 4, 2)),
         (("method.name=dpo", "offline.responses=4", "offline.pairs=2"), (2, 2, 1)),
         (("method.name=bond", "bond.form=jeffreys", "lora.rank=2"), (1, 2, 1)),
+        (("method.name=bon_sft", "method.n=4", "offline.pairs=4"), (1, 2, 2)),
+        (("train.average_half_life=5", "lora.rank=2"), (1, 2, 1)),
     ],
 )  # fmt: skip
 def test_what_is_held_is_what_the_arrays_are(root, tmp_path, monkeypatch, flags, mesh):
@@ -102,11 +104,29 @@ def test_what_is_held_is_what_the_arrays_are(root, tmp_path, monkeypatch, flags,
         assert found["optimizer"] == held_by_first(first.opt_state)
         table = sharding.place(task.references, run.mesh)
         assert found["reference rewards"] == held_by_first(table)
-        if job.method.name == "dpo":
+        if not job.method.online:
             pool = learning._pool(job, task, samples)[0]
             assert found["pool of samples"] == held_by_first(pool)
         else:
             assert "pool of samples" not in found
+
+
+def test_a_start_is_a_phase_of_training(root, monkeypatch):
+    """Its state, its samples and its steps, less what the method's own state takes after it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "_new_bytes", lambda lowered: 0)
+        few = need(root, "train.start=weighted")
+        assert "start" not in need(root).phases
+    sft = held(root, monkeypatch, "method.name=bon_sft", "method.n=4")
+    vbon = held(root, monkeypatch)
+    pool = sft["pool of samples"]
+    more = sft["trained"] + sft["optimizer"] - vbon["trained"] - vbon["optimizer"]
+    logits = few.phases["start"] - pool - more
+    assert 0 <= logits <= 4 * 2 * 16 * 24 * POLICY.vocab_size + 64  # as of 32 rows of logits
+    assert few.held == vbon
+    # The best so far stands beside the weights, and the average does.
+    weights = vbon["trained"]
+    assert held(root, monkeypatch, "train.average_half_life=5")["trained"] > 1.9 * weights
 
 
 def update(root, monkeypatch, *flags):

@@ -24,9 +24,9 @@ from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular as tabular_world
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.sources import reviews
-from vbon_jax.methods import bon_sft
+from vbon_jax.methods import bon_sft, learning
 from vbon_jax.models import hf
-from vbon_jax.training import offline
+from vbon_jax.training import learner, offline
 
 ROOT = Path(__file__).parents[2]
 TABULAR = [
@@ -180,6 +180,51 @@ def test_a_cut_run_equals_the_uncut_one_bit_for_bit(tabular, tmp_path):
     uncut = [json.loads(x) for x in (tabular / "metrics.jsonl").open()]
     for a, b in zip(uncut, [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]):
         assert a["objective"] == b["objective"] and a["grad_norm"] == b["grad_norm"]
+
+
+def test_a_start_that_is_cut_goes_on_and_ends_as_the_uncut_one(tabular, tmp_path, monkeypatch):
+    """SIGTERM in the second pass of the start, then in training's second iteration."""
+    flags = [
+        "--config.train.start=weighted", "--config.offline.pairs=64", "--config.offline.epochs=3",
+        "--config.offline.batch_size=4", "--config.offline.learning_rate=1e-2",
+    ]  # fmt: skip
+    cut, uncut = tmp_path / "cut", tmp_path / "uncut"
+    for workdir in (cut, uncut):
+        for stage in ("sft", "reward", "sample"):
+            assert vbon(stage, workdir, *flags) == 0
+    assert vbon("train", uncut, *flags) == 0
+    calls = []
+    rows, score = learning._Examples.rows, learner.Learner.score
+
+    def cut_in(original, call):
+        def counted(*args):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+
+        return counted
+
+    for owner, name, original in (
+        (learning._Examples, "rows", rows), (learner.Learner, "score", score),
+    ):  # fmt: skip
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, cut_in(original, 2))
+            assert vbon("train", cut, *flags) == 143
+        assert (cut / "checkpoints" / "train").exists() == (owner is learner.Learner)
+    assert vbon("train", cut, *flags) == 0
+    for workdir in (cut, uncut):
+        assert vbon("export", workdir, *flags) == 0
+        starts = [json.loads(x) for x in (workdir / "start" / "metrics.jsonl").open()]
+        assert [x["step"] for x in starts] == [1, 2, 3, 4, 5]  # 48 steps, 10 a pass
+        assert [json.loads(x)["step"] for x in (workdir / "metrics.jsonl").open()] == [1, 2, 3, 4]
+    assert_same(policy(cut), policy(uncut))
+    # Training began where the start had ended, not as the reference.
+    begun, fresh = (
+        json.loads((x / "metrics.jsonl").open().readline())["kl_ref"] for x in (uncut, tabular)
+    )
+    assert begun > 0.05 > 1e-3 > fresh
 
 
 def test_stages_say_what_they_miss(tmp_path, capfd):

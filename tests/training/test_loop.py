@@ -1,5 +1,6 @@
 """The loop that every method goes through: order of prompts, checkpoints, signals, traces."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.signals import Stopped
 from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
-from vbon_jax.training.loop import Record, Schedule
+from vbon_jax.training.loop import Place, Record, Schedule
 from vbon_jax.training.metrics import MetricsWriter
 
 PROMPTS = [Prompt(10 * i, f"p{i}", (i + 1,)) for i in range(5)]
@@ -49,6 +50,24 @@ def test_another_seed_has_another_order_and_tokens_follow_the_prompt():
 
 def test_one_prompt_is_drawn_again_and_again():
     assert identities(4, 2, prompts=PROMPTS[:1]) == [(0, 8), (0, 9), (0, 10), (0, 11)]
+
+
+def test_a_group_is_its_prompt_again_and_again_in_a_row():
+    """The prompts are those of batches of one response each, and no identity comes twice."""
+    found = [
+        (r.prompt_id, r.sample)
+        for step in range(5)
+        for r in loop.batch_requests(PROMPTS, 9, step, 3, group=3)
+    ]
+    alone = [pair for step in range(5) for pair in identities(3, step)]
+    assert found == [(i, 3 * epoch + j) for i, epoch in alone for j in range(3)]
+    assert len(set(found)) == 45
+    more = loop.batch_requests(PROMPTS, 24, 0, 3, group=2)  # more than two passes in a batch
+    assert [(r.prompt_id, r.sample) for r in more[::2]] == [
+        (i, 2 * epoch) for i, epoch in identities(12, 0)
+    ]
+    for r in more:
+        assert r.tokens == next(p.tokens for p in PROMPTS if p.id == r.prompt_id)
 
 
 def test_a_note_has_the_means_of_a_population():
@@ -293,3 +312,66 @@ def test_a_state_that_was_given_away_leaves_the_newest_checkpoint(files, monkeyp
     record = files()
     with pytest.raises(Stopped, match=r"inside iteration 4: checkpoint 2 is the last"):
         loop.run(start(), 0, stuck(3, donated=True), Schedule("t", 6, 2), record)
+
+
+def ending(at):
+    """Steps that add one, until that of index ``at`` says that it was the last."""
+
+    def one(state, step):
+        values = {"loss": 1.0, "grad_norm": 1.0} | ({} if step % 2 else {"ended": step == at})
+        return {"x": state["x"] + 1}, values, ""
+
+    return one
+
+
+def test_what_has_ended_is_saved_as_the_last_iteration(files):
+    record = files()
+    end = loop.run(start(), 0, ending(4), Schedule("t", 50, 10), record)
+    np.testing.assert_array_equal(end["x"], [5, 5])
+    assert record.checkpointer.latest_step == 50
+    state, metadata = record.checkpointer.restore(start())
+    np.testing.assert_array_equal(state["x"], [5, 5])
+    assert metadata["step"] == 50
+    found = lines(files.path)
+    assert [x["step"] for x in found] == [1, 2, 3, 4, 5]
+    assert not any("ended" in x for x in found)
+    np.testing.assert_array_equal(loop.run(start(), 0, ending(2), Schedule("t", 9))["x"], [3, 3])
+
+
+def place(path):
+    return Place(path / "deep" / "c", path / "deep" / "m", 2, {"a": 1})
+
+
+def test_a_loop_goes_on_from_its_place_and_is_complete_there(tmp_path, capfd):
+    schedule, where = Schedule("t", 6, 2), place(tmp_path)
+    with pytest.raises(Stopped, match="after iteration 3 of 6"):
+        loop.resume(start(), adding(signal.SIGTERM, at=2), schedule, where)
+    first = start()
+    end = loop.resume(first, adding(), schedule, where)
+    np.testing.assert_array_equal(end["x"], [21, 21])
+    assert first["x"].is_deleted()  # it would be a second state in memory all along
+    assert [x["step"] for x in lines(where.metrics)] == [1, 2, 3, 4, 5, 6]
+    assert "going on after iteration 3 of 6" in capfd.readouterr().err
+
+    def never(state, step):
+        raise AssertionError("it is complete")
+
+    np.testing.assert_array_equal(loop.resume(start(), never, schedule, where)["x"], [21, 21])
+    assert "going on" not in capfd.readouterr().err
+
+
+def test_a_run_that_has_ended_does_nothing_when_it_goes_on(tmp_path):
+    schedule, where = Schedule("t", 50, 10), place(tmp_path)
+    loop.resume(start(), ending(4), schedule, where)
+    again = loop.resume(start(), ending(0), schedule, where)
+    np.testing.assert_array_equal(again["x"], [5, 5])
+    assert len(lines(where.metrics)) == 5
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_ctrl_c_gives_what_was_learned_unless_only_all_of_it_is_of_use(whole):
+    schedule = Schedule("t", 6, whole=whole)
+    stopped = pytest.raises(Stopped, match="iteration 3 of 6 was the last")
+    with stopped if whole else contextlib.nullcontext():
+        end = loop.run(start(), 0, adding(signal.SIGINT, at=2), schedule)
+        np.testing.assert_array_equal(end["x"], [6, 6])

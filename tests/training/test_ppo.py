@@ -1,10 +1,12 @@
 """The pieces of an update: a rollout scored, its advantages, the losses and their gradients."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.training import tiny
@@ -12,9 +14,11 @@ from vbon_jax.bon import distribution
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
 from vbon_jax.models import decoder, heads
+from vbon_jax.rl import gae
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import ppo
+from vbon_jax.training.options import Train
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,100 @@ def test_gradients_stop_at_old_quantities(world, mesh, batch):
     grads = jax.jit(jax.grad(loss, allow_int=True))(exp)
     for name in ("log_probs_BxT", "values_BxT", "advantages_BxT", "returns_BxT"):
         np.testing.assert_array_equal(getattr(grads, name), 0, err_msg=name)
+
+
+def slow_baseline(rewards, values, lengths, train):
+    """(advantages, returns) response by response and token by token, gamma = 1."""
+    advantages, returns = np.zeros(rewards.shape), np.zeros(rewards.shape)
+    group, lam = train.group, train.lam
+    for i, length in enumerate(lengths):
+        base = values[i].copy()
+        if train.baseline == "group":
+            base[:], lam = 0.0, 1.0
+        others = [j for j in range(i // group * group, i // group * group + group) if j != i]
+        excess = 0.0
+        if train.baseline == "group":
+            excess = np.mean([rewards[j].sum() for j in others])
+        elif train.baseline == "both":
+            excess = np.mean([rewards[j].sum() - values[j, 0] for j in others])
+        base = base + excess
+        running = 0.0
+        for t in reversed(range(length)):
+            after = base[t + 1] if t + 1 < length else 0.0
+            running = rewards[i, t] + after - base[t] + lam * running
+            advantages[i, t], returns[i, t] = running, running + base[t]
+    return advantages, returns
+
+
+@pytest.mark.parametrize(
+    ("baseline", "group"),
+    [("value", 1), ("value", 3), ("group", 2), ("group", 4), ("both", 2), ("both", 3)],
+)
+def test_baselines_are_those_of_slow_loops(rng, baseline, group):
+    lengths = rng.integers(1, 6, size=12)
+    mask = np.arange(5) < lengths[:, None]
+    rewards, values = (np.where(mask, rng.normal(size=mask.shape), 0.0) for _ in range(2))
+    train = Train(baseline=baseline, group=group, lam=0.8)
+    scored = types.SimpleNamespace(
+        values_BxT=jnp.asarray(values, jnp.float32), response_mask_BxT=jnp.asarray(mask)
+    )
+    given = jnp.asarray(rewards, jnp.float32)
+    found = gae.gae(given, *ppo._baseline(given, scored, train))
+    for a, b in zip(found, slow_baseline(rewards, values, lengths, train), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_group_baseline_reaches_the_experience_and_teaches_no_values(world, mesh, batch):
+    exp, _ = world.experience(mesh, batch, baseline="group", group=2, whiten=False)
+    first = np.asarray(exp.advantages_BxT[:, 0])  # a whole return less that of the only other
+    np.testing.assert_allclose(first[::2], -first[1::2], atol=1e-5)
+    assert np.abs(first).min() > 1e-3
+    for baseline in ("group", "both"):
+        setup = tiny.changed(world.setup, baseline=baseline, group=2)
+        grads = tiny.gradients(world.fresh(mesh).params, world.reference(mesh), exp, setup=setup)[0]
+        assert (float(optax.tree.norm(grads["value"])) == 0) == (baseline == "group")
+        assert float(optax.tree.norm(grads["decoder"])) > 0
+
+
+passes = jax.jit(ppo.epochs, static_argnames="setup")
+
+
+def test_passes_over_a_rollout_end_beyond_the_kl_target(world, mesh, batch):
+    """One pass of three is done, and the weights are those of one pass that was asked for."""
+    exp, _ = world.experience(mesh, batch)
+
+    def updated(**changes):
+        setup = tiny.changed(world.setup, **changes)
+        state, metrics = passes(world.fresh(mesh), world.reference(mesh), exp, setup=setup)
+        counts = [int(x) for _, x in optax.tree.get_all_with_path(state.opt_state, "count")]
+        return state, {k: float(x) for k, x in metrics.items()}, sorted(counts)
+
+    one, of_one, _ = updated(ppo_epochs=1)
+    cut, of_cut, at_cut = updated(ppo_epochs=3, kl_target=of_one["kl_rollout"] / 2)
+    jax.tree.map(np.testing.assert_array_equal, cut.params, one.params)
+    assert of_cut == pytest.approx(of_one, rel=1e-6) and of_cut["epochs"] == 1
+    far, of_far, at_far = updated(ppo_epochs=3, kl_target=100.0)
+    assert of_far["epochs"] == 3 and 0 < of_one["kl_rollout"] < of_far["kl_rollout"] < 100
+    assert float(jnp.max(jnp.abs(far.params["decoder"]["wte"] - cut.params["decoder"]["wte"]))) > 0
+    # Adam has seen the steps that were done; the learning rate is where three passes put it.
+    assert (at_cut, at_far) == ([2, 6], [6, 6])
+
+
+def test_members_of_a_population_end_their_passes_each_for_itself(world, mesh, batch):
+    """Side by side, as `vmap` computes them: one goes on where the other has ended."""
+    exp, _ = world.experience(mesh, batch)
+    still = dataclasses.replace(exp, advantages_BxT=jnp.zeros_like(exp.advantages_BxT))
+    setup = tiny.changed(world.setup, ppo_epochs=3, kl_target=1e-4, value_coef=0.0)
+    fresh, reference = world.fresh(mesh), world.reference(mesh)
+    both = jax.tree.map(lambda *x: jnp.stack(x), exp, still)
+    state, metrics = jax.jit(jax.vmap(lambda e: ppo.epochs(fresh, reference, e, setup)))(both)
+    assert metrics["epochs"].tolist() == [1, 3]
+    for k, e in enumerate((exp, still)):
+        alone, of_alone = passes(fresh, reference, e, setup=setup)
+        for name, x in of_alone.items():
+            np.testing.assert_allclose(metrics[name][k], x, atol=1e-5, err_msg=name)
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True):
+            np.testing.assert_allclose(a[k], b, atol=1e-4)
 
 
 def all_responses(world, mesh, length, vocab):

@@ -38,3 +38,14 @@ def test_moments_are_stored_in_their_own_dtype():
     a, b = (updates[dtype]["kernel"] for dtype in ("float32", "bfloat16"))
     np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-5)
     assert not np.array_equal(a, b)
+
+
+def test_the_learning_rate_is_put_where_a_count_of_steps_says():
+    optimizer = state.adamw(optax.linear_schedule(1.0, 0.0, 10), 1e-8, 0.0, 1e9)
+    params, grads = {"kernel": jnp.ones(3)}, {"kernel": jnp.full(3, 0.5)}
+    fresh = optimizer.init(params)
+    moved = optimizer.update(grads, state.at_step(fresh, jnp.int32(4)), params)
+    np.testing.assert_allclose(moved[0]["kernel"], -0.6, rtol=1e-5)  # Adam's first step is 1
+    # Adam's own count is that of the steps it has seen, whatever the learning rate's.
+    counts = sorted(int(x) for _, x in optax.tree.get_all_with_path(moved[1], "count"))
+    assert counts == [1, 5]

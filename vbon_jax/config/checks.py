@@ -193,6 +193,7 @@ def _check_method(c: Config, method: methods.Method) -> None:
             _at_most(key, values, c.samples.m, "samples.m")
     if (chosen or grids) and not method.online:
         _require(not (wrong := method.check_samples(c.offline, c.samples.m)), wrong)
+    if (chosen or grids) and not (method.online and c.train.start == options.REFERENCE):
         _check_offline(c)
 
 

@@ -101,10 +101,10 @@ class Offline:
       loss: (log pi of best [B], log-ratio of best [B], of worst [B] or None, target [B], beta,
         alpha) -> loss [B]; None for maximum likelihood on the best.
       pairs: whether the loss compares best with worst; if not, it is told of no worst.
-      weights: (rewards [P, M], n, places in the total order or None) -> the probability of each
-        sample under the method's optimum, rows summing to 1. Where it is given, training is judged
-        by KL(optimum || policy) on the samples of prompts that are held out, ends when that has
-        stopped falling, and gives the best weights, not the last; None trains to the end.
+      weights: (rewards [P, M], member, places in the total order or None) -> the probability of
+        each sample under the method's optimum, rows summing to 1. Where it is given, training is
+        judged by KL(optimum || policy) on the samples of prompts that are held out, ends when that
+        has stopped falling, and gives the best weights, not the last; None trains to the end.
     """
 
     choose: Callable[[np.ndarray, Member, OfflineKeys, np.ndarray | None], Choices]
@@ -114,7 +114,7 @@ class Offline:
     )
     loss: Callable[..., jax.Array] | None = None
     pairs: bool = True
-    weights: Callable[[np.ndarray, float, np.ndarray | None], np.ndarray] | None = None
+    weights: Callable[[np.ndarray, Member, np.ndarray | None], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def choose(
     settings: OfflineKeys,
     order_PxM: np.ndarray | None = None,
 ) -> offline.Choices:
-    """``offline.pairs`` of each prompt's m samples, in proportion to their weights.
+    """``offline.pairs`` of each prompt's samples, in proportion to their weights.
 
     Sample i comes ``offline.pairs`` times its weight, rounded up or down at random.
 
@@ -46,18 +46,21 @@ def choose(
       InputError: n or the number of pairs is one that m samples cannot serve.
     """
     rewards_PxM = np.asarray(rewards_PxM, np.float64)
-    m = rewards_PxM.shape[1]
     offline.check_pairs(settings.pairs)
-    offline.check_n("bon_sft", member.n, m, 1)
+    offline.check_n("bon_sft", member.n, member.m, 1)
     rng = np.random.default_rng(member.seed)
-    weights = pool.winner_weights(rewards_PxM, int(member.n), order_PxM)
-    chosen = pool.resample(rng, weights, settings.pairs)
-    return offline.examples(m, chosen, chosen, np.ones(chosen.shape))
+    chosen = pool.resample(rng, weights(rewards_PxM, member, order_PxM), settings.pairs)
+    return offline.examples(rewards_PxM.shape[1], chosen, chosen, np.ones(chosen.shape))
 
 
-def weights(rewards_PxM: np.ndarray, n: float, order_PxM: np.ndarray | None = None) -> np.ndarray:
-    """The probability of each stored sample to be the best of n, [P, M]."""
-    return pool.winner_weights(rewards_PxM, int(n), order_PxM)
+def weights(
+    rewards_PxM: np.ndarray, member: Member, order_PxM: np.ndarray | None = None
+) -> np.ndarray:
+    """The probability of each of the member's stored samples to be the best of n, [P, M]."""
+    m = member.m
+    order = None if order_PxM is None else order_PxM[:, :m]
+    own = pool.winner_weights(rewards_PxM[:, :m], int(member.n), order)
+    return np.pad(own, ((0, 0), (0, rewards_PxM.shape[1] - m)))
 
 
 METHOD = Method(

@@ -369,10 +369,10 @@ class _Judge:
         self._last = job.iterations - 1
         rows, known = [], []
         for member in members:
-            weights = job.method.learns.weights(rewards_PxM[first:], member.n, order)
+            weights = job.method.learns.weights(rewards_PxM[first:], member, order)
             columns = resample(np.random.default_rng(member.seed), weights, LOOKED_AT)
             here = ((first + np.arange(job.held_out))[:, None] * m + columns).ravel()
-            ratio = np.log(m * np.take_along_axis(weights, columns, axis=1).ravel())
+            ratio = np.log(member.m * np.take_along_axis(weights, columns, axis=1).ravel())
             batch = job.training.offline.batch_size
             shape = (-(-len(here) // batch), batch)  # the last is filled with the first again
             rows.append(np.resize(here, shape))
@@ -401,7 +401,7 @@ def _judged(
     """(state with its best, KL, looks since the best) of one policy."""
     pool, base = shared
     kl = known + offline.nll(state.params, pool, rows, base, setup=setup)
-    state = policies.judged(state, kl)
+    state = policies.judged(state, kl, PATIENCE)
     return state, kl, state.params[policies.BEST]["looks"]
 
 

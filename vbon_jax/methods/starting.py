@@ -16,7 +16,6 @@ from vbon_jax import sharding
 from vbon_jax.bon.pool import resample, winner_weights
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data.samples import PromptSamples
-from vbon_jax.errors import InputError
 from vbon_jax.methods import bon_sft, vbon
 from vbon_jax.methods.learning import Job
 from vbon_jax.progress import log
@@ -37,20 +36,17 @@ def job(online: Job) -> Job | None:
     """The training that a policy starts with; None where it starts as the reference.
 
     It is maximum likelihood on best-of-n, `methods.bon_sft`, under the keys of ``offline``.
-
-    Raises:
-      InputError: n is no whole number.
     """
-    options, begins = online.options, online.training.train.start
-    if not online.method.online or begins == REFERENCE:
+    options = online.options
+    if not online.method.online or online.training.train.start == REFERENCE:
         return None
-    if options.n % 1:
-        raise InputError(
-            f"train.start={begins} needs a whole number n, and method.n is {options.n:g}: set "
-            f"train.start={REFERENCE}"
-        )
     likelihood = bon_sft.BoNSFT(n=options.n, estimator=options.estimator, ties=options.ties)
     return dataclasses.replace(online, method=bon_sft.METHOD, options=likelihood, value=None)
+
+
+def member(of: Member) -> Member:
+    """Whom the start of ``of`` is trained for: best of the nearest whole n that m samples have."""
+    return dataclasses.replace(of, n=float(min(max(round(of.n), 1), of.m)))
 
 
 def policy(found: TrainState) -> Any:
@@ -59,13 +55,19 @@ def policy(found: TrainState) -> Any:
 
 
 def begun(fresh: TrainState, own: Any) -> TrainState:
-    """A first state, of one policy or of a population, that begins with the policy ``own``."""
+    """A first state, of one policy or of a population, that begins with the policy ``own``.
+
+    Both are used up: no array of theirs stays in memory beside those of the state.
+    """
     copies = {
         name: jax.tree.map(jnp.copy, own)
-        for name in ("decoder", policies.AVERAGE, "anchor")
+        for name in (policies.AVERAGE, "anchor")
         if name in fresh.params
     }
-    return fresh._replace(params=fresh.params | copies)
+    begins = {"decoder": own} | copies
+    for x in jax.tree.leaves([fresh.params[name] for name in begins]):
+        x.delete()
+    return fresh._replace(params=fresh.params | begins)
 
 
 def valued(
@@ -92,20 +94,20 @@ def valued(
 
 
 def _values(
-    job: Job, task: Task, i: int, member: Member, samples: Sequence[PromptSamples]
+    job: Job, task: Task, i: int, of: Member, samples: Sequence[PromptSamples]
 ) -> prefix.Table:
     """Mean returns of stored samples by the rank of their prefixes' rewards, of member i."""
     table = task.references
     if table.rewards_PxM.ndim == 3:
         table = jax.tree.map(lambda x: x[i], table)
-    rewards = sample_files.rewards(samples, member.m)
-    weights = np.full(rewards.shape, 1 / member.m)
+    rewards = sample_files.rewards(samples, of.m)
+    weights = np.full(rewards.shape, 1 / of.m)
     if job.training.train.start != REFERENCE:
-        weights = winner_weights(rewards, int(member.n))
+        weights = winner_weights(rewards, int(member(of).n))
     each = -(-STORED // len(rewards))
-    columns = resample(np.random.default_rng(member.seed), weights, each)
+    columns = resample(np.random.default_rng(of.seed), weights, each)
     batch, log_ref_B = _stored(job, task, samples, columns, rewards)
-    n, beta = jnp.float32(member.n), jnp.float32(member.beta)
+    n, beta = jnp.float32(of.n), jnp.float32(of.beta)
     density = vbon.best_of_n_density(table, batch, log_ref_B, n, job.options.estimator)
     target = vbon.objective(job.objective, density, batch.reward_B, n, beta)
     mask, ranks = batch.rollout.mask_BxT, vbon.prefix_ranks(table, batch)

@@ -32,7 +32,7 @@ from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
-from vbon_jax.methods import learning
+from vbon_jax.methods import learning, starting
 from vbon_jax.methods.learning import Job, ValueNetwork
 from vbon_jax.models import cache, decoder, encoder, heads, hf, trainable
 from vbon_jax.models.decoder import DecoderConfig
@@ -328,6 +328,9 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     if not method.online:
         _offline(w, job, state, held, phases)
         return 0
+    begin = starting.job(job)
+    if begin is not None:
+        phases["start"] = _start(w, begin, held["trained"] + held["optimizer"])
     rows = s.train.batch_size
     for name, r in _scores(s).items():
         found = _classifier(w, r)
@@ -392,6 +395,17 @@ def _batch(w: _World, rows: int) -> ScoredRollout:
     )  # fmt: skip
 
 
+def _start(w: _World, job: Job, after: int) -> int:
+    """What the training that a policy starts with takes beyond the ``after`` bytes that follow."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(job.make_state(), w.reference["decoder"], None, key)
+    state = _abstract(state, w.mesh)
+    held: dict[str, int] = {"state": bytes_of(state)}
+    phases: dict[str, int] = {}
+    _offline(w, job, state, held, phases)
+    return max(0, sum(held.values()) + max(phases.values()) - after)
+
+
 def _offline(w: _World, job: Job, state: Any, held: dict[str, int], phases: dict[str, int]) -> None:
     """Adds the steps of an offline method, and its pool of samples, which is held."""
     s = w.settings
@@ -435,6 +449,7 @@ def device_bytes(s: Config) -> int:
 SMALLER = {
     "update": "raise memory.accumulate, set memory.remat=full, lower memory.chunk",
     "gradient steps": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
+    "start": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
     "rollout": "lower train.batch_size",
     "log pi_ref": "lower sampling.batch_size",
     "checkpoint": "train less of it (train.num_layers_unfrozen, lora.rank)",

@@ -310,8 +310,10 @@ def _work(
     members = population.padded(unit.members, run.mesh)
     title = f"{unit.name} x{len(unit.members)}"
 
-    def trained(of: learning.Job, title: str, folder: Path, own: Any = None) -> Any:
-        state, step = learning.many(of, task, members, samples, s.sweep.at_once)
+    def trained(
+        of: learning.Job, who: Sequence[Member], title: str, folder: Path, own: Any = None
+    ) -> Any:
+        state, step = learning.many(of, task, who, samples, s.sweep.at_once)
         total = of.iterations
         if own is not None:
             state = starting.begun(state, own)
@@ -324,8 +326,9 @@ def _work(
 
     begin, own = starting.job(job), None
     if begin is not None:
-        own = starting.policy(trained(begin, f"start of {title}", place / "start"))
-    state = trained(job, title, place, own)
+        firsts = [starting.member(x) for x in members]
+        own = starting.policy(trained(begin, firsts, f"start of {title}", place / "start"))
+    state = trained(job, members, title, place, own)
     _measure(run, unit, place, task, state, splits)
 
 

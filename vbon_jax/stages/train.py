@@ -21,7 +21,7 @@ def run(run: Run) -> None:
     policy = None
     if begin is not None:
         found = loop.resume(
-            *learning.single(begin, task, member, samples),
+            *learning.single(begin, task, starting.member(member), samples),
             loop.Schedule("start", begin.iterations, every),
             loop.Place(workdir.checkpoints("start"), workdir.start, 1, {}),
         )

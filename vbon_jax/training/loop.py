@@ -167,7 +167,7 @@ def resume(state: Any, one: Step, schedule: Schedule, place: Place) -> Any:
     """`run` from the newest whole checkpoint in ``place``, or from the first state.
 
     Args:
-      state: the first one; its layout is that of the checkpoints.
+      state: the first one; its layout is that of the checkpoints. Used up, not to be held twice.
       one: as for `run`.
       schedule: likewise.
       place: where checkpoints and metrics lie.
@@ -184,6 +184,9 @@ def resume(state: Any, one: Step, schedule: Schedule, place: Place) -> Any:
         restored = checkpointer.restore(state)
         start = checkpointer.latest_step or 0  # now that what is damaged is set aside
         if restored is not None:
+            for x in jax.tree.leaves(state):
+                if isinstance(x, jax.Array):
+                    x.delete()
             state = restored[0]
             if start < schedule.iterations:
                 log(f"{schedule.title}: going on after iteration {start} of {schedule.iterations}")

@@ -10,9 +10,9 @@ from vbon_jax.models.config import DTYPES, REMAT
 
 LABELS = ("hard", "soft")  # of dpo's pairs
 BASELINES = ("value", "group", "both")
-REFERENCE = "reference"
+REFERENCE, WEIGHTED = "reference", "weighted"
+STARTS = (REFERENCE, WEIGHTED)
 PREFIX = "prefix"
-STARTS = (REFERENCE, "weighted")
 # Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
 MOST_ROWS = Size(4_000_000)  # of a batch, or of what is drawn for a prompt
 MOST_TOKENS = Size(4_000_000)
@@ -38,8 +38,8 @@ class Train:
     """Training of the policy; the online methods' hyperparameters of PPO."""
 
     start: str = key(REFERENCE, "Policy that an online method begins with: reference; weighted, "
-                     "maximum likelihood on the stored samples by their weights as best-of-n's "
-                     "winner, as bon_sft trains it under the keys of `offline`.",
+                     "maximum likelihood on the stored samples by their weights as the winner "
+                     "of the nearest whole n, as bon_sft trains it under the keys of `offline`.",
                      choices=STARTS)  # fmt: skip
     iterations: int = key(150, "Rollout batches to train on; training episodes are iterations x "
                           "batch_size.", least=1, most=100_000_000)  # fmt: skip
@@ -50,8 +50,9 @@ class Train:
                      "and be 2 at least for `train.baseline` group and both.", least=1,
                      most=MOST_ROWS)  # fmt: skip
     ppo_epochs: int = key(4, "Passes over each rollout.", least=1, most=100_000)
-    kl_target: float = key(0.0, "KL(rollout policy || policy), nats a response, beyond which no "
-                           "further pass over a rollout is begun; 0 for no such limit.",
+    kl_target: float = key(0.0, "KL from the rollout's policy to the policy, nats a response, "
+                           "beyond which no further pass over a rollout is begun; 0 for no such "
+                           "limit.",
                            least=0)  # fmt: skip
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
     warmup: int = key(0, "Iterations over which the learning rate first rises linearly from 0.",

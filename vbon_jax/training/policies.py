@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vbon_jax import sharding
 from vbon_jax.rl import bond
 from vbon_jax.training.state import TrainState
 
@@ -47,7 +48,8 @@ def averaged(update: Callable[..., Any], half_life: float) -> Callable[..., Any]
         own = {name: tree for name, tree in state.params.items() if name != AVERAGE}
         new, metrics = update(state._replace(params=own), *rest)
         average = bond.ema(state.params[AVERAGE], new.params["decoder"], rate)
-        return new._replace(params=new.params | {AVERAGE: average}), metrics
+        state = new._replace(params=new.params | {AVERAGE: average})
+        return sharding.constrain(state, ""), metrics
 
     return with_average
 
@@ -58,19 +60,20 @@ def unjudged(own: Any) -> dict[str, Any]:
     return {"decoder": copy, "kl": jnp.float32(jnp.inf), "looks": jnp.int32(0)}
 
 
-@partial(jax.jit, donate_argnums=0)
-def judged(state: TrainState, kl: jax.Array) -> TrainState:
+def judged(state: TrainState, kl: jax.Array, patience: int) -> TrainState:
     """Takes a look at the weights: they are the best so far where their ``kl`` is the least.
 
     Args:
-      state: its params hold "best": the best weights, their KL, and the looks since then. Donated.
+      state: its params hold "best": the best weights, their KL, and the looks since then.
       kl: float32 scalar, what the weights are judged by, on prompts that they were not trained on.
+      patience: looks without a better one after which the best stays: of a population, members
+        that would have ended alone go on with the others.
 
     Returns:
       The state with "best" brought up to date.
     """
     best = state.params[BEST]
-    better = kl < best["kl"]
+    better = (kl < best["kl"]) & (best["looks"] < patience)
     found = {
         "decoder": jax.tree.map(
             lambda old, new: jnp.where(better, new, old), best["decoder"], state.params["decoder"]
@@ -78,4 +81,4 @@ def judged(state: TrainState, kl: jax.Array) -> TrainState:
         "kl": jnp.where(better, kl, best["kl"]),
         "looks": jnp.where(better, 0, best["looks"] + 1),
     }
-    return state._replace(params=state.params | {BEST: found})
+    return sharding.constrain(state._replace(params=state.params | {BEST: found}), "")
