@@ -13,6 +13,8 @@ import vbon_jax as vbon
 from tests import standins
 from vbon_jax.data.sources import reviews
 from vbon_jax.errors import InputError
+from vbon_jax.methods import starting
+from vbon_jax.rl import prefix
 
 TEXTS = ("the film is", "i think the acting", "a drama of", "this comedy")
 SMALL = {"batch_size": 16, "minibatch_size": 8, "ppo_epochs": 1, "learning_rate": 3e-3}
@@ -154,6 +156,42 @@ def test_training_begins_with_what_is_learned_from_the_samples(reference, prompt
         lambda a, b: float(np.max(np.abs(a - b))), found.model.params, unmoved.model.params
     )
     assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_values_of_prefixes_know_the_stored_samples(reference, samples, monkeypatch):
+    """Before the first iteration: the mean of the target over all samples, cell by cell."""
+    monkeypatch.setattr(starting, "STORED", samples.rewards.size)  # each of them once
+    seen = []
+    valued = starting.valued
+
+    def look(*given):
+        state = valued(*given)
+        seen.append(jax.device_get(state.params["prefix"]))
+        return state
+
+    monkeypatch.setattr(starting, "valued", look)
+    settings = SMALL | {"value_network": "prefix", "iterations": 2}
+    given = {"reward": length, "method": vbon.VBoN(n=4)}
+    policy = vbon.train(reference, samples, **given, **settings)
+    assert len(policy.generate(TEXTS[:1])[0]) == 1
+
+    total, weight = np.zeros((2, prefix.POSITIONS, prefix.RANKS))
+    for row in samples.samples:
+        rewards = np.array(row.rewards)
+        for reward, ids in zip(row.rewards, row.response_tokens, strict=True):
+            below, equal = np.sum(rewards < reward), np.sum(rewards == reward)
+            ratio = np.log(((below + equal + 1) / 9) ** 4 - (below / 9) ** 4)
+            ratio -= np.log((equal + 1) / 9)
+            for t in range(len(ids)):
+                text = reference.texts([row.prompt_tokens], [ids[:t]])[0]
+                own = np.float32(len(text) / 10)
+                mine = rewards.astype(np.float32)
+                rank = (np.sum(mine < own) + np.sum(mine == own) / 2) / 8
+                cell = t * prefix.POSITIONS // 8, min(int(rank * prefix.RANKS), 15)
+                total[cell] += ratio / 4
+                weight[cell] += 1
+    np.testing.assert_allclose(seen[0].weight, weight)
+    np.testing.assert_allclose(seen[0].total, total, atol=1e-4)
 
 
 def test_a_start_is_held_to_its_limits(reference, samples):
