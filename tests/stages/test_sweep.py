@@ -23,6 +23,7 @@ from vbon_jax import config as vbon_config
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular
 from vbon_jax.errors import InputError
+from vbon_jax.methods import learning
 from vbon_jax.report import results
 from vbon_jax.stages import STAGES, claims, loading, sweep
 from vbon_jax.stages.base import Run
@@ -462,6 +463,28 @@ def test_a_killed_worker_is_followed_by_the_other(sampled, done, monkeypatch, ca
     assert "sweep: vbon goes on after iteration" in capfd.readouterr().err
     assert [x["step"] for x in read(folders["vbon"] / "metrics.jsonl")] == [1, 2, 3, 4]
     assert_same_table(sampled, done)
+
+
+def test_members_of_a_sweep_start_from_the_stored_samples(sampled, monkeypatch):
+    """Each from best of the whole n next to its own, out of its own m; both are a unit's files."""
+    many, trained = learning.many, []
+
+    def recorded(job, task, members, *rest):
+        trained.append((job.method.name, [(x.n, x.m) for x in members]))
+        return many(job, task, members, *rest)
+
+    monkeypatch.setattr(learning, "many", recorded)
+    grids = ["vbon=()", "dpo=()", "ppo=(0.4,)", "m=(5,)", "bon=(1,)", "temperatures=()"]
+    flags = [f"--config.sweep.{grid}" for grid in grids]
+    assert vbon("sweep", sampled, "--config.train.start=weighted", *flags) == 0
+    assert sorted(trained) == [
+        ("bon_sft", [(4.0, M)]), ("bon_sft", [(5.0, 5)]), ("ppo", [(3.5, M)]), ("vbon", [(8.0, 5)]),
+    ]  # fmt: skip
+    for folder in units_of(sampled).values():
+        assert len(read(folder / "start" / "metrics.jsonl")) == 3
+        first, *rest = read(folder / "metrics.jsonl")
+        assert first["kl_ref"][0] > 1e-3 and len(rest) == STEPS - 1  # it is the reference no more
+    assert {row["method"] for row in read(sampled / "sweep.jsonl")} >= {"ppo", "vbon"}
 
 
 # --- What its parts read and share -------------------------------------------------------------

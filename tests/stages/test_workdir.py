@@ -34,8 +34,10 @@ OTHERS = {
     "prompts.test_split": "validation", "prompts.date": "2024-02-29",
     "tokenizer.add_bos": "never", "sampling.end_tokens": ["a"],
     "reward.template_arguments": "{}", "evaluator.template_arguments": "{}",
-    "offline.transform": "identity",
+    "offline.transform": "identity", "train.average_half_life": 20.0, "train.baseline": "both",
+    "train.group": 2, "train.kl_target": 0.5, "train.start": "weighted", "train.warmup": 3,
 }  # fmt: skip
+ALONE = sorted(config.ADDED - {"train.baseline"})  # which needs another `train.group` with it
 
 
 def parsed(variant="", *flags):
@@ -47,15 +49,17 @@ def folder(root, variant="", *flags):
 
 
 def another(key):
+    """Flags that give a new key another value; a baseline of a group needs a group."""
     value = OTHERS[key]
-    return f"--config.{key}={tuple(value) if isinstance(value, list) else value}"
+    also = ["--config.train.group=2"] if key == "train.baseline" else []
+    return [f"--config.{key}={tuple(value) if isinstance(value, list) else value}", *also]
 
 
 def stage_of(key):
     """The first stage whose results follow from a key."""
     if key.startswith("evaluator."):
         return "evaluate"
-    if key.startswith("offline."):
+    if key.startswith(("offline.", "train.")):
         return "train"
     return "sft" if key.startswith(("data.", "tokenizer.", "sampling.end")) else "sample"
 
@@ -84,11 +88,11 @@ def test_notes_without_the_new_keys_are_not_refused(old):
         here.require(stage, "its results")
 
 
-@pytest.mark.parametrize("key", sorted(config.ADDED))
+@pytest.mark.parametrize("key", ALONE)
 def test_notes_without_a_new_key_are_refused_where_it_has_another_value(old, key):
     default = config.defaults_flat()[key]
     words = f"was done with {key}={default!r}, now it is {OTHERS[key]!r}: use another --workdir"
-    here = folder(old, "", another(key))
+    here = folder(old, "", *another(key))
     with pytest.raises(InputError) as error:
         here.begin(stage_of(key))
     assert words in str(error.value)
@@ -96,10 +100,10 @@ def test_notes_without_a_new_key_are_refused_where_it_has_another_value(old, key
         here.require("report", "the page")  # what comes after follows from it too
 
 
-@pytest.mark.parametrize("key", sorted(config.ADDED))
+@pytest.mark.parametrize("key", ALONE)
 def test_a_note_in_which_a_new_key_has_another_value_is_refused(tmp_path, key):
     stage = stage_of(key)
-    there = folder(tmp_path, "", another(key))
+    there = folder(tmp_path, "", *another(key))
     there.begin(stage)
     there.complete(stage)
     assert there.begin(stage)
@@ -131,8 +135,8 @@ def test_folders_of_a_sweep_have_the_names_they_had():
 
 @pytest.mark.parametrize("key", sorted(config.ADDED))
 def test_another_value_of_a_new_key_gives_other_names(key):
-    assert not folders(another(key)) & GOLDEN_FOLDERS
-    found = folder("/w", "", another(key)).held_out("pool", "test", 1.0, 200)
+    assert not folders(*another(key)) & GOLDEN_FOLDERS
+    found = folder("/w", "", *another(key)).held_out("pool", "test", 1.0, 200)
     follows = stage_of(key) != "train"  # held-out samples are the reference's
     assert (GOLDEN_SAMPLES[""] not in found.name) == follows
 
