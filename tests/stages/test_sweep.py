@@ -510,7 +510,7 @@ def test_members_of_the_study_of_m_have_the_first_m_references_each(done, ties, 
 
 
 def test_members_start_from_the_stored_samples(done, tmp_path, monkeypatch):
-    """Each from best of the whole n next to its own, out of its own m; both in the unit's folder."""
+    """Each from best of the whole n next to its own, out of its own m, in the unit's folder."""
     many, trained = learning.many, []
 
     def recorded(job, task, members, *rest):
