@@ -205,6 +205,15 @@ def without_times(rows):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+def near(x):
+    """What equals ``x`` but for the last digits of its floats."""
+    if isinstance(x, dict):
+        return {k: near(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [near(v) for v in x]
+    return pytest.approx(x, abs=1e-5) if isinstance(x, float) else x
+
+
 def assert_same_table(root, other):
     """But for the seconds, the tables are equal: exactly but for the last digits of floats."""
     for name in ("sweep.jsonl", "sweep_samples.jsonl"):
@@ -213,14 +222,9 @@ def assert_same_table(root, other):
         for row, want in zip(rows, wanted):
             assert row.keys() == want.keys()
             for key in row:
-                assert row[key] == (
-                    pytest.approx(want[key], abs=1e-5)
-                    if isinstance(want[key], float | list)
-                    else want[key]
-                ), (name, key)
+                assert row[key] == near(want[key]), (name, key)
     exact, wanted = (json.loads((x / "tabular.json").read_text())["rows"] for x in (root, other))
-    assert [{k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in row.items()}
-            for row in wanted] == exact  # fmt: skip
+    assert exact == near(wanted)
 
 
 @pytest.fixture(scope="module")
