@@ -347,7 +347,7 @@ def test_a_unit_that_was_stopped_goes_on_and_gives_the_same_rows(sampled, done, 
     assert [x["step"] for x in read(folder / "metrics.jsonl")] == [1, 2]
     capfd.readouterr()
     assert vbon("sweep", sampled) == 0
-    assert f"sweep: vbon goes on after iteration 2 of {STEPS}" in capfd.readouterr().err
+    assert f"vbon x2: going on after iteration 2 of {STEPS}" in capfd.readouterr().err
     assert [x["step"] for x in read(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [state for state, _ in history(folder)] == ["held", "released", "held", "done"]
     assert_same_table(sampled, done)
@@ -466,7 +466,7 @@ def test_a_killed_worker_is_followed_by_the_other(sampled, done, monkeypatch, ca
     assert history(folders["dpo"]) == [("held", me), ("done", me)]
     assert history(folders["vbon"]) == [("held", worker.pid), ("held", me), ("done", me)]
     # It went on from the dead one's checkpoint, and did not begin anew.
-    assert "sweep: vbon goes on after iteration" in capfd.readouterr().err
+    assert "vbon x2: going on after iteration" in capfd.readouterr().err
     assert [x["step"] for x in read(folders["vbon"] / "metrics.jsonl")] == [1, 2, 3, 4]
     assert_same_table(sampled, done)
 
