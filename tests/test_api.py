@@ -249,7 +249,10 @@ def test_generation_is_a_function_of_its_seed(reference):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"iteration": 3}, "iteration=3: vbon has no such setting; it has adam_eps, batch_size"),
+        (
+            {"iteration": 3},
+            "iteration=3: vbon has no such setting; it has adam_eps, average_half_life",
+        ),
         ({"minibatch_size": 7}, "train.batch_size=128 is not a multiple of"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0: must be above 0"),
         ({"value_network": "reward"}, "value_network='reward' needs a run"),

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -203,6 +205,15 @@ def without_times(rows):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+def near(x):
+    """What equals ``x`` but for the last digits of its floats."""
+    if isinstance(x, dict):
+        return {k: near(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [near(v) for v in x]
+    return pytest.approx(x, abs=1e-5) if isinstance(x, float) else x
+
+
 def assert_same_table(root, other):
     """But for the seconds, the tables are equal: exactly but for the last digits of floats."""
     for name in ("sweep.jsonl", "sweep_samples.jsonl"):
@@ -211,14 +222,9 @@ def assert_same_table(root, other):
         for row, want in zip(rows, wanted):
             assert row.keys() == want.keys()
             for key in row:
-                assert row[key] == (
-                    pytest.approx(want[key], abs=1e-5)
-                    if isinstance(want[key], float | list)
-                    else want[key]
-                ), (name, key)
+                assert row[key] == near(want[key]), (name, key)
     exact, wanted = (json.loads((x / "tabular.json").read_text())["rows"] for x in (root, other))
-    assert [{k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in row.items()}
-            for row in wanted] == exact  # fmt: skip
+    assert exact == near(wanted)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +347,7 @@ def test_a_unit_that_was_stopped_goes_on_and_gives_the_same_rows(sampled, done, 
     assert [x["step"] for x in read(folder / "metrics.jsonl")] == [1, 2]
     capfd.readouterr()
     assert vbon("sweep", sampled) == 0
-    assert f"sweep: vbon goes on after iteration 2 of {STEPS}" in capfd.readouterr().err
+    assert f"vbon x2: going on after iteration 2 of {STEPS}" in capfd.readouterr().err
     assert [x["step"] for x in read(folder / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [state for state, _ in history(folder)] == ["held", "released", "held", "done"]
     assert_same_table(sampled, done)
@@ -460,31 +466,9 @@ def test_a_killed_worker_is_followed_by_the_other(sampled, done, monkeypatch, ca
     assert history(folders["dpo"]) == [("held", me), ("done", me)]
     assert history(folders["vbon"]) == [("held", worker.pid), ("held", me), ("done", me)]
     # It went on from the dead one's checkpoint, and did not begin anew.
-    assert "sweep: vbon goes on after iteration" in capfd.readouterr().err
+    assert "vbon x2: going on after iteration" in capfd.readouterr().err
     assert [x["step"] for x in read(folders["vbon"] / "metrics.jsonl")] == [1, 2, 3, 4]
     assert_same_table(sampled, done)
-
-
-def test_members_of_a_sweep_start_from_the_stored_samples(sampled, monkeypatch):
-    """Each from best of the whole n next to its own, out of its own m; both are a unit's files."""
-    many, trained = learning.many, []
-
-    def recorded(job, task, members, *rest):
-        trained.append((job.method.name, [(x.n, x.m) for x in members]))
-        return many(job, task, members, *rest)
-
-    monkeypatch.setattr(learning, "many", recorded)
-    grids = ["vbon=()", "dpo=()", "ppo=(0.4,)", "m=(5,)", "bon=(1,)", "temperatures=()"]
-    flags = [f"--config.sweep.{grid}" for grid in grids]
-    assert vbon("sweep", sampled, "--config.train.start=weighted", *flags) == 0
-    assert sorted(trained) == [
-        ("bon_sft", [(4.0, M)]), ("bon_sft", [(5.0, 5)]), ("ppo", [(3.5, M)]), ("vbon", [(8.0, 5)]),
-    ]  # fmt: skip
-    for folder in units_of(sampled).values():
-        assert len(read(folder / "start" / "metrics.jsonl")) == 3
-        first, *rest = read(folder / "metrics.jsonl")
-        assert first["kl_ref"][0] > 1e-3 and len(rest) == STEPS - 1  # it is the reference no more
-    assert {row["method"] for row in read(sampled / "sweep.jsonl")} >= {"ppo", "vbon"}
 
 
 # --- What its parts read and share -------------------------------------------------------------
@@ -527,6 +511,33 @@ def test_members_of_the_study_of_m_have_the_first_m_references_each(done, ties, 
     front, _ = tasks.of(unit("vbon", "front", members, estimator=estimator))
     assert front.references.rewards_PxM.shape == (1, M)
     assert front is tasks.of(unit("bond", "front", members, estimator=estimator))[0]  # read once
+
+
+def test_members_start_from_the_stored_samples(done, tmp_path, monkeypatch):
+    """Each from best of the whole n next to its own, out of its own m, in the unit's folder."""
+    many, trained = learning.many, []
+
+    def recorded(job, task, members, *rest):
+        trained.append((job.method.name, [(x.n, x.m) for x in members]))
+        return many(job, task, members, *rest)
+
+    monkeypatch.setattr(learning, "many", recorded)
+    monkeypatch.setattr(sweep, "_measure", lambda *_: None)
+    run = opened(done)
+    train = dataclasses.replace(run.config.train, start="weighted")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
+    tasks, claim = sweep._Tasks(run), types.SimpleNamespace(held=lambda: True)
+    for label, study, member in (
+        ("ppo", "front", Member(3.5, 0.4, 0, M)), ("vbon", "m", Member(8.0, 0.1, 0, 5)),
+    ):  # fmt: skip
+        with jax.set_mesh(run.mesh):
+            sweep._work(run, unit(label, study, [member]), tmp_path / label, tasks, None, claim)
+        assert len(read(tmp_path / label / "start" / "metrics.jsonl")) == 3
+        first, *rest = read(tmp_path / label / "metrics.jsonl")
+        assert first["kl_ref"][0] > 1e-3 and len(rest) == STEPS - 1  # it is the reference no more
+    assert trained == [
+        ("bon_sft", [(4.0, M)]), ("ppo", [(3.5, M)]), ("bon_sft", [(5.0, 5)]), ("vbon", [(8.0, 5)]),
+    ]  # fmt: skip
 
 
 def test_members_that_stand_for_n():

@@ -101,8 +101,9 @@ class Offline:
         6, "Stored responses per prompt from which dpo makes its pairs.", least=2, most=MOST_ROWS
     )
     pairs: int = key(
-        12, "Training pairs per prompt (for bon_sft: best-of-n responses; for qrpo: stored "
-        "responses, all of them once before any is taken again).", least=1, most=MOST_ROWS
+        12, "Training pairs per prompt (for bon_sft: stored responses, in proportion to their "
+        "chance to be the best of n; for qrpo: stored responses, all of them once before any is "
+        "taken again).", least=1, most=MOST_ROWS
     )  # fmt: skip
     labels: str = key("hard", "Preference labels of dpo: hard, the higher reward is preferred; "
                       "soft, with probability sigmoid(reward difference).",
