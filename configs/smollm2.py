@@ -4,14 +4,14 @@ r"""A real pretrained model: SmolLM2-135M continues movie reviews, towards posit
     vbon run --config=configs/smollm2.py --config.data.path=TRAIN.jsonl \
         --config.data.test_path=TEST.jsonl
 
-The files hold a text and its label a line, {"text", "label"}, of which only the texts are read: their
-first 4 to 10 tokens are the prompts. The reward is VADER's compound score of prompt and response
-(``vbon_jax.rewards.vader``), which many responses share; adapters are trained (LoRA). Another model:
---config.reference.path=, a Hugging Face name or directory.
+The files hold a text and its label a line, {"text", "label"}, of which only the texts are read:
+their first 4 to 10 tokens are the prompts. The reward is VADER's compound score of prompt and
+response (``vbon_jax.rewards.vader``), which many responses share; adapters are trained (LoRA).
+Another model: --config.reference.path=, a Hugging Face name or directory.
 
-On 2 CPU cores the samples of the 300 prompts take about 15 minutes, and training half an hour. This
-is not best-of-8 yet: a run of this size won 0.64 of comparisons with the reference, where best-of-8
-wins 0.89, at a KL to the reference of 0.76 nats (best-of-8: at most 1.20).
+On 2 CPU cores the samples of the 300 prompts take about 15 minutes, and training half an hour.
+This is not best-of-8 yet: a run of this size won 0.64 of comparisons with the reference, where
+best-of-8 wins 0.89, at a KL to the reference of 0.76 nats (best-of-8: at most 1.20).
 """
 
 import ml_collections
