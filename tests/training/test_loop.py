@@ -360,6 +360,21 @@ def test_a_loop_goes_on_from_its_place_and_is_complete_there(tmp_path, capfd):
     assert "going on" not in capfd.readouterr().err
 
 
+def test_what_a_run_begins_with_is_made_where_there_is_no_checkpoint(tmp_path):
+    made = []
+
+    def begin(state):
+        made.append(True)
+        return {"x": state["x"] + 100}
+
+    schedule, where = Schedule("t", 6, 2), place(tmp_path)
+    with pytest.raises(Stopped):
+        loop.resume(start(), adding(signal.SIGTERM, at=2), schedule, where, begin)
+    end = loop.resume(start(), adding(), schedule, where, begin)
+    np.testing.assert_array_equal(end["x"], [121, 121])
+    assert made == [True]
+
+
 def test_a_run_that_has_ended_does_nothing_when_it_goes_on(tmp_path):
     schedule, where = Schedule("t", 50, 10), place(tmp_path)
     loop.resume(start(), ending(4), schedule, where)

@@ -136,7 +136,9 @@ class Job:
     @property
     def reads_prefixes(self) -> bool:
         """Whether its values are those of a table by the rewards of prefixes."""
-        return self.method.values and self.training.train.value_network == PREFIX
+        train = self.training.train
+        unread = train.baseline == "group"  # which would be paid for all the same
+        return self.method.values and train.value_network == PREFIX and not unread
 
     @property
     def held_out(self) -> int:

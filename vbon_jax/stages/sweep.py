@@ -318,10 +318,11 @@ def _work(
         if own is not None:
             state = starting.begun(state, own)
         return loop.resume(
-            starting.valued(state, of, task, members, samples),
+            state,
             _while_held(step, claim),
             loop.Schedule(title, total, min(s.train.checkpoint_every, total)),
             loop.Place(folder / "checkpoints", folder, 1, {"unit": unit.name}),
+            lambda fresh: starting.valued(fresh, of, task, who, samples),
         )
 
     begin, own = starting.job(job), None

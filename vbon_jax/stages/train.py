@@ -31,11 +31,12 @@ def run(run: Run) -> None:
     if policy is not None:
         state = starting.begun(state, policy)
     loop.resume(
-        starting.valued(state, job, task, [member], samples),
+        state,
         step,
         loop.Schedule("train", job.iterations, every, run.profile),
         loop.Place(
             workdir.checkpoints("train"), workdir.root, s.train.keep, {"config": as_dict(s)},
             loading.wandb_arguments(run),
         ),
+        lambda fresh: starting.valued(fresh, job, task, [member], samples),
     )  # fmt: skip

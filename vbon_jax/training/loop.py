@@ -163,7 +163,13 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
     return state
 
 
-def resume(state: Any, one: Step, schedule: Schedule, place: Place) -> Any:
+def resume(
+    state: Any,
+    one: Step,
+    schedule: Schedule,
+    place: Place,
+    begin: Callable[[Any], Any] = lambda state: state,
+) -> Any:
     """`run` from the newest whole checkpoint in ``place``, or from the first state.
 
     Args:
@@ -171,6 +177,7 @@ def resume(state: Any, one: Step, schedule: Schedule, place: Place) -> Any:
       one: as for `run`.
       schedule: likewise.
       place: where checkpoints and metrics lie.
+      begin: what ``state`` becomes where there is no checkpoint; of the same layout.
 
     Returns:
       The final state.
@@ -183,7 +190,9 @@ def resume(state: Any, one: Step, schedule: Schedule, place: Place) -> Any:
     try:
         restored = checkpointer.restore(state)
         start = checkpointer.latest_step or 0  # now that what is damaged is set aside
-        if restored is not None:
+        if restored is None:
+            state = begin(state)
+        else:
             for x in jax.tree.leaves(state):
                 if isinstance(x, jax.Array):
                     x.delete()
