@@ -194,6 +194,22 @@ def test_values_of_prefixes_know_the_stored_samples(reference, samples, monkeypa
     np.testing.assert_allclose(seen[0].total, total, atol=1e-4)
 
 
+def test_next_tokens_are_looked_at_where_asked(reference, samples):
+    """Rewards of whole responses, of prefixes and of candidates; the policy learns from them."""
+    seen = []
+
+    def noted(prompts, responses):
+        seen.append(len(prompts))
+        return length(prompts, responses)
+
+    settings = SMALL | {"value_network": "prefix", "lookahead": 3, "iterations": 1}
+    policy = vbon.train(reference, samples, reward=noted, method=vbon.VBoN(n=4), **settings)
+    assert seen.count(3 * SMALL["batch_size"]) == 8  # three next tokens at each of eight places
+    assert len(policy.generate(TEXTS[:1])[0]) == 1
+    with pytest.raises(InputError, match=r"train\.lookahead=3 reads values of prefixes"):
+        vbon.train(reference, samples, reward=noted, method=vbon.VBoN(n=4), **SMALL, lookahead=3)
+
+
 def test_a_start_is_held_to_its_limits(reference, samples):
     given = {"reward": length, "method": vbon.VBoN(n=4)}
     with pytest.raises(

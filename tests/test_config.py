@@ -242,6 +242,11 @@ def test_bad_values_are_named(values, key, value, message):
         ({"train.group": 3}, "train.group=3 does not divide train.batch_size=512"),
         ({"train.warmup": 1200}, "train.warmup=1200 must be less than train.iterations=1200"),
         ({"train.baseline": "group"}, "train.baseline=group compares responses to one prompt, an"),
+        ({"train.lookahead": 4}, "train.lookahead=4 reads values of prefixes, and train.value_net"),
+        (
+            {"train.lookahead": 4, "train.value_network": "prefix", "method.ties": "order"},
+            "train.lookahead=4 ranks responses that were not drawn, which have no place in the ord",
+        ),
         (
             {"train.start": "weighted", "offline.batch_size": 6401},
             "offline.batch_size=6401 is more than the 6400 examples of prompts.train=1 x offline.p",

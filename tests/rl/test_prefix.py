@@ -1,5 +1,6 @@
 """Values of prefixes: a table of mean returns, against a slow twin."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,3 +64,45 @@ def test_padding_teaches_nothing():
     nan = jnp.full((1, 4), jnp.nan)
     table = prefix.updated(prefix.empty(), jnp.zeros((1, 4)), nan, jnp.zeros((1, 4), bool), 1.0)
     np.testing.assert_array_equal(table.total, 0)
+
+
+def test_values_ahead_are_those_of_the_next_token(rng):
+    ranks, returns = rng.random((5, 24), np.float32), rng.normal(size=(5, 24))
+    seen = jnp.ones(ranks.shape, bool)
+    table = prefix.updated(prefix.empty(), jnp.array(ranks), jnp.array(returns), seen, 1.0)
+    at_own = prefix.values(table, jnp.array(ranks))
+    shifted = jnp.array(np.roll(ranks, -1, axis=1))
+    candidates = jnp.stack([shifted, 1 - shifted], axis=-1)  # at token t, ranks after it
+    found = prefix.values(table, candidates, ahead=1)
+    assert found.shape == (5, 24, 2)
+    np.testing.assert_allclose(found[:, :-1, 0], at_own[:, 1:], rtol=1e-6)
+    flipped = prefix.values(table, 1 - jnp.array(ranks))
+    np.testing.assert_allclose(found[:, :-1, 1], flipped[:, 1:], rtol=1e-6)
+
+
+def test_a_lookahead_leaves_the_expected_gradient_as_it_is(rng):
+    """Q-Prop's identity, over all tokens of a state, for values that are any numbers."""
+    V, K = 7, 3
+    logits, advantage = jnp.array(rng.normal(size=V)), jnp.array(rng.normal(size=V))
+    log_pi = jax.nn.log_softmax(logits)
+    top, ids = jax.lax.top_k(log_pi, K)
+    candidate, other = jnp.array(rng.normal(size=K)), jnp.float32(0.3)
+    every = jnp.arange(V)
+    found = jax.vmap(
+        lambda a: prefix.lookahead(*(x[None, None] for x in (candidate, other, ids, top, a)))
+    )(every)
+    q = jnp.full(V, other).at[ids].set(candidate)
+    np.testing.assert_allclose(found.value_BxT[:, 0, 0], jnp.exp(log_pi) @ q, rtol=1e-5)
+    np.testing.assert_allclose(
+        found.drawn_BxT[:, 0, 0], q - jnp.exp(log_pi) @ q, rtol=1e-4, atol=1e-6
+    )
+
+    def plain(x):
+        return jnp.exp(log_pi) @ (jax.nn.log_softmax(x) * advantage)
+
+    def with_lookahead(x):
+        log_p = jax.nn.log_softmax(x)
+        rest = jnp.exp(log_pi) @ (log_p * (advantage - found.drawn_BxT[:, 0, 0]))
+        return rest + jnp.exp(log_p)[ids] @ found.credit_BxTxK[0, 0, 0]
+
+    np.testing.assert_allclose(jax.grad(with_lookahead)(logits), jax.grad(plain)(logits), atol=1e-6)

@@ -104,46 +104,6 @@ def test_a_reward_that_is_not_finite_is_refused_with_its_response(drawing, promp
         list(drawing.responses(jax.random.key(1), prompts, requests, 3, first, also))
 
 
-def test_a_prefix_has_the_reward_of_a_response_that_ends_there(drawing, prompts):
-    requests = engine.requests_for(prompts, 1)
-    batch = drawing.draw(jax.random.key(2), 0, requests)
-
-    def ids(of, prompt, prompt_mask, tokens, mask):
-        return np.where(mask, tokens, 0) @ 10.0 ** np.arange(6) / 100
-
-    rows = (batch.prompts, batch.rollout.tokens_BxT, batch.rollout.mask_BxT)
-    found = drawing.prefix_rewards(ids, prompts, *rows)
-    tokens = np.where(batch.rollout.mask_BxT, batch.rollout.tokens_BxT, 0)
-    for t in range(6):
-        wanted = tokens[:, :t] @ 10.0 ** np.arange(t) / 100
-        np.testing.assert_allclose(found[:, t], wanted, rtol=1e-6)
-
-
-def test_of_a_long_response_every_other_prefix_is_scored(drawing, prompts, monkeypatch):
-    monkeypatch.setattr(engine, "PREFIXES", 3)
-    seen = []
-
-    def count(of, prompt, prompt_mask, tokens, mask):
-        seen.append(np.asarray(mask).sum(axis=1).max())
-        return np.asarray(mask).sum(axis=1)
-
-    tokens, mask = np.ones((3, 6), np.int32), np.ones((3, 6), bool)
-    rows = engine.pad_left([p.tokens for p in prompts], 8, 0)
-    found = drawing.prefix_rewards(count, prompts, rows, tokens, mask)
-    np.testing.assert_array_equal(found, [[0, 0, 2, 2, 4, 4]] * 3)
-    assert seen == [0, 2, 4]
-
-
-def test_a_prefix_whose_reward_is_not_finite_is_named(drawing, prompts):
-    def reward(of, prompt, prompt_mask, tokens, mask):
-        return np.where(np.asarray(mask).sum(axis=1) == 2, np.inf, 0.0)
-
-    tokens, mask = np.full((3, 6), 7, np.int32), np.ones((3, 6), bool)
-    rows = engine.pad_left([p.tokens for p in prompts], 8, 0)
-    with pytest.raises(InputError, match=r"reward of a prefix is inf for prompt='p0' .*'7 7 '"):
-        drawing.prefix_rewards(reward, prompts, rows, tokens, mask)
-
-
 def test_other_settings_and_parameters_leave_the_sampler_alone(drawing):
     hot = drawing.at(temperature=2.0, top_k=1)
     assert (hot.settings.temperature, hot.settings.top_k) == (2.0, 1)

@@ -14,7 +14,7 @@ from vbon_jax.bon import distribution
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon import references as bon_references
 from vbon_jax.models import decoder, heads
-from vbon_jax.rl import gae
+from vbon_jax.rl import gae, prefix
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import ppo
@@ -183,13 +183,39 @@ def all_responses(world, mesh, length, vocab):
     )
 
 
+def looked_ahead(batch, params, config, count):
+    """The batch with rewards of prefixes and of next tokens: any function of the prefix."""
+    rng = np.random.default_rng(4)
+    (rows, length), prompt = batch.rollout.tokens_BxT.shape, batch.prompt_BxP
+    tokens = np.concatenate([prompt, batch.rollout.tokens_BxT], axis=1)
+    at = np.tril(np.ones((length, length), int), -1) * 4 ** np.arange(length)
+    prefixes = batch.rollout.tokens_BxT @ at.T + 4**length * np.arange(length)
+
+    def of_prefixes(*shape):
+        return rng.normal(rows / 2, rows / 4, (length * 4**length, *shape))[prefixes]
+
+    hidden = decoder.hidden(params["decoder"], config, tokens, np.ones_like(tokens, bool))
+    logits = decoder.logits(params["decoder"], config, hidden[:, -length - 1 : -1])
+    log_p, ids = jax.lax.top_k(jax.nn.log_softmax(logits / batch.temperature), count)
+    end = jnp.asarray(of_prefixes(count) > 0.7 * rows)
+    return dataclasses.replace(
+        batch,
+        rollout=batch.rollout._replace(likeliest=decode.Likeliest(ids, log_p, end)),
+        prefix_reward_BxT=of_prefixes().astype(np.float32),
+        candidate_reward_BxTxK=of_prefixes(count).astype(np.float32),
+    )
+
+
 @pytest.mark.parametrize("objective", ["exact", "jensen_bound", "backward"])
-@pytest.mark.parametrize("penalty", ["sampled", "full"])
-def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, objective):
+@pytest.mark.parametrize("penalty, candidates", [("sampled", 0), ("full", 0), ("full", 2)])
+def test_the_expected_gradient_is_that_of_the_objective(
+    world, mesh, penalty, candidates, objective
+):
     """Over all strings of a closed world, the loss's expected gradient is -grad J, exactly.
 
     J is computed by enumeration from the parameters alone: E[R] - c KL(policy || ref) + w H, with R
-    the estimated sequence reward of each string. Both penalties must give its gradient.
+    the estimated sequence reward of each string. Both penalties must give its gradient, and so
+    must a sum over next tokens, whatever their values are.
     """
     config = dataclasses.replace(world.config, vocab_size=4)
     params, reference = (
@@ -198,6 +224,10 @@ def test_the_expected_gradient_is_that_of_the_objective(world, mesh, penalty, ob
     )
     params["value"] = {"head": heads.init_value(config, jax.random.key(0))}
     batch = all_responses(world, mesh, 3, 4)
+    if candidates:
+        batch = looked_ahead(batch, params, config, candidates)
+        table = np.random.default_rng(6).normal(size=(2, prefix.POSITIONS, prefix.RANKS))
+        params["prefix"] = prefix.Table(*jnp.float32([table[0], 1 + table[1] ** 2]))
     setup = tiny.changed(
         world.setup, config=config, objective=objective, penalty=penalty, whiten=False, lam=1.0,
         value_coef=0.0, estimator="smoothed",

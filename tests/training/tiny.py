@@ -1,7 +1,6 @@
 """A tiny task to train on: random decoder, random rewards, a handful of prompts."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,17 +56,7 @@ def changed(setup, **changes):
     return dataclasses.replace(setup, **parts, **changes)
 
 
-@partial(jax.jit, static_argnames="setup")
-def experience(params, ref_params, batch, table, n, beta, *, setup):
-    """What the epochs of ``vbon.update`` read, and the metrics of the rollout."""
-    found = ppo.score(params, ref_params, batch, setup)
-    density = vbon.best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)
-    target = vbon.objective(setup.objective, density, batch.reward_B, n, beta)
-    exp, metrics = ppo.advantages(found, batch, target, setup)
-    metrics["kl_bon"] = found.kl_ref - jnp.mean(density.log_ratio_B)
-    return exp, metrics
-
-
+experience = jax.jit(vbon.experience, static_argnames="setup")
 loss = jax.jit(ppo.loss, static_argnames="setup")
 gradients = jax.jit(ppo.gradients, static_argnames="setup")
 

@@ -28,7 +28,7 @@ from vbon_jax.sampling.sampler import named_key
 from vbon_jax.training import loop, offline, policies, population, state
 from vbon_jax.training.learner import Learner, Member, Program, prompt_length
 from vbon_jax.training.loop import Step, Task
-from vbon_jax.training.options import PREFIX, Lora, Memory, Train
+from vbon_jax.training.options import PREFIX, Lora, Memory, Train, check_lookahead
 from vbon_jax.training.options import Offline as OfflineKeys
 from vbon_jax.training.population import PopulationLearner
 from vbon_jax.training.ppo import Setup
@@ -98,6 +98,11 @@ class Job:
     config: DecoderConfig
     prompts: int
     value: ValueNetwork | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError where the values of next tokens cannot be known."""
+        if self.method.online:
+            check_lookahead(self.training.train, self.options.ties)
 
     @property
     def iterations(self) -> int:
@@ -194,6 +199,7 @@ class Job:
             lambda step: float(schedule(step * each)),
             t.group,
             prefixes=self.reads_prefixes,
+            lookahead=t.lookahead if self.reads_prefixes else 0,
         )
 
     def offline_setup(self) -> offline.OfflineSetup:

@@ -21,6 +21,7 @@ from vbon_jax.methods.learning import Job
 from vbon_jax.progress import log
 from vbon_jax.rl import prefix
 from vbon_jax.rl.ppo import explained_variance
+from vbon_jax.sampling import prefixes
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.sampler import Prompts, ScoredRollout, pad_left
 from vbon_jax.training import offline, policies, population
@@ -146,7 +147,7 @@ def _stored(
             np.concatenate([prompts.mask_BxP, mask], axis=1), mask, job.training.score_batch,
             config=job.config, temperature=sampler.settings.temperature,
         )  # fmt: skip
-    found = sampler.prefix_rewards(task.reward, asked, Prompts(*prompts), tokens, mask)
+    found = prefixes.rewards(sampler, task.reward, asked, Prompts(*prompts), tokens, mask)
     none = jnp.zeros(len(asked), bool)
     rollout = Rollout(jnp.array(tokens), jnp.array(mask), jnp.zeros(mask.shape), none)
     batch = ScoredRollout(

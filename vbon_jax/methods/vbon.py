@@ -82,28 +82,82 @@ def update(
       (state one step on, float32 metrics).
     """
     (batch,) = scored
-    found = ppo.score(state.params, ref_params, batch, setup)  # log pi, log pi_ref and values
-    density = best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)  # log F
-    ranks = None if batch.prefix_reward_BxT is None else prefix_ranks(table, batch)
-    if ranks is not None:
-        values = prefix.values(state.params["prefix"], ranks)
-        found = found._replace(values_BxT=masked(values, found.response_mask_BxT))
-    target = objective(setup.objective, density, batch.reward_B, n, beta)
-    experience, metrics = ppo.advantages(found, batch, target, setup)
-    metrics["kl_bon"] = found.kl_ref - jnp.mean(density.log_ratio_B)
-    state, info = ppo.epochs(state, ref_params, experience, setup)
-    if ranks is not None:
-        seen = prefix.updated(
-            state.params["prefix"], ranks, experience.returns_BxT, batch.rollout.mask_BxT, KEEP
-        )
-        state = state._replace(params=state.params | {"prefix": seen})
+    seen, metrics = experience(state.params, ref_params, batch, table, n, beta, setup=setup)
+    state, info = ppo.epochs(state, ref_params, seen, setup)
+    if batch.prefix_reward_BxT is not None:
+        ranks, mask = prefix_ranks(table, batch), batch.rollout.mask_BxT
+        values = prefix.updated(state.params["prefix"], ranks, seen.returns_BxT, mask, KEEP)
+        state = state._replace(params=state.params | {"prefix": values})
     return state, metrics | info
+
+
+def experience(
+    params: Any,
+    ref_params: Any,
+    batch: ScoredRollout,
+    table: References,
+    n: jax.Array,
+    beta: jax.Array,
+    *,
+    setup: ppo.Setup,
+) -> tuple[ppo.Experience, dict[str, jax.Array]]:
+    """What the epochs of `update` read, and the metrics of the rollout; arguments as there."""
+    found = ppo.score(params, ref_params, batch, setup)  # log pi, log pi_ref and values
+    density = best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)  # log F
+    target = objective(setup.objective, density, batch.reward_B, n, beta)
+    ahead = None
+    if batch.prefix_reward_BxT is not None:
+        values = prefix.values(params["prefix"], prefix_ranks(table, batch))
+        if batch.candidate_reward_BxTxK is not None:
+            ahead = _lookahead(params["prefix"], table, batch, setup, n, beta)
+            own = target.entropy_coef * found.found.entropy - target.kl_coef * found.found.kl
+            values = ahead.value_BxT + own  # what the prefix itself is paid, whatever token follows
+        found = found._replace(values_BxT=masked(values, found.response_mask_BxT))
+    seen, metrics = ppo.advantages(found, batch, target, setup, ahead)
+    metrics["kl_bon"] = found.kl_ref - jnp.mean(density.log_ratio_B)
+    return seen, metrics
 
 
 def prefix_ranks(table: References, batch: ScoredRollout) -> jax.Array:
     """The rank in [0, 1] of the reward of each prefix among the prompt's reference rewards."""
-    below, equal = lf.reference_ranks(table.rewards_PxM[batch.row_B], batch.prefix_reward_BxT)
+    return _ranks(table, batch.row_B, batch.prefix_reward_BxT)
+
+
+def _ranks(table: References, row_B: jax.Array, reward_BxX: jax.Array) -> jax.Array:
+    below, equal = lf.reference_ranks(table.rewards_PxM[row_B], reward_BxX)
     return (below + 0.5 * equal) / table.m
+
+
+def _lookahead(
+    values: prefix.Table,
+    table: References,
+    batch: ScoredRollout,
+    setup: ppo.Setup,
+    n: jax.Array,
+    beta: jax.Array,
+) -> prefix.Lookahead:
+    """The values of the likeliest next tokens; of those that end a response, its own reward."""
+    likeliest = batch.rollout.likeliest
+    assert likeliest is not None
+    # Any other token is taken for one that changes nothing: the prefix's own reward.
+    rewards = jnp.concatenate(
+        [batch.candidate_reward_BxTxK, batch.prefix_reward_BxT[..., None]], axis=-1
+    )
+    B, T, _ = rewards.shape
+    flat = rewards.reshape(B, -1)
+    value = prefix.values(values, _ranks(table, batch.row_B, flat).reshape(rewards.shape), ahead=1)
+    rows, flat = jnp.repeat(batch.row_B, flat.shape[1]), flat.reshape(-1)
+    density = references.density(
+        table, rows, flat, None, jnp.zeros_like(flat), n, estimator=setup.estimator
+    )
+    final = objective(setup.objective, density, flat, n, beta).sequence_reward_B
+    last = jnp.broadcast_to((jnp.arange(T) == T - 1)[:, None], (B, T, 1))
+    ends = jnp.concatenate([likeliest.end_BxTxK | last, last], axis=-1)
+    value = jnp.where(ends, final.reshape(rewards.shape), value)
+    return prefix.lookahead(
+        value[..., :-1], value[..., -1], likeliest.ids_BxTxK, likeliest.log_probs_BxTxK,
+        batch.rollout.tokens_BxT,
+    )  # fmt: skip
 
 
 def best_of_n_density(

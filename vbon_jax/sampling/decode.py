@@ -14,6 +14,19 @@ from vbon_jax.rl.next_token import log_prob, temper
 from vbon_jax.sampling import logits as lg
 
 
+class Likeliest(NamedTuple):
+    """The K likeliest tokens at each slot of responses, [B, T, K] each.
+
+    ids_BxTxK: int32.
+    log_probs_BxTxK: float32 nats under the distribution that the response's own token is of.
+    end_BxTxK: bool, True where the token ends a response.
+    """
+
+    ids_BxTxK: jax.Array
+    log_probs_BxTxK: jax.Array
+    end_BxTxK: jax.Array
+
+
 class Rollout(NamedTuple):
     """Responses of a batch.
 
@@ -22,12 +35,14 @@ class Rollout(NamedTuple):
     log_probs_BxT: float32 nats of each sampled token under the tempered, unfiltered distribution;
       0 outside the mask.
     finished_B: bool, True where EOS came before the length limit.
+    likeliest: the likeliest tokens at each slot; None where no one asks for them.
     """
 
     tokens_BxT: jax.Array
     mask_BxT: jax.Array
     log_probs_BxT: jax.Array
     finished_B: jax.Array
+    likeliest: Likeliest | None = None
 
 
 @jax.jit
@@ -52,6 +67,7 @@ class Limits:
       top_k: keeps the k likeliest tokens, for generation only: it changes the distribution sampled
         from, while ``log_probs_BxT`` stays that of the unfiltered one; 0 keeps all.
       top_p: likewise keeps the smallest set of tokens of this mass; 1.0 keeps all.
+      likeliest: how many of the likeliest tokens at each slot are told beside the one drawn.
     """
 
     max_new_tokens: int
@@ -59,6 +75,15 @@ class Limits:
     pad_id: int
     top_k: int = 0
     top_p: float = 1.0
+    likeliest: int = 0
+
+
+class _Picked(NamedTuple):
+    """What one slot of each row has: the token, its log-prob, the likeliest beside it."""
+
+    token: jax.Array
+    log_prob: jax.Array
+    likeliest: Likeliest | None
 
 
 @partial(jax.jit, static_argnames=("config", "limits", "together"))
@@ -96,20 +121,28 @@ def rollout(
         lambda t: jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys_B)
     )(jnp.arange(max_new_tokens))
 
-    def pick(hidden_BxD: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def pick(hidden_BxD: jax.Array, t: jax.Array) -> _Picked:
         tempered = temper(decoder.logits(params, config, hidden_BxD), temperature)
         filtered = lg.filter_top_p(lg.filter_top_k(tempered, limits.top_k), limits.top_p)
         token = lg.sample(uniform_TxB[t], filtered)
-        return token, log_prob(tempered, token)
+        chosen = log_prob(tempered, token)
+        if not limits.likeliest:
+            return _Picked(token, chosen, None)
+        logits, ids = jax.lax.top_k(tempered, limits.likeliest)
+        log_z = jnp.take_along_axis(tempered, token[:, None], axis=-1) - chosen[:, None]
+        others = Likeliest(ids, logits - log_z, lm.is_end(ids, limits.end_ids))
+        return _Picked(token, chosen, others)
 
     cache = kv_cache.init(config, batch, prompt_len + max_new_tokens)
     cache = sharding.constrain(cache, "cache")
     hidden, cache = decoder.prefill(params, config, prompt_BxP, prompt_mask_BxP, cache)
-    first, first_log_prob = pick(hidden[:, -1], jnp.int32(0))
+    first = pick(hidden[:, -1], jnp.int32(0))
     prompt_lengths = jnp.sum(prompt_mask_BxP, axis=-1, dtype=jnp.int32)
 
-    tokens = jnp.full((max_new_tokens, batch), pad_id, jnp.int32).at[0].set(first)
-    log_probs = jnp.zeros((max_new_tokens, batch), jnp.float32).at[0].set(first_log_prob)
+    picked = jax.tree.map(
+        lambda x: jnp.zeros((max_new_tokens, *x.shape), x.dtype).at[0].set(x), first
+    )
+    picked = picked._replace(token=jnp.full_like(picked.token, pad_id).at[0].set(first.token))
     mask = jnp.zeros((max_new_tokens, batch), bool).at[0].set(True)
 
     def someone_goes_on(done_B: jax.Array) -> jax.Array:
@@ -121,16 +154,20 @@ def rollout(
         return (t < max_new_tokens) & goes_on
 
     def body(carry):
-        t, _, token, done, cache, tokens, log_probs, mask = carry
+        t, _, token, done, cache, picked, mask = carry
         hidden, cache = decoder.step(params, config, token, prompt_lengths + t - 1, cache)
-        token, log_prob_B = pick(hidden, t)
-        tokens = tokens.at[t].set(jnp.where(done, pad_id, token))
-        log_probs = log_probs.at[t].set(jnp.where(done, 0.0, log_prob_B))
+        found = pick(hidden, t)
+        token = found.token
+        found = found._replace(
+            token=jnp.where(done, pad_id, token), log_prob=jnp.where(done, 0.0, found.log_prob)
+        )
+        picked = jax.tree.map(lambda all_, here: all_.at[t].set(here), picked, found)
         mask = mask.at[t].set(~done)
         done |= lm.is_end(token, limits.end_ids)
-        return t + 1, someone_goes_on(done), token, done, cache, tokens, log_probs, mask
+        return t + 1, someone_goes_on(done), token, done, cache, picked, mask
 
-    done = lm.is_end(first, limits.end_ids)
-    carry = (jnp.int32(1), someone_goes_on(done), first, done, cache, tokens, log_probs, mask)
-    _, _, _, done, _, tokens, log_probs, mask = jax.lax.while_loop(cond, body, carry)
-    return sharding.constrain(Rollout(tokens.T, mask.T, log_probs.T, done), "batch")
+    done = lm.is_end(first.token, limits.end_ids)
+    carry = (jnp.int32(1), someone_goes_on(done), first.token, done, cache, picked, mask)
+    _, _, _, done, _, picked, mask = jax.lax.while_loop(cond, body, carry)
+    tokens, log_probs, likeliest = jax.tree.map(lambda x: x.swapaxes(0, 1), picked)
+    return sharding.constrain(Rollout(tokens, mask.T, log_probs, done, likeliest), "batch")

@@ -23,11 +23,10 @@ from vbon_jax.models import lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.progress import log
-from vbon_jax.rewards.base import Reward, checked, counts_of
+from vbon_jax.rewards.base import Reward, checked
 from vbon_jax.sampling import decode
 
 BUCKET = 8  # longer prompts are padded up to a multiple of this: one compile a bucket
-PREFIXES = 32  # of a response, at most, whose rewards stand for those of all its prefixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Sampling:
       pad_id: fills empty slots; may be the EOS, since masks and not ids say what is real.
       top_k: keeps the k likeliest tokens, for generation only; 0 keeps all.
       top_p: keeps the smallest set of tokens of this mass, for generation only; 1.0 keeps all.
+      likeliest: how many of the likeliest tokens at each slot are told beside the one drawn.
     """
 
     temperature: float
@@ -49,11 +49,14 @@ class Sampling:
     pad_id: int
     top_k: int = 0
     top_p: float = 1.0
+    likeliest: int = 0
 
     @property
     def limits(self) -> decode.Limits:
         """All but the temperature: what a rollout is compiled for."""
-        return decode.Limits(self.max_new_tokens, self.end_ids, self.pad_id, self.top_k, self.top_p)
+        return decode.Limits(
+            self.max_new_tokens, self.end_ids, self.pad_id, self.top_k, self.top_p, self.likeliest
+        )
 
 
 class Prompts(NamedTuple):
@@ -106,6 +109,8 @@ class ScoredRollout:
       temperature: of the rollout, static: every log-prob of these responses is taken at it.
       prefix_reward_BxT: float32, at token t the reward of the t tokens before it; None where no
         one asks for it.
+      candidate_reward_BxTxK: float32, the reward of those t tokens and each of the likeliest next;
+        None likewise.
     """
 
     prompt_BxP: Any
@@ -115,12 +120,14 @@ class ScoredRollout:
     row_B: Any
     temperature: float
     prefix_reward_BxT: Any = None
+    candidate_reward_BxTxK: Any = None
 
 
 jax.tree_util.register_dataclass(
     ScoredRollout,
     data_fields=[
         "prompt_BxP", "prompt_mask_BxP", "rollout", "reward_B", "row_B", "prefix_reward_BxT",
+        "candidate_reward_BxTxK",
     ],
     meta_fields=["temperature"],
 )  # fmt: skip
@@ -340,41 +347,6 @@ class Sampler:
             return self.texts([prompts[row].tokens], [ids])[0]
 
         return checked(values, f"the {name} gave", [p.text for p in prompts], text_of)
-
-    def prefix_rewards(
-        self,
-        reward: Reward,
-        prompts: Sequence[Prompt],
-        rows: Prompts,
-        tokens_BxT: Any,
-        mask_BxT: Any,
-    ) -> np.ndarray:
-        """Float32 [B, T], at token t the reward of the t tokens before it, as if they were all.
-
-        At most `PREFIXES` of them are scored, evenly spaced; at the tokens in between stands the
-        reward of the last that was.
-
-        Raises:
-          InputError: a reward is not finite.
-        """
-        T = tokens_BxT.shape[1]
-        every = -(-T // PREFIXES)
-        found = np.zeros((len(prompts), T), np.float32)
-        for t in range(0, T, every):
-            seen = mask_BxT & (np.arange(T) < t)
-            values = np.asarray(
-                jax.device_get(reward(prompts, *rows, tokens_BxT, seen)), np.float32
-            )
-            found[:, t : t + every] = values[: len(prompts), None]
-        counts_of(reward)  # these are no responses, and count as none
-        bad = np.argwhere(~np.isfinite(found))
-        if len(bad):
-            row, t = bad[0]
-            ids = tokens_BxT[row][: int(t)].tolist()
-            text = self.texts([prompts[row].tokens], [ids])[0]
-            checked(found[row, t : t + 1], "the reward of a prefix is", [prompts[row].text],
-                    lambda _: text)  # fmt: skip
-        return found
 
     def responses(
         self,

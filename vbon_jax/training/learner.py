@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vbon_jax import sharding
+from vbon_jax.data.prompts import Prompt
 from vbon_jax.models import trainable
 from vbon_jax.rewards.base import counts_of
+from vbon_jax.sampling import prefixes
+from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.sampler import (
     Batch,
+    Prompts,
     Request,
     ScoredRollout,
     bucket_length,
@@ -38,6 +42,7 @@ class Program:
       learning_rate: iteration -> rate, for the log.
       group: responses of each source to each prompt.
       prefixes: whether the update reads the rewards of prefixes.
+      lookahead: of how many of the likeliest next tokens it does as well.
     """
 
     update: Update
@@ -46,6 +51,7 @@ class Program:
     learning_rate: Callable[[int], float]
     group: int = 1
     prefixes: bool = False
+    lookahead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Learner:
         """Places what the updates read on the task's mesh."""
         mesh = task.sampler.mesh
         self.task, self.program, self.member = task, program, member
+        self._sampler = task.sampler.at(likeliest=program.lookahead)
         self._key = named_key(member.seed, "rollout")
         self._length = prompt_length(task)
         self._references = sharding.place(task.references, mesh)
@@ -91,7 +98,7 @@ class Learner:
         for i, source in enumerate(program.sources):
             params = trainable.join(self.task.sampler.model.params, state.params[source])
             batches.append(
-                self.task.sampler.with_params(params).draw(
+                self._sampler.with_params(params).draw(
                     self._key, step, requests_of(base, i, program), self._length
                 )
             )
@@ -109,17 +116,13 @@ class Learner:
         scored = []
         for batch in batches:
             prompts = [by_id[r.prompt_id] for r in batch.requests]
-            prefixes = None
-            if self.program.prefixes:
-                prefixes = self.task.sampler.prefix_rewards(
-                    self.task.reward, prompts, batch.prompts, batch.rollout.tokens_BxT,
-                    batch.rollout.mask_BxT,
-                )  # fmt: skip
+            drawn = (batch.prompts, batch.rollout)
+            of_prefixes = prefix_rewards(self.task, self.program, prompts, *drawn)
             rewards = self.task.sampler.rewards(
                 self.task.reward, prompts, batch.prompts, batch.rollout
             )
             rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
-            placed = sharding.place((rewards, rows, prefixes), self.task.sampler.mesh, "batch")
+            placed = sharding.place((rewards, rows, *of_prefixes), self.task.sampler.mesh, "batch")
             scored.append(
                 ScoredRollout(
                     batch.prompts.tokens_BxP,
@@ -129,6 +132,7 @@ class Learner:
                     placed[1],
                     batch.temperature,
                     placed[2],
+                    placed[3],
                 )
             )
         self._clock.lap("reward")
@@ -178,6 +182,19 @@ class Clock:
             **self._seconds,
             "tokens_per_second": self._tokens / (self._last - self._began),
         }
+
+
+def prefix_rewards(
+    task: Task, program: Program, prompts: Sequence[Prompt], rows: Prompts, rollout: Rollout
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Rewards of prefixes [B, T] and of candidates [B, T, K], those that the update reads."""
+    of = of_candidates = None
+    if program.prefixes:
+        tokens_and_mask = (rollout.tokens_BxT, rollout.mask_BxT)
+        of = prefixes.rewards(task.sampler, task.reward, prompts, rows, *tokens_and_mask)
+    if program.lookahead:
+        of_candidates = prefixes.of_candidates(task.sampler, task.reward, prompts, rows, rollout)
+    return of, of_candidates
 
 
 def prompt_length(task: Task) -> int:

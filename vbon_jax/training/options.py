@@ -81,6 +81,10 @@ class Train:
                              "separate network initialised from the reward model; prefix, a table "
                              "of returns by the rank of the reward of what was written so far.",
                              choices=("head", "reward", PREFIX))  # fmt: skip
+    lookahead: int = key(0, "With `train.value_network=prefix`: likeliest next tokens at each "
+                         "position whose values are asked for as well, so that the gradient sums "
+                         "over them; each costs a call of the reward a token.", least=0,
+                         most=MOST_WIDTH)  # fmt: skip
     average_half_life: float = key(0.0, "Half-life, in iterations, of an exponential average of "
                                    "the policy's weights, which is then the policy that is "
                                    "exported; 0 for the last iterate.", least=0)  # fmt: skip
@@ -182,6 +186,12 @@ def check(train: Train, lora: Lora, memory: Memory) -> None:
             f"train.group={train.group}: set it to 2 or more",
         ),
         (
+            not train.lookahead or (train.value_network == PREFIX and train.baseline != "group"),
+            f"train.lookahead={train.lookahead} reads values of prefixes, and "
+            f"train.value_network={train.value_network}, train.baseline={train.baseline}: set "
+            "train.value_network=prefix and train.baseline=value or both",
+        ),
+        (
             train.minibatch_size % memory.accumulate == 0,
             f"memory.accumulate={memory.accumulate} does not divide "
             f"train.minibatch_size={train.minibatch_size}",
@@ -206,3 +216,20 @@ def check(train: Train, lora: Lora, memory: Memory) -> None:
     ):
         if not holds:
             raise InputError(text)
+
+
+def check_lookahead(train: Train, ties: str) -> None:
+    """Checks that next tokens can be ranked.
+
+    Args:
+      train: says how many are.
+      ties: how best-of-n chooses among equal rewards.
+
+    Raises:
+      InputError: by an order of the responses drawn, among which they are not.
+    """
+    if train.lookahead and ties == "order":
+        raise InputError(
+            f"train.lookahead={train.lookahead} ranks responses that were not drawn, which have no "
+            f"place in the order of method.ties={ties}: set method.ties=random"
+        )

@@ -36,6 +36,7 @@ from vbon_jax.training.learner import (
     Member,
     Program,
     Update,
+    prefix_rewards,
     prompt_length,
     requests_of,
 )
@@ -160,7 +161,8 @@ class PopulationLearner:
         self._own = self._place(task.references if own else none)
         self._common = None if own else sharding.place(task.references, mesh)
         self._length = prompt_length(task)
-        self._draw = over_members(partial(_draw, task.sampler, at_once), mesh, at_once)
+        drawing = task.sampler.at(likeliest=program.lookahead)
+        self._draw = over_members(partial(_draw, drawing, at_once), mesh, at_once)
         self._update = over_members(_guarded(program.update, own), mesh, at_once, donate=True)
         self._clock = Clock()
 
@@ -214,14 +216,13 @@ class PopulationLearner:
             flat_prompts, flat = jax.tree.map(
                 lambda x: x.reshape(-1, *x.shape[2:]), (prompts, rollout)
             )
-            prefixes = None
-            if self.program.prefixes:
-                prefixes = task.sampler.prefix_rewards(
-                    task.reward, of, flat_prompts, flat.tokens_BxT, flat.mask_BxT
-                ).reshape(rollout.tokens_BxT.shape)
+            of_prefixes = [
+                x if x is None else x.reshape(*rollout.tokens_BxT.shape, *x.shape[2:])
+                for x in prefix_rewards(task, self.program, of, flat_prompts, flat)
+            ]
             rewards = task.sampler.rewards(task.reward, of, flat_prompts, flat)
             rows = np.array([[row_of[r.prompt_id] for r in b] for b in requests], np.int32)
-            placed = self._place((rewards.reshape(rows.shape), rows, prefixes))
+            placed = self._place((rewards.reshape(rows.shape), rows, *of_prefixes))
             scored.append(
                 ScoredRollout(
                     prompts.tokens_BxP,
@@ -231,6 +232,7 @@ class PopulationLearner:
                     placed[1],
                     task.sampler.settings.temperature,
                     placed[2],
+                    placed[3],
                 )
             )
         self._clock.lap("reward")

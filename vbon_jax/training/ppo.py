@@ -17,6 +17,7 @@ from vbon_jax.rl import chunked, gae, kl, ppo, shaping
 from vbon_jax.rl.bond import leave_one_out
 from vbon_jax.rl.masking import masked, masked_mean
 from vbon_jax.rl.next_token import NextToken, log_prob, next_token
+from vbon_jax.rl.prefix import Lookahead
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import state as optim
 from vbon_jax.training.options import PREFIX, Memory, Train
@@ -90,6 +91,8 @@ class Experience:
       kl_weight_B: weight of the "full" KL penalty in the loss, one value repeated.
       entropy_weight_B: weight of the entropy in it, one value repeated.
       temperature: of the rollout, static.
+      candidates: (ids, credit) [B, T, K] of the next tokens that the loss sums over; see
+        ``rl.prefix.lookahead``. None without them.
     """
 
     tokens_BxS: Any
@@ -104,6 +107,7 @@ class Experience:
     kl_weight_B: Any
     entropy_weight_B: Any
     temperature: float
+    candidates: tuple[Any, Any] | None = None
 
 
 jax.tree_util.register_dataclass(
@@ -111,7 +115,7 @@ jax.tree_util.register_dataclass(
     data_fields=[
         "tokens_BxS", "mask_BxS", "response_mask_BxT", "log_probs_BxT", "values_BxT",
         "advantages_BxT", "returns_BxT", "trunk_BxSxD", "ref_hidden_BxTxD", "kl_weight_B",
-        "entropy_weight_B",
+        "entropy_weight_B", "candidates",
     ],
     meta_fields=["temperature"],
 )  # fmt: skip
@@ -233,13 +237,20 @@ def score(params: Any, ref_params: Any, batch: ScoredRollout, setup: Setup) -> S
 
 
 def advantages(
-    scored: Scored, batch: ScoredRollout, target: Target, setup: Setup
+    scored: Scored,
+    batch: ScoredRollout,
+    target: Target,
+    setup: Setup,
+    ahead: Lookahead | None = None,
 ) -> tuple[Experience, dict[str, jax.Array]]:
     """Per-token rewards of the objective, and their advantages by GAE.
 
     The sequence reward stands at a response's last token. With the "sampled" penalty each token is
     charged kl_coef times its log-ratio; with the "full" one, the KL of its whole next-token
     distribution, whose gradient is part of ``loss``.
+
+    With values of the next tokens ``ahead``, advantages are what these do not tell: the loss sums
+    over the tokens itself.
 
     Returns:
       (experience for the epochs, float32 metrics of the rollout).
@@ -258,6 +269,8 @@ def advantages(
     if train.value_network == PREFIX:  # a table is a mean of whole returns, not of its own values
         returns = masked(jnp.cumsum(rewards[:, ::-1], axis=1)[:, ::-1], mask)
     explained = ppo.explained_variance(scored.values_BxT, returns, mask)
+    if ahead is not None:
+        advantage -= masked(ahead.drawn_BxT, mask)
     scale = jnp.float32(1.0)
     if train.whiten:
         # The exact penalty must shrink with the advantages, or whitening would change the optimum.
@@ -286,7 +299,7 @@ def advantages(
         scored.trunk_BxSxD, scored.ref_hidden_BxTxD,
         jnp.full(rows, full * kl_coef / scale, jnp.float32),
         jnp.full(rows, full * entropy_coef / scale, jnp.float32),
-        batch.temperature,
+        batch.temperature, None if ahead is None else (ahead.ids_BxTxK, ahead.credit_BxTxK / scale),
     )  # fmt: skip
     return experience, metrics
 
@@ -326,6 +339,8 @@ def loss(
 
     the first part is what the advantages carry (the KL_t' of later states are in the rewards), the
     second is this term. The sampled penalty estimates it from one token instead.
+
+    With ``exp.candidates``, mean_t sum_k pi(k) credit_k is subtracted; see ``rl.prefix.lookahead``.
     """
     config, train, full = setup.config, setup.train, setup.full_penalty
     mask = exp.response_mask_BxT
@@ -341,7 +356,9 @@ def loss(
     def project(head: jax.Array, states: jax.Array) -> jax.Array:
         return log_probs.project(head, config, states, exp.temperature)
 
-    def token_loss(logits, frozen, tokens, old, advantages, here, kl_w, entropy_w, ref_hidden):
+    def token_loss(
+        logits, frozen, tokens, old, advantages, here, kl_w, entropy_w, ref_hidden, candidates
+    ):
         ref_head, count = frozen
         if full:
             found = next_token(logits, project(ref_head, ref_hidden), tokens)
@@ -349,6 +366,12 @@ def loss(
         else:
             chosen = log_prob(logits, tokens)
         total, info = ppo.policy_loss(chosen, old, advantages, here, train.clip_policy, count)
+        if candidates is not None:
+            ids, credit = candidates
+            likely = jnp.take_along_axis(logits, ids, axis=-1)
+            log_z = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - chosen[:, None]
+            expected = jnp.sum(jnp.exp(likely - log_z) * credit, axis=-1)
+            total -= masked_mean(expected, here, count)
         policy_part = total
         if full:
             total += masked_mean(kl_w * found.kl - entropy_w * found.entropy, here, count)
@@ -369,6 +392,7 @@ def loss(
             each_token(exp.kl_weight_B),
             each_token(exp.entropy_weight_B),
             None if exp.ref_hidden_BxTxD is None else flat(exp.ref_hidden_BxTxD),
+            jax.tree.map(flat, exp.candidates),
         ),
         setup.memory.chunk,
         frozen=(decoder.head(base) if full else None, count),

@@ -1,0 +1,108 @@
+"""Rewards of prefixes of responses, each taken as if the response ended there.
+
+`rl.prefix` reads values off them. Shape suffixes: B responses, T tokens, K candidates.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vbon_jax.data.prompts import Prompt
+from vbon_jax.rewards.base import Reward, checked, counts_of
+from vbon_jax.sampling.decode import Rollout
+from vbon_jax.sampling.sampler import Prompts, Sampler
+
+PREFIXES = 32  # of a response, at most, whose rewards stand for those of all its prefixes
+
+
+def rewards(
+    sampler: Sampler,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    rows: Prompts,
+    tokens_BxT: Any,
+    mask_BxT: Any,
+) -> np.ndarray:
+    """Scores the tokens before each token of responses.
+
+    At most `PREFIXES` are scored, evenly spaced; at the tokens in between stands the reward of the
+    last that was.
+
+    Args:
+      sampler: names texts in messages.
+      reward: scores.
+      prompts: B of them.
+      rows: their padded ids, at least B rows.
+      tokens_BxT: ids of the responses.
+      mask_BxT: True on the responses' tokens.
+
+    Returns:
+      float32 [B, T], at token t the reward of the t tokens before it, as if they were all.
+
+    Raises:
+      InputError: a reward is not finite; names prompt and prefix.
+    """
+    T = tokens_BxT.shape[1]
+    every = -(-T // PREFIXES)
+    found = np.zeros((len(prompts), T), np.float32)
+    for t in range(0, T, every):
+        seen = mask_BxT & (np.arange(T) < t)
+        values = _finite(sampler, reward, prompts, rows, tokens_BxT, seen)
+        found[:, t : t + every] = values[:, None]
+    counts_of(reward)  # these are no responses, and count as none
+    return found
+
+
+def of_candidates(
+    sampler: Sampler, reward: Reward, prompts: Sequence[Prompt], rows: Prompts, rollout: Rollout
+) -> np.ndarray:
+    """Scores the tokens before each token of responses with each of the likeliest tokens after.
+
+    Args:
+      sampler: names texts in messages.
+      reward: scores.
+      prompts: B of them.
+      rows: their padded ids, B rows.
+      rollout: B responses with their likeliest tokens.
+
+    Returns:
+      float32 [B, T, K], at token t the reward of the t tokens before it and one of the K likeliest
+      in its place, as if they were all.
+
+    Raises:
+      InputError: a reward is not finite; names prompt and prefix.
+    """
+    assert rollout.likeliest is not None
+    ids, tokens = np.asarray(rollout.likeliest.ids_BxTxK), np.asarray(rollout.tokens_BxT)
+    T, K = ids.shape[1:]
+    each = [prompt for prompt in prompts for _ in range(K)]
+    of_each = Prompts(*(np.repeat(np.asarray(x), K, axis=0) for x in rows))
+    mask, tokens = (np.repeat(np.asarray(x), K, axis=0) for x in (rollout.mask_BxT, tokens))
+    found = np.zeros(ids.shape, np.float32)
+    for t in range(T):
+        tokens_here = np.where(np.arange(T) == t, ids[:, t].reshape(-1, 1), tokens)
+        seen = mask[:, t : t + 1] & (np.arange(T) <= t)
+        found[:, t] = _finite(sampler, reward, each, of_each, tokens_here, seen).reshape(-1, K)
+    counts_of(reward)
+    return found
+
+
+def _finite(
+    sampler: Sampler,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    rows: Prompts,
+    tokens_BxT: Any,
+    seen_BxT: Any,
+) -> np.ndarray:
+    """Float32 rewards of what is ``seen`` of each of the first rows."""
+    found = reward(prompts, *rows, tokens_BxT, seen_BxT)
+    values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
+
+    def text_of(row: int) -> str:
+        ids = np.asarray(tokens_BxT)[row][np.asarray(seen_BxT)[row]].tolist()
+        return sampler.texts([prompts[row].tokens], [ids])[0]
+
+    return checked(values, "the reward of a prefix is", [p.text for p in prompts], text_of)
