@@ -1,6 +1,7 @@
 """The pieces of an update: a rollout scored, its advantages, the losses and their gradients."""
 
 import dataclasses
+import itertools
 import types
 
 import jax
@@ -206,16 +207,25 @@ def looked_ahead(batch, params, config, count):
     )
 
 
-@pytest.mark.parametrize("objective", ["exact", "jensen_bound", "backward"])
-@pytest.mark.parametrize("penalty, candidates", [("sampled", 0), ("full", 0), ("full", 2)])
+@pytest.mark.parametrize(
+    "objective, penalty, candidates, replay",
+    [
+        *itertools.product(["exact", "jensen_bound", "backward"], ["sampled", "full"], [0], [0]),
+        ("exact", "full", 2, 0), ("jensen_bound", "full", 2, 0), ("exact", "sampled", 2, 0),
+        ("exact", "response", 0, 0), ("jensen_bound", "response", 0, 0),
+        ("exact", "full", 0, 1), ("jensen_bound", "response", 0, 1), ("exact", "sampled", 0, 3),
+        ("jeffreys", "full", 0, 1), ("jeffreys", "response", 0, 3),
+    ],
+)  # fmt: skip
 def test_the_expected_gradient_is_that_of_the_objective(
-    world, mesh, penalty, candidates, objective
+    world, mesh, penalty, candidates, replay, objective
 ):
     """Over all strings of a closed world, the loss's expected gradient is -grad J, exactly.
 
     J is computed by enumeration from the parameters alone: E[R] - c KL(policy || ref) + w H, with R
-    the estimated sequence reward of each string. Both penalties must give its gradient, and so
-    must a sum over next tokens, whatever their values are.
+    the estimated sequence reward of each string. All penalties must give its gradient; so must a
+    sum over next tokens, whatever their values are, and stored samples of the reference, with their
+    weights, beside the policy's own. Of "jeffreys", J has the forward KL as well.
     """
     config = dataclasses.replace(world.config, vocab_size=4)
     params, reference = (
@@ -230,7 +240,7 @@ def test_the_expected_gradient_is_that_of_the_objective(
         params["prefix"] = prefix.Table(*jnp.float32([table[0], 1 + table[1] ** 2]))
     setup = tiny.changed(
         world.setup, config=config, objective=objective, penalty=penalty, whiten=False, lam=1.0,
-        value_coef=0.0, estimator="smoothed",
+        value_coef=0.0, estimator="smoothed", replay=replay,
     )  # fmt: skip
     n, table = jnp.float32(4.0), np.sort(batch.reward_B[::3])[None]
     references = bon_references.references(table, "smoothed")
@@ -257,20 +267,26 @@ def test_the_expected_gradient_is_that_of_the_objective(
     def objective_value(p):
         log_p = log_probs(p)
         gains = sequence_reward - c * (log_p - log_ref) - w * log_p
-        return jnp.sum(jnp.exp(log_p) * gains)
+        likelihood = jnp.sum(jnp.exp(log_ref + n * sequence_reward) * log_p) / n
+        both = objective == "jeffreys"
+        return jnp.sum(jnp.exp(log_p) * gains) + (likelihood if both else 0.0)
+
+    # Every string as a response of the policy; then, ``replay`` times, as a sample of the reference.
+    whole = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * (1 + replay)), batch)
 
     def expected_loss(p):
         exp, _ = tiny.experience(
-            jax.lax.stop_gradient(p), reference, batch, references, n, jnp.float32(1.0),
+            jax.lax.stop_gradient(p), reference, whole, references, n, jnp.float32(1.0),
             setup=setup,
         )  # fmt: skip
-        weights = jax.lax.stop_gradient(jnp.exp(log_probs(p)))
+        weights = jnp.exp(jnp.concatenate([log_probs(p), *[log_ref] * replay])) / (1 + replay)
 
         def one(row):
             single = jax.tree.map(lambda x: jnp.asarray(x)[row][None], exp)
             return ppo.loss(p, reference, single, jnp.float32(1), setup=setup)[0]
 
-        return jnp.sum(weights * jax.vmap(one)(jnp.arange(len(tokens))))
+        losses = jax.vmap(one)(jnp.arange(len(weights)))
+        return jnp.sum(jax.lax.stop_gradient(weights) * losses)
 
     want = jax.jit(jax.grad(objective_value))(params)["decoder"]
     found = jax.jit(jax.grad(expected_loss))(params)["decoder"]

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from vbon_jax.bon.checks import check_beta, check_choice, check_n
 
-OBJECTIVES = ("exact", "lower_bound", "jensen_bound", "backward", "reward")
+OBJECTIVES = ("exact", "jeffreys", "lower_bound", "jensen_bound", "backward", "reward")
 
 # Below this, u^2 is lost beside u in float32, and one term of the series is exact.
 _TINY = 1e-6
@@ -164,12 +164,14 @@ def sequence_reward(
     | objective      | c        | R(y)                     | KL      | H                      |
     |----------------|----------|--------------------------|---------|------------------------|
     | `exact`        | n        | log ratio (1) / n        | 1/n     | 0                      |
+    | `jeffreys`     | n        | log ratio (1) / n        | 1/n     | 0                      |
     | `lower_bound`  | n        | (n-1) log F / n          | 1/n     | 0                      |
     | `jensen_bound` | n(n+1)/2 | (n-1) log F / (n+1)      | 1       | -(n+2)(n-1) / (n(n+1)) |
     | `backward`     | n - 1    | log P_ref(r(y') <= r(y)) | 1/(n-1) | 0                      |
     | `reward`       | 1        | r(y)                     | beta    | 0                      |
 
-    In order: Eq. 5, Eq. 8 with Theorem 2, and Theorem 3 of the vBoN paper; the backward KL of BOND
+    In order: Eq. 5; the same, to which the gradient of the forward KL is added elsewhere
+    (``rl.replay.forward``), so that the two are Jeffreys' divergence; Eq. 8 with Theorem 2, and Theorem 3 of the vBoN paper; the backward KL of BOND
     (Sessa et al., 2024) at a single n; Eq. 1 of the vBoN paper. The bound of ``jensen_bound`` is
     L1 = gamma E[log F] - alpha H - beta KL with gamma = n(n-1)/2, alpha = (n+2)(n-1)/2 = beta - 1
     and beta = n(n+1)/2. Its c is that beta, so that at n = 1 it agrees with the other objectives.
@@ -200,7 +202,7 @@ def sequence_reward(
         return jnp.asarray(_need(objective, "log_up_to", log_up_to), jnp.float32)
     check_n(n)
     n_f32 = jnp.asarray(n, jnp.float32)
-    if objective == "exact":
+    if objective in ("exact", "jeffreys"):
         if log_ratio is None:
             log_ratio = log_bon_ratio(
                 _need(objective, "log_f (or log_ratio)", log_f),

@@ -33,6 +33,7 @@ from vbon_jax.training.options import Offline as OfflineKeys
 from vbon_jax.training.population import PopulationLearner
 from vbon_jax.training.ppo import Setup
 from vbon_jax.training.references import orders
+from vbon_jax.training.stored import Stored
 
 STEPS = 10  # gradient steps of an offline method between two looks at the host
 LOOKS = 20  # at the held-out prompts over a training that is judged by them
@@ -158,7 +159,8 @@ class Job:
         """Gradient steps of an iteration of an online method."""
         assert isinstance(self.method.learns, Online)
         t = self.training.train
-        return self.method.learns.passes(t) * (t.batch_size // t.minibatch_size)
+        rows = t.rows if self.objective else t.batch_size
+        return self.method.learns.passes(t) * (rows // t.minibatch_size)
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -200,6 +202,7 @@ class Job:
             t.group,
             prefixes=self.reads_prefixes,
             lookahead=t.lookahead if self.reads_prefixes else 0,
+            replay=t.replay if self.objective else 0,
         )
 
     def offline_setup(self) -> offline.OfflineSetup:
@@ -270,7 +273,8 @@ def single(
     fresh = job.first_state(task.sampler.model.params, named_key(member.seed, "train"))
     if not job.method.online:
         return fresh, _offline_step(job, task, [member], samples, at_once=None)
-    return fresh, _online_step(job, Learner(task, job.program(), member))
+    learner = Learner(task, job.program(), member, _stored(job, task, samples))
+    return fresh, _online_step(job, learner)
 
 
 def many(
@@ -294,7 +298,9 @@ def many(
     states = population.repeated(one, keys, task.sampler.mesh)
     if not job.method.online:
         return states, _offline_step(job, task, members, samples, at_once)
-    return states, _online_step(job, PopulationLearner(task, job.program(), members, at_once))
+    stored = _stored(job, task, samples)
+    learner = PopulationLearner(task, job.program(), members, at_once, stored)
+    return states, _online_step(job, learner)
 
 
 def _online_step(job: Job, learner: Learner | PopulationLearner) -> Step:
@@ -308,16 +314,39 @@ def _online_step(job: Job, learner: Learner | PopulationLearner) -> Step:
     return one
 
 
+def _rows(
+    task: Task, samples: Sequence[PromptSamples], m: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, mask and response mask of the stored samples; see ``offline.build_pool``."""
+    sampler, settings = task.sampler, task.sampler.settings
+    return offline.build_pool(
+        samples, task.prompts, sampler.stored_ids, m, settings.max_new_tokens, prompt_length(task),
+        settings.pad_id,
+    )  # fmt: skip
+
+
+def _stored(job: Job, task: Task, samples: Sequence[PromptSamples]) -> Stored | None:
+    """The stored samples that an online method learns from beside its rollouts."""
+    if not job.program().replay:
+        return None
+    m = task.references.rewards_PxM.shape[-1]
+    if job.training.train.replay > m:
+        raise InputError(
+            f"train.replay={job.training.train.replay} is more than the m = {m} samples of each "
+            "prompt: lower it, or sample more"
+        )
+    tokens, mask, response_mask = (x.reshape(-1, m, x.shape[-1]) for x in _rows(task, samples, m))
+    rewards = sample_files.rewards(samples, m)
+    return Stored(tokens, mask, response_mask, rewards, task.sampler.settings.temperature)
+
+
 def _pool(
     job: Job, task: Task, samples: Sequence[PromptSamples]
 ) -> tuple[offline.Pool, np.ndarray]:
     """The stored samples on the mesh, and their log pi_ref [N] on the host."""
     sampler, settings = task.sampler, task.sampler.settings
     m = task.references.rewards_PxM.shape[-1]
-    rows = offline.build_pool(
-        samples, task.prompts, sampler.stored_ids, m, settings.max_new_tokens, prompt_length(task),
-        settings.pad_id,
-    )  # fmt: skip
+    rows = _rows(task, samples, m)
     # Of the sampled ids themselves: encoded texts may have others.
     stored = [x.log_probs for x in samples if x.log_probs and x.response_tokens]
     if len(stored) == len(samples):

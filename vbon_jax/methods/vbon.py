@@ -18,19 +18,21 @@ from vbon_jax.methods.base import (
     Series,
     taken,
 )
-from vbon_jax.rl import prefix
+from vbon_jax.rl import prefix, replay
 from vbon_jax.rl.masking import masked
 from vbon_jax.sampling.sampler import ScoredRollout
-from vbon_jax.training import ppo
+from vbon_jax.training import ppo, stored
 from vbon_jax.training.state import TrainState
 
 KEEP = 0.8  # of the returns of earlier iterations, each iteration, in the values of prefixes
-OBJECTIVES = ("exact", "lower_bound", "jensen_bound")
+JEFFREYS = "jeffreys"
+OBJECTIVES = ("exact", JEFFREYS, "lower_bound", "jensen_bound")
 
 
 def objective_key() -> Any:
     """The objective of vBoN."""
-    return key("exact", "Of vbon: the exact objective or one of its bounds.",
+    return key("exact", "Of vbon: the exact objective, KL(policy || best-of-n); jeffreys, the sum "
+               "of this and KL(best-of-n || policy), with `train.replay`; or a bound of the first.",
                choices=OBJECTIVES)  # fmt: skip
 
 
@@ -40,7 +42,8 @@ class VBoN(Options):
 
     Attributes:
       n: of best-of-n, a real number of at least 1.
-      objective: "exact" (Eq. 5), or a bound: "lower_bound" (Eq. 8), "jensen_bound" (Theorem 3).
+      objective: "exact" (Eq. 5); "jeffreys", the sum of that KL and its reverse; or a bound:
+        "lower_bound" (Eq. 8), "jensen_bound" (Theorem 3).
       estimator: of log F.
       ties: how best-of-n chooses among equal rewards.
     """
@@ -81,12 +84,14 @@ def update(
     Returns:
       (state one step on, float32 metrics).
     """
-    (batch,) = scored
+    batch = stored.joined(scored[0])
     seen, metrics = experience(state.params, ref_params, batch, table, n, beta, setup=setup)
     state, info = ppo.epochs(state, ref_params, seen, setup)
     if batch.prefix_reward_BxT is not None:
-        ranks, mask = prefix_ranks(table, batch), batch.rollout.mask_BxT
-        values = prefix.updated(state.params["prefix"], ranks, seen.returns_BxT, mask, KEEP)
+        ranks = prefix_ranks(table, batch)
+        values = prefix.updated(
+            state.params["prefix"], ranks, seen.returns_BxT, seen.value_mask_BxT, KEEP
+        )
         state = state._replace(params=state.params | {"prefix": values})
     return state, metrics | info
 
@@ -105,6 +110,7 @@ def experience(
     found = ppo.score(params, ref_params, batch, setup)  # log pi, log pi_ref and values
     density = best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)  # log F
     target = objective(setup.objective, density, batch.reward_B, n, beta)
+    target = _weighted(target, found.log_policy_ratio_B, density.log_ratio_B, n, setup)
     ahead = None
     if batch.prefix_reward_BxT is not None:
         values = prefix.values(params["prefix"], prefix_ranks(table, batch))
@@ -114,8 +120,26 @@ def experience(
             values = ahead.value_BxT + own  # what the prefix itself is paid, whatever token follows
         found = found._replace(values_BxT=masked(values, found.response_mask_BxT))
     seen, metrics = ppo.advantages(found, batch, target, setup, ahead)
-    metrics["kl_bon"] = found.kl_ref - jnp.mean(density.log_ratio_B)
+    metrics["kl_bon"] = target.mean(found.kl_ref_B - density.log_ratio_B)
     return seen, metrics
+
+
+def _weighted(
+    target: ppo.Target,
+    log_policy_ratio_B: jax.Array,
+    log_ratio_B: jax.Array,
+    n: jax.Array,
+    setup: ppo.Setup,
+) -> ppo.Target:
+    """The target with what each row counts for, where some are stored samples."""
+    group, count = setup.train.group, setup.train.replay
+    if not count:
+        return target
+    share = count / (group + count)
+    forward_B = None
+    if setup.objective == JEFFREYS:
+        forward_B = replay.forward(log_ratio_B, log_policy_ratio_B, share) / n
+    return target._replace(weight_B=replay.balance(log_policy_ratio_B, share), forward_B=forward_B)
 
 
 def prefix_ranks(table: References, batch: ScoredRollout) -> jax.Array:

@@ -37,9 +37,22 @@ def token_rewards(
     log_policy_BxT = masked(log_policy_BxT, mask_BxT)
     log_ref_BxT = masked(log_ref_BxT, mask_BxT)
     per_token_BxT = -kl_coef * (log_policy_BxT - log_ref_BxT) - entropy_coef * log_policy_BxT
+    rewards_BxT = per_token_BxT + at_last(sequence_reward_B, mask_BxT)
+    return jax.lax.stop_gradient(masked(rewards_BxT, mask_BxT))
+
+
+def at_last(reward_B: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """Puts one reward a response at its last token.
+
+    Args:
+      reward_B: of each response.
+      mask_BxT: True (or 1) at response tokens.
+
+    Returns:
+      float32 [B, T], the reward at the last position where the mask is True, 0 elsewhere.
+    """
+    mask_BxT = mask_BxT.astype(bool)
     T = mask_BxT.shape[-1]
     last_B = T - 1 - jnp.argmax(mask_BxT[:, ::-1], axis=-1)
     is_last_BxT = (jnp.arange(T) == last_B[:, None]) & mask_BxT
-    reward_B = sequence_reward_B.astype(jnp.float32)
-    rewards_BxT = per_token_BxT + jnp.where(is_last_BxT, reward_B[:, None], 0.0)
-    return jax.lax.stop_gradient(masked(rewards_BxT, mask_BxT))
+    return jnp.where(is_last_BxT, reward_B.astype(jnp.float32)[:, None], 0.0)

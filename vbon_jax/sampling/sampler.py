@@ -111,6 +111,8 @@ class ScoredRollout:
         one asks for it.
       candidate_reward_BxTxK: float32, the reward of those t tokens and each of the likeliest next;
         None likewise.
+      stored: rows of the reference's samples that are learned from beside these, a ScoredRollout;
+        None without them.
     """
 
     prompt_BxP: Any
@@ -121,13 +123,14 @@ class ScoredRollout:
     temperature: float
     prefix_reward_BxT: Any = None
     candidate_reward_BxTxK: Any = None
+    stored: Any = None
 
 
 jax.tree_util.register_dataclass(
     ScoredRollout,
     data_fields=[
         "prompt_BxP", "prompt_mask_BxP", "rollout", "reward_B", "row_B", "prefix_reward_BxT",
-        "candidate_reward_BxTxK",
+        "candidate_reward_BxTxK", "stored",
     ],
     meta_fields=["temperature"],
 )  # fmt: skip

@@ -25,6 +25,7 @@ from vbon_jax.sampling.sampler import (
     named_key,
 )
 from vbon_jax.training.loop import Task, batch_requests
+from vbon_jax.training.stored import Stored
 
 # (state, reference params, one scored rollout a source, references, n, beta) -> (state, metrics)
 Update = Callable[..., tuple[Any, dict[str, jax.Array]]]
@@ -43,6 +44,7 @@ class Program:
       group: responses of each source to each prompt.
       prefixes: whether the update reads the rewards of prefixes.
       lookahead: of how many of the likeliest next tokens it does as well.
+      replay: stored samples of each prompt beside the responses to it.
     """
 
     update: Update
@@ -52,6 +54,7 @@ class Program:
     group: int = 1
     prefixes: bool = False
     lookahead: int = 0
+    replay: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +77,18 @@ class Member:
 class Learner:
     """Trains one policy: `roll_out`, `score` and `update` make an iteration, in this order."""
 
-    def __init__(self, task: Task, program: Program, member: Member):
-        """Places what the updates read on the task's mesh."""
+    def __init__(self, task: Task, program: Program, member: Member, samples: Stored | None = None):
+        """Places what the updates read on the task's mesh.
+
+        Args:
+          task: what it learns from.
+          program: what an iteration computes.
+          member: n, beta and seed.
+          samples: those that ``program.replay`` is taken from.
+        """
         mesh = task.sampler.mesh
         self.task, self.program, self.member = task, program, member
+        self._samples, self._step = samples, 0
         self._sampler = task.sampler.at(likeliest=program.lookahead)
         self._key = named_key(member.seed, "rollout")
         self._length = prompt_length(task)
@@ -90,7 +101,7 @@ class Learner:
     def roll_out(self, state: Any, step: int) -> list[Batch]:
         """One response of each source to each of the iteration's prompts."""
         self._clock.start()
-        program = self.program
+        program, self._step = self.program, step
         base = batch_requests(
             self.task.prompts, program.batch_size, step, self.member.seed, program.group
         )
@@ -122,7 +133,9 @@ class Learner:
                 self.task.reward, prompts, batch.prompts, batch.rollout
             )
             rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
-            placed = sharding.place((rewards, rows, *of_prefixes), self.task.sampler.mesh, "batch")
+            beside = self._beside(rows[:: self.program.group])
+            given = (rewards, rows, *of_prefixes, beside)
+            placed = sharding.place(given, self.task.sampler.mesh, "batch")
             scored.append(
                 ScoredRollout(
                     batch.prompts.tokens_BxP,
@@ -133,10 +146,19 @@ class Learner:
                     batch.temperature,
                     placed[2],
                     placed[3],
+                    placed[4],
                 )
             )
         self._clock.lap("reward")
         return tuple(scored)
+
+    def _beside(self, row_G: np.ndarray) -> ScoredRollout | None:
+        """The stored samples beside the responses to prompts, scored as these are."""
+        if self._samples is None:
+            return None
+        of, program = self.member, self.program
+        found = self._samples.beside(row_G, program.replay, of.m, of.seed, self._step)
+        return with_prefixes(self.task, program, found)
 
     def update(
         self, state: Any, scored: tuple[ScoredRollout, ...], step: int
@@ -195,6 +217,14 @@ def prefix_rewards(
     if program.lookahead:
         of_candidates = prefixes.of_candidates(task.sampler, task.reward, prompts, rows, rollout)
     return of, of_candidates
+
+
+def with_prefixes(task: Task, program: Program, rows: ScoredRollout) -> ScoredRollout:
+    """Stored rows on the host with the rewards of their prefixes, if the update reads them."""
+    prompts = [task.prompts[row] for row in rows.row_B]
+    left = Prompts(rows.prompt_BxP, rows.prompt_mask_BxP)
+    of, _ = prefix_rewards(task, program, prompts, left, rows.rollout)
+    return dataclasses.replace(rows, prefix_reward_BxT=of)
 
 
 def prompt_length(task: Task) -> int:

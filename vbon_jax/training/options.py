@@ -57,6 +57,8 @@ class Train:
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
     warmup: int = key(0, "Iterations over which the learning rate first rises linearly from 0.",
                       least=0, most=100_000_000)  # fmt: skip
+    optimizer: str = key("adamw", "adamw, or muon: orthogonalised momentum for the matrices of the "
+                         "blocks, AdamW for all else.", choices=("adamw", "muon"))  # fmt: skip
     adam_eps: float = key(1e-5, "Epsilon of AdamW.", above=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", least=0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm.", above=0)
@@ -71,9 +73,10 @@ class Train:
                         choices=BASELINES)  # fmt: skip
     whiten: bool = key(True, "Normalise the advantages of a rollout to zero mean and unit "
                        "variance.")  # fmt: skip
-    penalty: str = key("full", "Per-token KL penalty: sampled, the log-ratio of the sampled token; "
-                       "full, the KL divergence over the whole vocabulary.",
-                       choices=("sampled", "full"))  # fmt: skip
+    penalty: str = key("full", "KL penalty: sampled, the log-ratio of the sampled token, at each "
+                       "token; full, there the KL divergence over the whole vocabulary; response, "
+                       "the log-ratio of the response, at its last token.",
+                       choices=("sampled", "full", "response"))  # fmt: skip
     num_layers_unfrozen: int = key(-1, "Number of upper transformer blocks to train, above a "
                                    "frozen trunk that policy and reference share; -1 trains the "
                                    "whole model.", least=-1)  # fmt: skip
@@ -81,6 +84,9 @@ class Train:
                              "separate network initialised from the reward model; prefix, a table "
                              "of returns by the rank of the reward of what was written so far.",
                              choices=("head", "reward", PREFIX))  # fmt: skip
+    replay: int = key(0, "Stored samples of each prompt of a rollout that are learned from beside "
+                      "its `train.group` responses, by their importance weights.", least=0,
+                      most=MOST_ROWS)  # fmt: skip
     lookahead: int = key(0, "With `train.value_network=prefix`: likeliest next tokens at each "
                          "position whose values are asked for as well, so that the gradient sums "
                          "over them; each costs a call of the reward a token.", least=0,
@@ -90,6 +96,11 @@ class Train:
                                    "exported; 0 for the last iterate.", least=0)  # fmt: skip
     checkpoint_every: int = key(50, "Iterations between checkpoints.", least=1)
     keep: int = key(2, "Number of most recent checkpoints to keep.", least=1)
+
+    @property
+    def rows(self) -> int:
+        """Rows of an iteration's update: responses, and the stored samples beside them."""
+        return self.batch_size + self.batch_size // self.group * self.replay
 
     @property
     def learns_values(self) -> bool:
@@ -168,13 +179,24 @@ def check(train: Train, lora: Lora, memory: Memory) -> None:
     """
     for holds, text in (
         (
-            train.batch_size % train.minibatch_size == 0,
+            train.replay > 0 or train.batch_size % train.minibatch_size == 0,
             f"train.batch_size={train.batch_size} is not a multiple of "
             f"train.minibatch_size={train.minibatch_size}",
         ),
         (
             train.batch_size % train.group == 0,
             f"train.group={train.group} does not divide train.batch_size={train.batch_size}",
+        ),
+        (
+            train.rows % train.minibatch_size == 0,
+            f"train.batch_size={train.batch_size} responses and train.replay={train.replay} stored "
+            f"samples for every train.group={train.group} of them are {train.rows} rows, not a "
+            f"multiple of train.minibatch_size={train.minibatch_size}",
+        ),
+        (
+            not (train.replay and train.lookahead),
+            f"train.replay={train.replay} and train.lookahead={train.lookahead}: next tokens are "
+            "not known of stored samples, so set one of the two to 0",
         ),
         (
             train.warmup < train.iterations,

@@ -39,8 +39,10 @@ from vbon_jax.training.learner import (
     prefix_rewards,
     prompt_length,
     requests_of,
+    with_prefixes,
 )
 from vbon_jax.training.loop import Task, batch_requests
+from vbon_jax.training.stored import Stored
 
 AXIS = "population"
 
@@ -143,7 +145,14 @@ class PopulationLearner:
     Member k does what a run of its own with its seed would do: same prompts, keys and updates.
     """
 
-    def __init__(self, task: Task, program: Program, members: Sequence[Member], at_once: int):
+    def __init__(
+        self,
+        task: Task,
+        program: Program,
+        members: Sequence[Member],
+        at_once: int,
+        samples: Stored | None = None,
+    ):
         """Compiles nothing yet.
 
         Args:
@@ -151,7 +160,9 @@ class PopulationLearner:
           program: of one member.
           members: K of them, a multiple of the devices (``padded``).
           at_once: see ``over_members``.
+          samples: those that ``program.replay`` is taken from.
         """
+        self._samples, self._step = samples, 0
         self.task, self.program, self.members = task, program, members
         mesh, own = task.sampler.mesh, task.references.rewards_PxM.ndim == 3
         self._keys_K = self._place(jnp.stack([named_key(m.seed, "rollout") for m in members]))
@@ -172,7 +183,7 @@ class PopulationLearner:
     def roll_out(self, state: Any, step: int) -> list[tuple[list[list[Request]], Prompts, Rollout]]:
         """Of each source: the requests of each member, their prompts and responses, [K, B, ...]."""
         self._clock.start()
-        task, program = self.task, self.program
+        task, program, self._step = self.task, self.program, step
         base = [
             batch_requests(task.prompts, program.batch_size, step, m.seed, program.group)
             for m in self.members
@@ -222,7 +233,8 @@ class PopulationLearner:
             ]
             rewards = task.sampler.rewards(task.reward, of, flat_prompts, flat)
             rows = np.array([[row_of[r.prompt_id] for r in b] for b in requests], np.int32)
-            placed = self._place((rewards.reshape(rows.shape), rows, *of_prefixes))
+            beside = self._beside(rows[:, :: self.program.group])
+            placed = self._place((rewards.reshape(rows.shape), rows, *of_prefixes, beside))
             scored.append(
                 ScoredRollout(
                     prompts.tokens_BxP,
@@ -233,10 +245,21 @@ class PopulationLearner:
                     task.sampler.settings.temperature,
                     placed[2],
                     placed[3],
+                    placed[4],
                 )
             )
         self._clock.lap("reward")
         return tuple(scored)
+
+    def _beside(self, row_KxG: np.ndarray) -> ScoredRollout | None:
+        """Of each member, the stored samples beside the responses to its prompts."""
+        if self._samples is None:
+            return None
+        found = []
+        for row_G, of in zip(row_KxG, self.members, strict=True):
+            rows = self._samples.beside(row_G, self.program.replay, of.m, of.seed, self._step)
+            found.append(with_prefixes(self.task, self.program, rows))
+        return jax.tree.map(lambda *x: np.stack(x), *found)
 
     def update(
         self, state: Any, scored: tuple[ScoredRollout, ...], step: int

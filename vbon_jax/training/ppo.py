@@ -66,11 +66,22 @@ class Target(NamedTuple):
       sequence_reward_B: float32, the reward at the last token of each response.
       kl_coef: coefficient of the penalty KL(policy || ref).
       entropy_coef: coefficient of the policy's entropy.
+      weight_B: float32, what each row counts for as a response of the policy; see ``rl.replay``.
+        None where all rows are such.
+      forward_B: float32, of the forward KL in the advantages, its weight in it; None without it.
     """
 
     sequence_reward_B: jax.Array
     kl_coef: jax.Array
     entropy_coef: jax.Array
+    weight_B: jax.Array | None = None
+    forward_B: jax.Array | None = None
+
+    def mean(self, x_B: jax.Array) -> jax.Array:
+        """The policy's mean of what the rows have."""
+        if self.weight_B is None:
+            return jnp.mean(x_B)
+        return jnp.sum(self.weight_B * x_B) / jnp.sum(self.weight_B)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +99,9 @@ class Experience:
       trunk_BxSxD: activations of the frozen trunk, computed once for all epochs; None without one.
       ref_hidden_BxTxD: the reference's hidden states, from which its logits follow; None where the
         loss does not ask for them.
-      kl_weight_B: weight of the "full" KL penalty in the loss, one value repeated.
-      entropy_weight_B: weight of the entropy in it, one value repeated.
+      kl_weight_B: weight of the "full" KL penalty in the loss.
+      entropy_weight_B: weight of the entropy in it.
+      value_mask_BxT: bool, True on the tokens that the value function learns from: the policy's.
       temperature: of the rollout, static.
       candidates: (ids, credit) [B, T, K] of the next tokens that the loss sums over; see
         ``rl.prefix.lookahead``. None without them.
@@ -106,6 +118,7 @@ class Experience:
     ref_hidden_BxTxD: Any
     kl_weight_B: Any
     entropy_weight_B: Any
+    value_mask_BxT: Any
     temperature: float
     candidates: tuple[Any, Any] | None = None
 
@@ -115,7 +128,7 @@ jax.tree_util.register_dataclass(
     data_fields=[
         "tokens_BxS", "mask_BxS", "response_mask_BxT", "log_probs_BxT", "values_BxT",
         "advantages_BxT", "returns_BxT", "trunk_BxSxD", "ref_hidden_BxTxD", "kl_weight_B",
-        "entropy_weight_B", "candidates",
+        "entropy_weight_B", "value_mask_BxT", "candidates",
     ],
     meta_fields=["temperature"],
 )  # fmt: skip
@@ -148,9 +161,14 @@ class Scored(NamedTuple):
         return jnp.sum(self.found.log_ref, axis=-1)
 
     @property
-    def kl_ref(self) -> jax.Array:
-        """KL(policy || ref) in nats: the mean over responses of the full next-token KLs' sum."""
-        return jnp.mean(kl.sequence_sum(self.found.kl, self.response_mask_BxT))
+    def log_policy_ratio_B(self) -> jax.Array:
+        """Log(policy / ref) of each response, nats."""
+        return jnp.sum(self.found.log_prob - self.found.log_ref, axis=-1)
+
+    @property
+    def kl_ref_B(self) -> jax.Array:
+        """Nats, the sum of a response's full next-token KLs, whose mean is KL(policy || ref)."""
+        return kl.sequence_sum(self.found.kl, self.response_mask_BxT)
 
 
 def _values(
@@ -247,7 +265,11 @@ def advantages(
 
     The sequence reward stands at a response's last token. With the "sampled" penalty each token is
     charged kl_coef times its log-ratio; with the "full" one, the KL of its whole next-token
-    distribution, whose gradient is part of ``loss``.
+    distribution, whose gradient is part of ``loss``; with "response" the last token is charged for
+    all, so that all tokens have the same return, which does not vary where the policy is optimal.
+
+    Rows that count for more or less than one response have their advantages, and their part in the
+    "full" penalty, in proportion. Values learn from the policy's own responses alone.
 
     With values of the next tokens ``ahead``, advantages are what these do not tell: the loss sums
     over the tokens itself.
@@ -265,43 +287,56 @@ def advantages(
         rewards = shaping.token_rewards(
             target.sequence_reward_B, log_policy, log_ref, mask, kl_coef, entropy_coef
         )
+    if train.penalty == "response":
+        rewards = shaping.at_last(jnp.sum(rewards, axis=-1), mask)
     advantage, returns = gae.gae(rewards, *_baseline(rewards, scored, train))
     if train.value_network == PREFIX:  # a table is a mean of whole returns, not of its own values
         returns = masked(jnp.cumsum(rewards[:, ::-1], axis=1)[:, ::-1], mask)
-    explained = ppo.explained_variance(scored.values_BxT, returns, mask)
+    own = _own(mask.shape[0], train)
+    explained = ppo.explained_variance(scored.values_BxT[:own], returns[:own], mask[:own])
     if ahead is not None:
         advantage -= masked(ahead.drawn_BxT, mask)
+    weight_B = jnp.ones(mask.shape[0]) if target.weight_B is None else target.weight_B
+    advantage *= weight_B[:, None]
+    if target.forward_B is not None:
+        advantage += masked(jnp.broadcast_to(target.forward_B[:, None], mask.shape), mask)
     scale = jnp.float32(1.0)
     if train.whiten:
         # The exact penalty must shrink with the advantages, or whitening would change the optimum.
         scale = gae.deviation(advantage, mask)
         advantage = gae.whiten(advantage, mask)
-    rows, full = mask.shape[0], setup.full_penalty
-    finished = batch.rollout.finished_B.astype(jnp.float32)
-    tokens_drawn = jnp.maximum(jnp.sum(mask), 1)
+    drawn, full = mask[:own], setup.full_penalty
+    finished = batch.rollout.finished_B[:own].astype(jnp.float32)
+    tokens_drawn = jnp.maximum(jnp.sum(drawn), 1)
     metrics = {
-        "objective": jnp.mean(jnp.sum(rewards, axis=-1)),
-        "sequence_reward": jnp.mean(target.sequence_reward_B),
-        "kl_ref": scored.kl_ref,
-        "kl_ref_k1": jnp.mean(kl.k1(log_policy, log_ref, mask)),
-        "reward": jnp.mean(batch.reward_B),
-        "response_length": jnp.mean(jnp.sum(mask, axis=-1).astype(jnp.float32)),
+        "objective": target.mean(jnp.sum(rewards, axis=-1)),
+        "sequence_reward": target.mean(target.sequence_reward_B),
+        "kl_ref": target.mean(scored.kl_ref_B),
+        "kl_ref_k1": target.mean(scored.log_policy_ratio_B),
+        "reward": target.mean(batch.reward_B),
+        "response_length": jnp.mean(jnp.sum(drawn, axis=-1).astype(jnp.float32)),
         "eos_rate": jnp.mean(finished),
         "truncation_rate": jnp.mean(1.0 - finished),
-        "entropy": jnp.sum(entropy_BxT) / tokens_drawn,
+        "entropy": jnp.sum(entropy_BxT[:own]) / tokens_drawn,
         "explained_variance": explained,
-        "value_mean": jnp.sum(scored.values_BxT) / tokens_drawn,
+        "value_mean": jnp.sum(scored.values_BxT[:own]) / tokens_drawn,
         # How far the decode loop's log-probs are from the full forward's.
-        "rollout_log_prob_error": jnp.max(jnp.abs(log_policy - batch.rollout.log_probs_BxT)),
+        "rollout_log_prob_error": jnp.max(jnp.abs(log_policy - batch.rollout.log_probs_BxT)[:own]),
     }
     experience = Experience(
         scored.tokens_BxS, scored.mask_BxS, mask, log_policy, scored.values_BxT, advantage, returns,
         scored.trunk_BxSxD, scored.ref_hidden_BxTxD,
-        jnp.full(rows, full * kl_coef / scale, jnp.float32),
-        jnp.full(rows, full * entropy_coef / scale, jnp.float32),
+        weight_B * full * kl_coef / scale,
+        weight_B * full * entropy_coef / scale,
+        mask & (jnp.arange(mask.shape[0]) < own)[:, None],
         batch.temperature, None if ahead is None else (ahead.ids_BxTxK, ahead.credit_BxTxK / scale),
     )  # fmt: skip
     return experience, metrics
+
+
+def _own(rows: int, train: Train) -> int:
+    """How many of the rows of an update, the first, are responses of the policy."""
+    return rows * train.group // (train.group + train.replay)
 
 
 def _baseline(
@@ -311,15 +346,20 @@ def _baseline(
 
     With a group, the mean over the other responses to the prompt of what their returns exceed their
     first values by is added to each value; without a value function it is their mean return, and
-    lambda is 1, since a value that is the same at every token can stand in for no return.
+    lambda is 1, since a value that is the same at every token can stand in for no return. For a
+    stored sample the others are all responses of the policy to its prompt.
     """
     values, mask, lam = scored.values_BxT, scored.response_mask_BxT, train.lam
     if train.baseline == "group":
         values, lam = jnp.zeros_like(values), 1.0
     if train.baseline != "value":
-        excess_GxK = (jnp.sum(rewards_BxT, axis=-1) - values[:, 0]).reshape(-1, train.group)
-        of_others = (excess_GxK - leave_one_out(excess_GxK)).reshape(-1, 1)
-        values = jnp.where(mask, values + of_others, 0.0)
+        excess_B = jnp.sum(rewards_BxT, axis=-1) - values[:, 0]
+        excess_GxK = excess_B[: _own(mask.shape[0], train)].reshape(-1, train.group)
+        of_others_B = (excess_GxK - leave_one_out(excess_GxK)).reshape(-1)
+        if train.replay:
+            of_all_B = jnp.repeat(jnp.mean(excess_GxK, axis=1), train.replay)
+            of_others_B = jnp.concatenate([of_others_B, of_all_B])
+        values = jnp.where(mask, values + of_others_B[:, None], 0.0)
     return values, mask, train.gamma, lam
 
 
@@ -400,7 +440,7 @@ def loss(
     )
     values = _values(params.get("value"), hidden, exp.tokens_BxS, exp.mask_BxS, setup)
     value_loss, value_info = ppo.value_loss(
-        values, exp.values_BxT, exp.returns_BxT, mask, train.clip_value, count
+        values, exp.values_BxT, exp.returns_BxT, exp.value_mask_BxT, train.clip_value, count
     )
     if train.learns_values:
         total += train.value_coef * value_loss
