@@ -271,7 +271,7 @@ def test_the_expected_gradient_is_that_of_the_objective(
         both = objective == "jeffreys"
         return jnp.sum(jnp.exp(log_p) * gains) + (likelihood if both else 0.0)
 
-    # Every string as a response of the policy; then, ``replay`` times, as a sample of the reference.
+    # Every string as a response of the policy, then ``replay`` times as one of the reference.
     whole = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * (1 + replay)), batch)
 
     def expected_loss(p):

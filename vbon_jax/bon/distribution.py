@@ -170,11 +170,12 @@ def sequence_reward(
     | `backward`     | n - 1    | log P_ref(r(y') <= r(y)) | 1/(n-1) | 0                      |
     | `reward`       | 1        | r(y)                     | beta    | 0                      |
 
-    In order: Eq. 5; the same, to which the gradient of the forward KL is added elsewhere
-    (``rl.replay.forward``), so that the two are Jeffreys' divergence; Eq. 8 with Theorem 2, and Theorem 3 of the vBoN paper; the backward KL of BOND
-    (Sessa et al., 2024) at a single n; Eq. 1 of the vBoN paper. The bound of ``jensen_bound`` is
-    L1 = gamma E[log F] - alpha H - beta KL with gamma = n(n-1)/2, alpha = (n+2)(n-1)/2 = beta - 1
-    and beta = n(n+1)/2. Its c is that beta, so that at n = 1 it agrees with the other objectives.
+    In order: Eq. 5 of the vBoN paper; the same, to which the gradient of the forward KL is added
+    elsewhere (``rl.replay.forward``), so that the two are Jeffreys' divergence; Eq. 8 with Theorem
+    2, and Theorem 3 of that paper; the backward KL of BOND (Sessa et al., 2024) at a single n; Eq.
+    1 of the vBoN paper. The bound of ``jensen_bound`` is L1 = gamma E[log F] - alpha H - beta KL
+    with gamma = n(n-1)/2, alpha = (n+2)(n-1)/2 = beta - 1 and beta = n(n+1)/2. Its c is that beta,
+    so that at n = 1 it agrees with the other objectives.
 
     Args:
       objective: one of ``OBJECTIVES``. Arguments that it does not use are ignored.

@@ -28,7 +28,7 @@ from vbon_jax.sampling.sampler import named_key
 from vbon_jax.training import loop, offline, policies, population, state
 from vbon_jax.training.learner import Learner, Member, Program, prompt_length
 from vbon_jax.training.loop import Step, Task
-from vbon_jax.training.options import PREFIX, Lora, Memory, Train, check_lookahead
+from vbon_jax.training.options import MUON, PREFIX, Lora, Memory, Train, check_lookahead
 from vbon_jax.training.options import Offline as OfflineKeys
 from vbon_jax.training.population import PopulationLearner
 from vbon_jax.training.ppo import Setup
@@ -175,9 +175,10 @@ class Job:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW with that schedule."""
+        """AdamW, or of an online method Muon, with that schedule."""
         t = self.training.train
-        return state.adamw(
+        make = state.muon if t.optimizer == MUON and self.method.online else state.adamw
+        return make(
             self.schedule, t.adam_eps, t.weight_decay, t.max_grad_norm,
             self.training.memory.optimizer_dtype,
         )  # fmt: skip

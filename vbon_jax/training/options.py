@@ -13,6 +13,7 @@ BASELINES = ("value", "group", "both")
 REFERENCE, WEIGHTED = "reference", "weighted"
 STARTS = (REFERENCE, WEIGHTED)
 PREFIX = "prefix"
+ADAMW, MUON = "adamw", "muon"
 # Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
 MOST_ROWS = Size(4_000_000)  # of a batch, or of what is drawn for a prompt
 MOST_TOKENS = Size(4_000_000)
@@ -57,8 +58,8 @@ class Train:
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
     warmup: int = key(0, "Iterations over which the learning rate first rises linearly from 0.",
                       least=0, most=100_000_000)  # fmt: skip
-    optimizer: str = key("adamw", "adamw, or muon: orthogonalised momentum for the matrices of the "
-                         "blocks, AdamW for all else.", choices=("adamw", "muon"))  # fmt: skip
+    optimizer: str = key(ADAMW, "adamw, or muon: orthogonalised momentum for the matrices of the "
+                         "blocks, AdamW for all else.", choices=(ADAMW, MUON))  # fmt: skip
     adam_eps: float = key(1e-5, "Epsilon of AdamW.", above=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", least=0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm.", above=0)

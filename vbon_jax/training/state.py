@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 class TrainState(NamedTuple):
@@ -42,7 +43,53 @@ def adamw(
 
     Both moments are stored in ``dtype`` and updated in float32.
     """
+    return _chained(
+        _stored_as(dtype, optax.scale_by_adam(eps=eps)), schedule, weight_decay, max_grad_norm
+    )
 
+
+def muon(
+    schedule: optax.Schedule,
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    dtype: str = "float32",
+) -> optax.GradientTransformation:
+    """Muon (Jordan, 2024) on the matrices of the blocks, Adam on all else; else as `adamw`.
+
+    The momentum of a matrix is orthogonalised, and scaled to the root mean square that Adam's steps
+    have (Liu et al., "Muon is Scalable for LLM Training", 2025), so that one learning rate, and one
+    that suits AdamW, serves all parameters.
+    """
+    whole = optax.contrib.muon(
+        1.0, eps=eps, consistent_rms=0.2, muon_weight_dimension_numbers=_matrices
+    )
+    inner = optax.chain(whole, optax.scale(-1.0))  # its own learning rate is of the other sign
+    return _chained(_stored_as(dtype, inner), schedule, weight_decay, max_grad_norm)
+
+
+def _matrices(params: Any) -> Any:
+    """Of each kernel of the blocks, the axes that it sums over and those that it gives."""
+
+    def of(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [str(getattr(key, "key", "")) for key in path]
+        if "blocks" not in names or names[-1] != "kernel":
+            return None
+        if "attention" not in names:  # [layers, in, out]
+            return optax.contrib.MuonDimensionNumbers((1,), (2,))
+        if "out" in names:  # [layers, heads, head width, out]
+            return optax.contrib.MuonDimensionNumbers((1, 2), (3,))
+        return optax.contrib.MuonDimensionNumbers((1,), (2, 3))
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _chained(
+    inner: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    weight_decay: float,
+    max_grad_norm: float,
+) -> optax.GradientTransformation:
     def decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, x: str(getattr(path[-1], "key", "")) in DECAYED, params
@@ -50,7 +97,7 @@ def adamw(
 
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        _stored_as(dtype, optax.scale_by_adam(eps=eps)),
+        inner,
         optax.add_decayed_weights(weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
     )
@@ -67,9 +114,11 @@ def _stored_as(dtype: str, inner: optax.GradientTransformation) -> optax.Gradien
     """``inner`` on float32, its moments kept in ``dtype`` between the steps."""
 
     def cast(tree: Any, to: Any) -> Any:
-        return jax.tree.map(
-            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-        )
+        def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+            constant = "ns_coeffs" in str(path)  # of Muon
+            return x if constant or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(to)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
 
     def init(params: Any) -> Any:
         return cast(inner.init(params), dtype)
