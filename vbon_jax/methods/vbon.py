@@ -27,6 +27,7 @@ from vbon_jax.training.state import TrainState
 KEEP = 0.8  # of the returns of earlier iterations, each iteration, in the values of prefixes
 JEFFREYS = "jeffreys"
 OBJECTIVES = ("exact", JEFFREYS, "lower_bound", "jensen_bound")
+RATIO = ("exact", JEFFREYS)  # which read the density ratio of best-of-n, not log F
 
 
 def objective_key() -> Any:
@@ -222,7 +223,7 @@ def objective(
 
 
 def _check(options: VBoN) -> str:
-    if options.estimator in ("strict", "interval") and options.objective != "exact":
+    if options.estimator in ("strict", "interval") and options.objective not in RATIO:
         return (
             f"method.estimator={options.estimator} gives no finite log F for "
             f"method.objective={options.objective}: choose smoothed, harmonic or exponential"
