@@ -15,7 +15,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.signals import Interrupted, Stopped
 
 ROOT = Path(__file__).parents[1]
-CONFIG = f"--config={ROOT / 'configs' / 'tabular.py'}"
+CONFIG = f"--config={ROOT / 'configs' / 'tabular.py'}:ppo"
 
 
 def several(coordinator, processes, process):

@@ -28,7 +28,7 @@ def load(name, *variant):
 
 @pytest.fixture
 def values():
-    return load("tabular")
+    return load("tabular", "ppo")
 
 
 def change(values, key, value):
@@ -42,7 +42,8 @@ def change(values, key, value):
 
 
 CONFIGS = [
-    ("tabular",), ("tabular", "sweep"), ("reviews",), ("reviews", "text"), ("reviews_sweep",),
+    ("tabular",), ("tabular", "ppo"), ("tabular", "sweep"), ("reviews",), ("reviews", "text"),
+    ("reviews_sweep",),
     ("reviews_sweep", "text"), ("verifier",), ("imdb",), ("imdb", "sweep"), ("tldr",),
     ("tldr", "sweep"), ("chat",), ("smollm2",),
 ]  # fmt: skip

@@ -191,7 +191,7 @@ CASES = [*COMMANDS, *VALUES, *CONFIGS, *WORKDIRS, *FILES, *REWARDS]
 def arguments(case: Case, folder: Path) -> list[str]:
     """The arguments of `vbon` for a case, its files made."""
     case.make(folder)
-    config = case.config or str(run.ROOT / "configs" / "tabular.py")
+    config = case.config or str(run.ROOT / "configs" / "tabular.py:ppo")
     words = [case.stage] if case.stage else []
     words += [f"--config={config}", f"--workdir={case.workdir}"]
     words += [] if case.config else [*run.SMALL]

@@ -67,7 +67,7 @@ class Ended:
 
 def command(workdir: Path, *flags: str, stage: str = "run") -> list[str]:
     """The command line of a small run."""
-    config = ROOT / "configs" / "tabular.py"
+    config = ROOT / "configs" / "tabular.py:ppo"
     return [
         sys.executable, "-m", "vbon_jax", stage, f"--config={config}", f"--workdir={workdir}",
         *SMALL, *flags,

@@ -40,7 +40,7 @@ CONFIG = decoder.DecoderConfig(
 
 def parsed(**groups):
     """The tabular config, smaller and changed."""
-    config = runpy.run_path(str(ROOT / "configs" / "tabular.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "configs" / "tabular.py"))["get_config"]("ppo")
     config.samples.m = M
     config.prompts.train = len(PROMPTS)
     config.train.update(iterations=5, batch_size=16, minibatch_size=4, ppo_epochs=3)

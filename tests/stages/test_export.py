@@ -29,7 +29,7 @@ TOKENS = np.array([[1, 2, 3, 4, 5], [5, 3, 2, 1, 4]], np.int32)
 
 def command(stage, workdir, *flags):
     return [
-        stage, f"--config={ROOT / 'configs' / 'tabular.py'}", f"--workdir={workdir}",
+        stage, f"--config={ROOT / 'configs' / 'tabular.py'}:ppo", f"--workdir={workdir}",
         *(f"--config.{flag}" for flag in (*FLAGS, *flags)),
     ]  # fmt: skip
 

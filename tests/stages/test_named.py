@@ -44,7 +44,7 @@ def files(tmp_path, monkeypatch):
 
 def folder(*flags):
     """As a new process sees it."""
-    c = cli.parse(["run", f"--config={TABULAR}", "--config.reward.function=", *flags]).config
+    c = cli.parse(["run", f"--config={TABULAR}:ppo", "--config.reward.function=", *flags]).config
     return Workdir("w", c, STAGES)
 
 

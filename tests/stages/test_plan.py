@@ -25,7 +25,7 @@ from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training.learner import Program
 
 ROOT = Path(__file__).parents[2]
-CONFIG = str(ROOT / "configs" / "tabular.py")
+CONFIG = str(ROOT / "configs" / "tabular.py:ppo")
 POLICY = DecoderConfig(vocab_size=512, positions=64, layers=2, width=32, heads=4, mlp_width=64)
 TINY = (
     "train.batch_size=32", "train.minibatch_size=16", "sampling.max_new_tokens=24",

@@ -50,8 +50,8 @@ TABULAR = [
 
 def vbon(stage, workdir, *flags, config="tabular"):
     """Exit code of a command line."""
-    base = TABULAR if config == "tabular" else []
-    path = ROOT / "configs" / f"{config}.py"
+    base, variant = (TABULAR, ":ppo") if config == "tabular" else ([], "")
+    path = ROOT / "configs" / f"{config}.py{variant}"
     return cli.main([stage, f"--config={path}", f"--workdir={workdir}", *base, *flags])
 
 

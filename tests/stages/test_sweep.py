@@ -36,7 +36,7 @@ from vbon_jax.training.references import references
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, M = 4, 16, 16
 FLAGS = [
-    f"--config={ROOT / 'configs' / 'tabular.py'}",
+    f"--config={ROOT / 'configs' / 'tabular.py'}:ppo",
     "--config.stages=('sft','reward','sample','sweep')",
     "--config.reference.fit.epochs=1",
     "--config.data.train=600",

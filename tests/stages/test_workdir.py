@@ -36,23 +36,26 @@ OTHERS = {
     "reward.template_arguments": "{}", "evaluator.template_arguments": "{}",
     "offline.transform": "identity", "train.average_half_life": 20.0, "train.baseline": "both",
     "train.group": 2, "train.kl_target": 0.5, "train.start": "weighted", "train.warmup": 3,
+    "train.optimizer": "muon", "train.replay": 1, "train.lookahead": 2,
 }  # fmt: skip
-ALONE = sorted(config.ADDED - {"train.baseline"})  # which needs another `train.group` with it
+# Those beside them need another key with them: `train.group`, `train.value_network`.
+ALONE = sorted(config.ADDED - {"train.baseline", "train.lookahead"})
 
 
-def parsed(variant="", *flags):
+def parsed(variant=":ppo", *flags):
     return cli.parse(["run", f"--config={TABULAR}{variant}", *flags]).config
 
 
-def folder(root, variant="", *flags):
+def folder(root, variant=":ppo", *flags):
     return Workdir(root, parsed(variant, *flags), STAGES)
 
 
 def another(key):
-    """Flags that give a new key another value; a baseline of a group needs a group."""
+    """Flags that give a new key another value, and what it needs beside it."""
     value = OTHERS[key]
-    also = ["--config.train.group=2"] if key == "train.baseline" else []
-    return [f"--config.{key}={tuple(value) if isinstance(value, list) else value}", *also]
+    also = {"train.baseline": "train.group=2", "train.lookahead": "train.value_network=prefix"}
+    flags = [f"{key}={tuple(value) if isinstance(value, list) else value}"]
+    return [f"--config.{flag}" for flag in flags + [also[x] for x in also if x == key]]
 
 
 def stage_of(key):
@@ -92,7 +95,7 @@ def test_notes_without_the_new_keys_are_not_refused(old):
 def test_notes_without_a_new_key_are_refused_where_it_has_another_value(old, key):
     default = config.defaults_flat()[key]
     words = f"was done with {key}={default!r}, now it is {OTHERS[key]!r}: use another --workdir"
-    here = folder(old, "", *another(key))
+    here = folder(old, ":ppo", *another(key))
     with pytest.raises(InputError) as error:
         here.begin(stage_of(key))
     assert words in str(error.value)
@@ -103,7 +106,7 @@ def test_notes_without_a_new_key_are_refused_where_it_has_another_value(old, key
 @pytest.mark.parametrize("key", ALONE)
 def test_a_note_in_which_a_new_key_has_another_value_is_refused(tmp_path, key):
     stage = stage_of(key)
-    there = folder(tmp_path, "", *another(key))
+    there = folder(tmp_path, ":ppo", *another(key))
     there.begin(stage)
     there.complete(stage)
     assert there.begin(stage)
@@ -117,7 +120,7 @@ def test_a_note_in_which_a_new_key_has_another_value_is_refused(tmp_path, key):
 @pytest.mark.parametrize("role", ["pool", "opponents"])
 def test_held_out_samples_have_the_names_they_had(variant, role):
     digest = GOLDEN_SAMPLES[variant]
-    found = folder("/w", variant).held_out(role, "test", 1.0, 200)
+    found = folder("/w", variant or ":ppo").held_out(role, "test", 1.0, 200)
     assert found == Path(f"/w/samples/test_{role}_t1_m200_{digest}.jsonl")
 
 
@@ -136,7 +139,7 @@ def test_folders_of_a_sweep_have_the_names_they_had():
 @pytest.mark.parametrize("key", sorted(config.ADDED))
 def test_another_value_of_a_new_key_gives_other_names(key):
     assert not folders(*another(key)) & GOLDEN_FOLDERS
-    found = folder("/w", "", *another(key)).held_out("pool", "test", 1.0, 200)
+    found = folder("/w", ":ppo", *another(key)).held_out("pool", "test", 1.0, 200)
     follows = stage_of(key) != "train"  # held-out samples are the reference's
     assert (GOLDEN_SAMPLES[""] not in found.name) == follows
 
@@ -157,7 +160,7 @@ def test_the_new_keys_are_keys_and_what_was_there_before_is_none_of_them():
 
 def test_a_whole_old_workdir_is_run_again_without_work(old, capfd):
     shutil.copy(note(old, "sft"), old / "as_it_was")
-    assert cli.main(["run", f"--config={TABULAR}", f"--workdir={old}",
+    assert cli.main(["run", f"--config={TABULAR}:ppo", f"--workdir={old}",
                      "--config.stages=('sft','reward','sample','train')"]) == 0  # fmt: skip
     assert capfd.readouterr().err.count("complete already") == 4
     assert note(old, "sft").read_bytes() == (old / "as_it_was").read_bytes()

@@ -27,7 +27,8 @@ ADDED = frozenset({
     "prompts.hub", "prompts.column", "prompts.train_split", "prompts.test_split", "prompts.date",
     "tokenizer.add_bos", "sampling.end_tokens", "reward.template_arguments",
     "evaluator.template_arguments", "train.group", "train.kl_target", "train.warmup",
-    "train.baseline", "train.average_half_life", "train.start", "offline.transform",
+    "train.baseline", "train.average_half_life", "train.start", "train.optimizer", "train.replay",
+    "train.lookahead", "offline.transform",
 })  # fmt: skip
 
 
