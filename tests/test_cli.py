@@ -91,7 +91,7 @@ def test_an_unknown_variant_is_named():
 
 
 def test_default_workdir_is_named_after_the_config():
-    assert cli.parse(["run", CONFIG]).workdir == "runs/tabular"
+    assert cli.parse(["run", CONFIG.removesuffix(":ppo")]).workdir == "runs/tabular"
     text = cli.parse(["run", f"--config={ROOT / 'configs' / 'reviews.py'}:text"])
     assert text.workdir == "runs/reviews-text"
     assert text.config.tokenizer.vocab_size == 4096

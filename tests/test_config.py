@@ -243,6 +243,15 @@ def test_bad_values_are_named(values, key, value, message):
         ({"train.group": 3}, "train.group=3 does not divide train.batch_size=512"),
         ({"train.warmup": 1200}, "train.warmup=1200 must be less than train.iterations=1200"),
         ({"train.baseline": "group"}, "train.baseline=group compares responses to one prompt, an"),
+        ({"method.objective": "jeffreys"}, "method.objective=jeffreys needs stored samples beside"),
+        (
+            {"train.replay": 3, "train.group": 256},
+            "train.batch_size=512 responses and train.replay=3 stored samples for every train.grou",
+        ),
+        (
+            {"train.replay": 1, "train.lookahead": 4, "train.value_network": "prefix"},
+            "train.replay=1 and train.lookahead=4: next tokens are not known of stored samples",
+        ),
         ({"train.lookahead": 4}, "train.lookahead=4 reads values of prefixes, and train.value_net"),
         (
             {"train.lookahead": 4, "train.value_network": "prefix", "method.ties": "order"},

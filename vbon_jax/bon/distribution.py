@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 
 from vbon_jax.bon.checks import check_beta, check_choice, check_n
 
-OBJECTIVES = ("exact", "jeffreys", "lower_bound", "jensen_bound", "backward", "reward")
+JEFFREYS = "jeffreys"
+OBJECTIVES = ("exact", JEFFREYS, "lower_bound", "jensen_bound", "backward", "reward")
 
 # Below this, u^2 is lost beside u in float32, and one term of the series is exact.
 _TINY = 1e-6
@@ -203,7 +204,7 @@ def sequence_reward(
         return jnp.asarray(_need(objective, "log_up_to", log_up_to), jnp.float32)
     check_n(n)
     n_f32 = jnp.asarray(n, jnp.float32)
-    if objective in ("exact", "jeffreys"):
+    if objective in ("exact", JEFFREYS):
         if log_ratio is None:
             log_ratio = log_bon_ratio(
                 _need(objective, "log_f (or log_ratio)", log_f),

@@ -123,6 +123,8 @@ def _check_models(c: Config) -> None:
 def _check_training(c: Config) -> None:
     options.check(c.train, c.lora, c.memory)
     options.check_lookahead(c.train, c.method.ties)
+    if c.method.name == "vbon":
+        options.check_forward(c.train, c.method.objective)
     _require(
         c.export.form == "model" or c.lora.rank > 0,
         f"export.form=adapter needs adapters: set lora.rank, which is {c.lora.rank}",

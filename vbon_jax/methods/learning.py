@@ -25,10 +25,10 @@ from vbon_jax.models import heads, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.rl import prefix
 from vbon_jax.sampling.sampler import named_key
-from vbon_jax.training import loop, offline, policies, population, state
+from vbon_jax.training import loop, offline, options, policies, population, state
 from vbon_jax.training.learner import Learner, Member, Program, prompt_length
 from vbon_jax.training.loop import Step, Task
-from vbon_jax.training.options import MUON, PREFIX, Lora, Memory, Train, check_lookahead
+from vbon_jax.training.options import MUON, PREFIX, Lora, Memory, Train
 from vbon_jax.training.options import Offline as OfflineKeys
 from vbon_jax.training.population import PopulationLearner
 from vbon_jax.training.ppo import Setup
@@ -101,9 +101,10 @@ class Job:
     value: ValueNetwork | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError where the values of next tokens cannot be known."""
+        """Raises InputError where an online method lacks what its keys ask for."""
         if self.method.online:
-            check_lookahead(self.training.train, self.options.ties)
+            options.check_lookahead(self.training.train, self.options.ties)
+            options.check_forward(self.training.train, self.objective)
 
     @property
     def iterations(self) -> int:

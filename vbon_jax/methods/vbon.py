@@ -25,15 +25,15 @@ from vbon_jax.training import ppo, stored
 from vbon_jax.training.state import TrainState
 
 KEEP = 0.8  # of the returns of earlier iterations, each iteration, in the values of prefixes
-JEFFREYS = "jeffreys"
-OBJECTIVES = ("exact", JEFFREYS, "lower_bound", "jensen_bound")
-RATIO = ("exact", JEFFREYS)  # which read the density ratio of best-of-n, not log F
+OBJECTIVES = ("exact", distribution.JEFFREYS, "lower_bound", "jensen_bound")
+RATIO = ("exact", distribution.JEFFREYS)  # which read the density ratio of best-of-n, not log F
 
 
 def objective_key() -> Any:
     """The objective of vBoN."""
-    return key("exact", "Of vbon: the exact objective, KL(policy || best-of-n); jeffreys, the sum "
-               "of this and KL(best-of-n || policy), with `train.replay`; or a bound of the first.",
+    return key("exact", "Of vbon: the exact objective, KL from policy to best-of-n; jeffreys, the "
+               "sum of this and the KL from best-of-n to policy, with `train.replay`; or a bound "
+               "of the first.",
                choices=OBJECTIVES)  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def _weighted(
         return target
     share = count / (group + count)
     forward_B = None
-    if setup.objective == JEFFREYS:
+    if setup.objective == distribution.JEFFREYS:
         forward_B = replay.forward(log_ratio_B, log_policy_ratio_B, share) / n
     return target._replace(weight_B=replay.balance(log_policy_ratio_B, share), forward_B=forward_B)
 

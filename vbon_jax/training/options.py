@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from vbon_jax.bon.distribution import JEFFREYS
 from vbon_jax.bon.targets import TRANSFORMS
 from vbon_jax.errors import InputError
 from vbon_jax.keys import Size, key
@@ -58,7 +59,7 @@ class Train:
     learning_rate: float = key(1e-5, "Learning rate of AdamW, decayed linearly to 0.", above=0)
     warmup: int = key(0, "Iterations over which the learning rate first rises linearly from 0.",
                       least=0, most=100_000_000)  # fmt: skip
-    optimizer: str = key(ADAMW, "adamw, or muon: orthogonalised momentum for the matrices of the "
+    optimizer: str = key(ADAMW, "AdamW, or muon: orthogonalised momentum for the matrices of the "
                          "blocks, AdamW for all else.", choices=(ADAMW, MUON))  # fmt: skip
     adam_eps: float = key(1e-5, "Epsilon of AdamW.", above=0)
     weight_decay: float = key(0.0, "Weight decay of AdamW.", least=0)
@@ -255,4 +256,21 @@ def check_lookahead(train: Train, ties: str) -> None:
         raise InputError(
             f"train.lookahead={train.lookahead} ranks responses that were not drawn, which have no "
             f"place in the order of method.ties={ties}: set method.ties=random"
+        )
+
+
+def check_forward(train: Train, objective: str) -> None:
+    """Checks that a forward KL is estimated from samples of the reference.
+
+    Args:
+      train: says how many there are beside the policy's responses.
+      objective: of ``bon.distribution``.
+
+    Raises:
+      InputError: none, so that a response that the policy seldom draws would count without limit.
+    """
+    if objective == JEFFREYS and not train.replay:
+        raise InputError(
+            f"method.objective={objective} needs stored samples beside the rollouts, and "
+            "train.replay=0: set it to train.group, so that each are half of a batch"
         )
