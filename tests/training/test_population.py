@@ -13,6 +13,7 @@ from tests.training.tiny import sampler, token_reward
 from vbon_jax import methods, sharding
 from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
 from vbon_jax.methods import learning
 from vbon_jax.methods.jbond import JBOND
@@ -153,6 +154,42 @@ def test_each_member_equals_the_run_of_its_own(tiny, one_device, singles, option
     ends = [own["decoder"] for own in found]
     assert all(np.max(np.abs(end - tiny.start)) > 0.05 for end in ends)
     assert all(np.max(np.abs(a - b)) > 0.05 for a, b in itertools.combinations(ends, 2))
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"replay": 3, "group": 2, "baseline": "both", "value_network": "prefix", "batch_size": 8},
+        {"lookahead": 3, "value_network": "prefix", "lam": 0.5},
+    ],
+)
+def test_members_equal_their_runs_with_stored_samples_or_next_tokens(tiny, one_device, train):
+    job, task = tiny.build(one_device, VBON)
+    changed = dataclasses.replace(TRAINING.train, minibatch_size=4, whiten=False, **train)
+    job = dataclasses.replace(job, training=dataclasses.replace(TRAINING, train=changed))
+    rng = np.random.default_rng(3)
+    rewards = np.asarray(task.references.rewards_PxM)
+    samples = [
+        PromptSamples(
+            p.text, ("?",) * M, tuple(rng.permutation(row).tolist()),
+            response_tokens=tuple(
+                tuple(ids) for ids in rng.integers(4, VOCABULARY, size=(M, 1 + i)).tolist()
+            ),
+        )
+        for i, (p, row) in enumerate(zip(task.prompts, rewards))
+    ]  # fmt: skip
+    members = [dataclasses.replace(m, m=M - 4 * k) for k, m in enumerate(MEMBERS)]
+    singles = []
+    for member in members:
+        state, written = passes(*learning.single(job, task, member, samples))
+        singles.append((tiny.log_probs(state.params["decoder"]), written))
+    state, written = passes(*learning.many(job, task, members, samples, 0))
+    found = [population.member(state.params, k) for k in range(len(members))]
+    assert_members_equal_singles(
+        [{"decoder": tiny.log_probs(own["decoder"])} for own in found], written,
+        [({"decoder": log_probs}, values) for log_probs, values in singles],
+    )  # fmt: skip
+    assert all(np.max(np.abs(log_probs - tiny.start)) > 0.02 for log_probs, _ in singles)
 
 
 def compiled(caplog):

@@ -26,6 +26,8 @@ TEMPERATURE = 0.9
 class Numbers:
     """A tokenizer whose texts are the ids themselves."""
 
+    eos_token_id, chat_template = 3, None
+
     def decode(self, row, skip_special_tokens):
         assert skip_special_tokens is False
         return "".join(f"{int(x)} " for x in row)
