@@ -117,6 +117,17 @@ def test_an_empty_response_is_scored_at_its_prompt(scorer):
     assert np.all(np.isfinite(out))
 
 
+@pytest.mark.parametrize("kind", ["logit", "prob"])
+def test_prefixes_have_the_rewards_that_they_have_alone(scorer, kind):
+    """One pass over the response, against one for each of its prefixes."""
+    found = scorer(kind).of_prefixes(None, *PROMPT, *RESPONSE)
+    assert found.shape == (2, 4) and found.dtype == jnp.float32
+    for t in range(4):
+        alone = scorer(kind)(None, *PROMPT, RESPONSE[0], RESPONSE[1] & (jnp.arange(4) < t))
+        np.testing.assert_allclose(found[:, t], alone, atol=1e-5)
+    assert np.ptp(found[1]) > 1e-3
+
+
 def test_an_encoder_is_told_by_its_config():
     config = encoder.EncoderConfig(
         vocab_size=17, positions=8, layers=1, width=8, heads=2, mlp_width=12, head="distilbert",
@@ -129,6 +140,9 @@ def test_an_encoder_is_told_by_its_config():
         got, encoder.score(params, config, tokens, mask)[:, 0], rtol=1e-5, atol=1e-6
     )
     assert abs(float(got[0] - got[1])) > 1e-3
+    # It reads both ways, so a prefix has to be read by itself.
+    model = Classifier({}, config, Labels(("x",), "regression"), "x", "scalar")
+    assert ClassifierReward(model, (EOS,)).of_prefixes(None, *PROMPT, *RESPONSE) is None
 
 
 @pytest.mark.parametrize(

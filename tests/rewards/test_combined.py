@@ -161,3 +161,29 @@ def test_bad_settings_are_named(parts, missing_eos, value, message):
         WeightedReward(parts, missing_eos, value, (EOS,))
     with pytest.raises(InputError, match=message.replace("reward", "evaluator")):
         WeightedReward(parts, missing_eos, value, (EOS,), "evaluator")
+
+
+class Both:
+    """A reward, and what it gives for prefixes at once."""
+
+    def __init__(self, prefixes):
+        self.prefixes = prefixes
+
+    def __call__(self, prompts, *rows):
+        return jnp.asarray(A)
+
+    def of_prefixes(self, prompts, *rows):
+        return self.prefixes
+
+
+def test_prefixes_are_summed_where_every_part_knows_them_at_once():
+    rows = (None, None, jnp.asarray(TOKENS), jnp.asarray(MASK))
+    first, second = np.arange(16.0).reshape(4, 4), np.ones((4, 4))
+    parts = [("a", 2.0, Both(jnp.asarray(first))), ("b", -1.0, Both(jnp.asarray(second)))]
+    found = WeightedReward(parts, "none", 0.0, (EOS,)).of_prefixes(PROMPTS, *rows)
+    np.testing.assert_allclose(found, 2 * first - 1)
+    for other in (on_device(A), Both(None)):
+        some = WeightedReward([parts[0], ("b", 1.0, other)], "none", 0.0, (EOS,))
+        assert some.of_prefixes(PROMPTS, *rows) is None
+    # A prefix has no EOS: where that is penalised, each is scored as any response.
+    assert WeightedReward(parts, "replace", -1.0, (EOS,)).of_prefixes(PROMPTS, *rows) is None

@@ -67,6 +67,24 @@ def test_of_a_long_response_every_other_prefix_is_scored(drawing, prompts, monke
     assert seen == [0, 2, 4]
 
 
+def test_a_reward_that_knows_all_prefixes_is_asked_once(drawing, prompts):
+    calls = []
+
+    class AtOnce:
+        def __call__(self, *rows):
+            raise AssertionError("each prefix by itself")
+
+        def of_prefixes(self, of, prompt, prompt_mask, tokens, mask):
+            calls.append(len(of))
+            return np.cumsum(tokens, axis=1, dtype=np.float32)
+
+    tokens, mask = np.arange(24).reshape(4, 6).astype(np.int32), np.ones((4, 6), bool)
+    rows = engine.pad_left([p.tokens for p in [*prompts, prompts[0]]], 8, 0)
+    found = prefixes.rewards(drawing, AtOnce(), prompts, rows, tokens, mask)
+    np.testing.assert_array_equal(found, np.cumsum(tokens[:3], axis=1))  # the last only fills up
+    assert calls == [3]
+
+
 def test_a_prefix_whose_reward_is_not_finite_is_named(drawing, prompts):
     def reward(of, prompt, prompt_mask, tokens, mask):
         return np.where(np.asarray(mask).sum(axis=1) == 2, np.inf, 0.0)

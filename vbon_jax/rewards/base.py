@@ -19,9 +19,11 @@ Decode = Callable[[Sequence[Sequence[int]], list[list[int]]], list[str]]
 class Reward(Protocol):
     """Scores a padded batch of responses.
 
-    Two attributes are optional: `positions` (int or None), the greatest number of the policy's
-    tokens, prompt and response together, that can be scored; and `take_counts() -> dict[str,
-    float]`, statistics since the last call by metric name (see `combined.WeightedReward`).
+    Three attributes are optional: `positions` (int or None), the greatest number of the policy's
+    tokens, prompt and response together, that can be scored; `take_counts() -> dict[str, float]`,
+    statistics since the last call by metric name (see `combined.WeightedReward`); and
+    `of_prefixes`, which takes what a call takes and gives float32 [B, T], at token t the reward of
+    the t tokens before it as if they were all, or None where it cannot do so at once.
     """
 
     def __call__(

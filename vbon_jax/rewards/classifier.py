@@ -121,6 +121,43 @@ def score(
     return score_of(logits(params, config, tokens_BxS, mask_BxS), kind, label, independent)
 
 
+@partial(jax.jit, static_argnames=("config", "kind", "label", "independent"))
+def scores_before(
+    params: Any,
+    tokens_BxS: jax.Array,
+    mask_BxS: jax.Array,
+    response_BxT: jax.Array,
+    *,
+    config: decoder.DecoderConfig,
+    kind: str,
+    label: int,
+    independent: bool = False,
+) -> jax.Array:
+    """Computes the score of what stands before each token of a response, in one pass.
+
+    Args:
+      params: {"decoder", "score"}, of a causal model.
+      tokens_BxS: int32 ids of prompt and response in one row.
+      mask_BxS: bool mask of the real tokens.
+      response_BxT: the response's columns of it, the last T.
+      config: the classifier's configuration.
+      kind: one of KINDS, see `score_of`.
+      label: index of the label, see `score_of`.
+      independent: see `score_of`.
+
+    Returns:
+      float32 [B, T], each what `score` gives for the tokens before.
+    """
+    T = response_BxT.shape[1]
+    hidden = decoder.hidden(params["decoder"], config, tokens_BxS, mask_BxS)
+    at_BxS = jax.lax.cummax(jnp.where(mask_BxS, jnp.arange(mask_BxS.shape[1]), 0), axis=1)
+    last_BxT = at_BxS[:, -T - 1 : -1]  # of the tokens before each
+    hidden = jnp.take_along_axis(hidden, last_BxT[..., None], axis=1)
+    rows = hidden.reshape(-1, 1, hidden.shape[-1])
+    found = heads.score(params["score"], rows, jnp.ones(rows.shape[:2], bool))
+    return score_of(found, kind, label, independent).reshape(last_BxT.shape)
+
+
 def label_index(labels: Labels, label: str, kind: str, key: str) -> int:
     """Finds the index of a label among a classifier's labels.
 
@@ -206,6 +243,31 @@ class ClassifierReward:
             jnp.concatenate([prompt_BxP, response_BxT], axis=1),
             jnp.concatenate([prompt_mask_BxP, response_mask_BxT], axis=1),
             config=self._model.config,
+            kind=self._model.kind,
+            label=self._label,
+            independent=self._model.labels.independent,
+        )
+
+    def of_prefixes(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_BxP: jax.Array,
+        prompt_mask_BxP: jax.Array,
+        response_BxT: jax.Array,
+        response_mask_BxT: jax.Array,
+    ) -> jax.Array | None:
+        """Returns the rewards before each token, [B, T]; None of an encoder: see `base.Reward`."""
+        del prompts
+        config = self._model.config
+        if not isinstance(config, decoder.DecoderConfig):
+            return None
+        response_mask_BxT = response_mask_BxT & ~lm.is_end(response_BxT, self._end_ids)
+        return scores_before(
+            self._model.params,
+            jnp.concatenate([prompt_BxP, response_BxT], axis=1),
+            jnp.concatenate([prompt_mask_BxP, response_mask_BxT], axis=1),
+            response_BxT,
+            config=config,
             kind=self._model.kind,
             label=self._label,
             independent=self._model.labels.independent,

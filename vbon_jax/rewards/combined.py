@@ -136,6 +136,22 @@ class WeightedReward:
                 self._fold()
         return self._penalised(self._sum(found), missing)
 
+    def of_prefixes(self, prompts: Sequence[Prompt], *rows: Any) -> Any:
+        """Returns the rewards before each token, where all parts give theirs at once.
+
+        None as well where responses without EOS are penalised: these are all without.
+        """
+        if self._missing_eos != "none":
+            return None
+        found = []
+        for part in self._parts:
+            of = getattr(part.reward, "of_prefixes", None)
+            values = None if of is None else of(prompts, *rows)
+            if values is None:
+                return None
+            found.append(values)
+        return self._sum(found)
+
     def _sum(self, found: Sequence[Any]) -> Any:
         total = np.float32(self._parts[0].weight) * found[0].astype(np.float32)
         for part, rewards in zip(self._parts[1:], found[1:], strict=True):

@@ -27,8 +27,9 @@ def rewards(
 ) -> np.ndarray:
     """Scores the tokens before each token of responses.
 
-    At most `PREFIXES` are scored, evenly spaced; at the tokens in between stands the reward of the
-    last that was.
+    A reward that scores them at once (`of_prefixes`, see ``rewards.base``) is asked for all. Of any
+    other at most `PREFIXES` are scored, evenly spaced; at the tokens in between stands the reward
+    of the last that was.
 
     Args:
       sampler: names texts in messages.
@@ -45,6 +46,14 @@ def rewards(
       InputError: a reward is not finite; names prompt and prefix.
     """
     T = tokens_BxT.shape[1]
+    of_prefixes = getattr(reward, "of_prefixes", None)
+    at_once = None if of_prefixes is None else of_prefixes(prompts, *rows, tokens_BxT, mask_BxT)
+    if at_once is not None:
+        values = np.asarray(jax.device_get(at_once), np.float32)[: len(prompts)]
+        for t in range(T):
+            seen = mask_BxT & (np.arange(T) < t)
+            _checked(sampler, prompts, values[:, t], tokens_BxT, seen)
+        return values
     every = -(-T // PREFIXES)
     found = np.zeros((len(prompts), T), np.float32)
     for t in range(0, T, every):
@@ -100,9 +109,20 @@ def _finite(
     """Float32 rewards of what is ``seen`` of each of the first rows."""
     found = reward(prompts, *rows, tokens_BxT, seen_BxT)
     values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
+    return _checked(sampler, prompts, values, tokens_BxT, seen_BxT)
+
+
+def _checked(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    values_B: np.ndarray,
+    tokens_BxT: Any,
+    seen_BxT: Any,
+) -> np.ndarray:
+    """The rewards of what is ``seen``, if they are finite."""
 
     def text_of(row: int) -> str:
         ids = np.asarray(tokens_BxT)[row][np.asarray(seen_BxT)[row]].tolist()
         return sampler.texts([prompts[row].tokens], [ids])[0]
 
-    return checked(values, "the reward of a prefix is", [p.text for p in prompts], text_of)
+    return checked(values_B, "the reward of a prefix is", [p.text for p in prompts], text_of)
