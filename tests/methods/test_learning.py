@@ -19,7 +19,7 @@ from vbon_jax.data import tabular
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.samples import PromptSamples, SampleWriter
 from vbon_jax.errors import InputError
-from vbon_jax.methods import bonbon, bond, jbond, learning, vbon
+from vbon_jax.methods import bonbon, bond, jbond, judging, learning, vbon
 from vbon_jax.methods.learning import Job
 from vbon_jax.models import decoder, hf
 from vbon_jax.rl import preference
@@ -388,12 +388,12 @@ def test_training_is_judged_by_prompts_it_does_not_see(root, mesh, one_held_out)
     state, written, weights = until_ended(job, state, step)
     kl = [x["kl_held_out"] for x in written]
     best = int(np.argmin(kl))
-    assert 0 < best == len(kl) - 1 - learning.PATIENCE and len(kl) < job.iterations == 20
+    assert 0 < best == len(kl) - 1 - judging.PATIENCE and len(kl) < job.iterations == 20
     jax.tree.map(np.testing.assert_array_equal, policies.policy(state.params), weights[best])
     # KL(best-of-n || policy): log pi_bon, by the weights, less log policy, of samples of best-of-n.
     pool, log_ref = learning._pool(job, task, samples)
     chances = winner_weights(rewards[2:], 4)
-    seen = resample(np.random.default_rng(member.seed), chances, learning.LOOKED_AT)[0]
+    seen = resample(np.random.default_rng(member.seed), chances, judging.LOOKED_AT)[0]
     rows = 2 * M + seen
     log_policy = offline._log_prob_jit(
         {"decoder": weights[best]}, pool.tokens_NxS[rows], pool.mask_NxS[rows],
