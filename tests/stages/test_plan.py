@@ -163,6 +163,20 @@ def test_smaller_batches_make_smaller_rollouts(root, monkeypatch):
     assert usual.cache == slots * (2 * POLICY.layers * POLICY.width * 4 + 1) + 4
 
 
+def test_an_update_reads_the_rows_and_candidates_that_training_gives_it(root, monkeypatch):
+    """The program is traced with them; 32 responses of 24 tokens, as many stored samples."""
+    monkeypatch.setattr(plan, "_new_bytes", lambda lowered: 0)
+    usual = need(root, "samples.path=").phases["update"]
+    with_stored = need(root, "samples.path=", "train.replay=1").phases["update"]
+    a_row = (8 + 24) * (4 + 1) + 24 * 4 + 1 + 4 + 4  # tokens, masks; log-probs, ended, reward, row
+    assert with_stored - usual == 32 * a_row
+    prefixes = need(root, "samples.path=", "train.value_network=prefix").phases["update"]
+    ahead = need(root, "samples.path=", "train.value_network=prefix", "train.lookahead=5").phases[
+        "update"
+    ]
+    assert ahead - prefixes == 32 * 24 * 5 * (4 + 4 + 1 + 4)  # id, log-prob, end and reward
+
+
 def _no_update(job):
     """An online method that does nothing with what it gets."""
     return Program(

@@ -37,6 +37,7 @@ GPT2_SMALL = DecoderConfig(
     vocab_size=50_257, positions=1_024, layers=12, width=768, heads=12, mlp_width=3_072
 )
 N, BETA = 8.0, 1 / 7
+experience = jax.jit(vbon.experience, static_argnames="setup")  # an update before its epochs
 
 
 def pythia(layers: int, width: int, heads: int) -> DecoderConfig:
@@ -210,37 +211,6 @@ def arguments(setup: ppo.Setup, work: Work, dtype: str) -> Arguments:
         *sharding.place((rewards, np.arange(work.rows, dtype=np.int32)), mesh, "batch"),
         *sharding.place((table, jnp.float32(N), jnp.float32(BETA)), mesh),
     )
-
-
-@partial(jax.jit, static_argnames=("setup",))
-def experience(
-    params: Any,
-    ref_params: Any,
-    batch: ScoredRollout,
-    table: References,
-    n: jax.Array,
-    beta: jax.Array,
-    *,
-    setup: ppo.Setup,
-) -> tuple[ppo.Experience, dict[str, jax.Array]]:
-    """The part of ``methods.vbon.update`` before its epochs: score, log F and advantages.
-
-    Args:
-      params: {"decoder", "value"} of the policy.
-      ref_params: {"decoder"} of the reference.
-      batch: the scored rollout.
-      table: reference rewards of the prompts.
-      n: of best-of-n, float32 scalar.
-      beta: KL coefficient, float32 scalar.
-      setup: what is static.
-
-    Returns:
-      (experience for the epochs, float32 metrics of the rollout).
-    """
-    found = ppo.score(params, ref_params, batch, setup)
-    density = vbon.best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)
-    target = vbon.objective(setup.objective, density, batch.reward_B, n, beta)
-    return ppo.advantages(found, batch, target, setup)
 
 
 def _median(call: Callable[[], Any], repeats: int) -> float:

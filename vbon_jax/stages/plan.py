@@ -46,6 +46,7 @@ from vbon_jax.stages.base import refuse_uneven
 from vbon_jax.stages.fitting import LABELS, decoder_config
 from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training import offline
+from vbon_jax.training.learner import Program
 
 GIB = 2**30
 TEXT_ROWS = 32  # rows a text reward scores at once
@@ -291,7 +292,7 @@ def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, ro
     return _new_bytes(lowered)
 
 
-def _rollout_bytes(w: _World, params: Any, rows: int) -> tuple[int, int]:
+def _rollout_bytes(w: _World, params: Any, rows: int, likeliest: int = 0) -> tuple[int, int]:
     """A rollout; and of that the cache of keys and values."""
     s = w.settings
     shapes = (_shape(rows, w.prompt), _shape(rows, w.prompt, dtype=bool))
@@ -300,7 +301,7 @@ def _rollout_bytes(w: _World, params: Any, rows: int) -> tuple[int, int]:
     ends = (0,) if s.sampling.stop_at_eos else ()
     lowered = decode.rollout.lower(
         params, *batch, np.float32(s.sampling.temperature), config=w.config,
-        limits=decode.Limits(s.sampling.max_new_tokens, ends, pad_id=0),
+        limits=decode.Limits(s.sampling.max_new_tokens, ends, pad_id=0, likeliest=likeliest),
     )  # fmt: skip
     slots = jax.eval_shape(partial(cache.init, w.config, rows, w.columns))
     return _new_bytes(lowered), bytes_of(_abstract(slots, w.mesh, "cache"))
@@ -338,8 +339,8 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
             phases[f"score by {name}"] = _score_bytes(w, r, *found, rows)
     own = job.program()
     policy = trainable.join(w.reference["decoder"], state.params["decoder"])
-    rollout, kv = _rollout_bytes(w, policy, rows)
-    batch = _abstract(_batch(w, rows), w.mesh, "batch")
+    rollout, kv = _rollout_bytes(w, policy, rows, own.lookahead)
+    batch = _abstract(_batch(w, rows, own), w.mesh, "batch")
     batches = tuple(batch for _ in own.sources)
     phases["rollout"] = rollout + bytes_of(batches[1:])
     scalar = _shape(dtype=jnp.float32)
@@ -379,20 +380,31 @@ def _references(w: _World) -> References:
     return References(rewards, order, fit, _shape())
 
 
-def _batch(w: _World, rows: int) -> ScoredRollout:
-    """A scored rollout, in shapes."""
-    new = w.settings.sampling.max_new_tokens
+def _batch(w: _World, rows: int, program: Program) -> ScoredRollout:
+    """A scored rollout, in shapes, with the stored samples beside it."""
+    new, K = w.settings.sampling.max_new_tokens, program.lookahead
 
-    def of(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return _shape(rows, *shape, dtype=dtype)
+    def scored(rows: int, likeliest: decode.Likeliest | None) -> ScoredRollout:
+        def of(*shape: int, dtype: Any = jnp.int32) -> Any:
+            return _shape(rows, *shape, dtype=dtype)
 
-    rollout = decode.Rollout(
-        of(new), of(new, dtype=bool), of(new, dtype=jnp.float32), of(dtype=bool)
-    )
-    return ScoredRollout(
-        of(w.prompt), of(w.prompt, dtype=bool), rollout, of(dtype=jnp.float32), of(),
-        w.settings.sampling.temperature,
-    )  # fmt: skip
+        rollout = decode.Rollout(
+            of(new), of(new, dtype=bool), of(new, dtype=jnp.float32), of(dtype=bool), likeliest
+        )
+        return ScoredRollout(
+            of(w.prompt), of(w.prompt, dtype=bool), rollout, of(dtype=jnp.float32), of(),
+            w.settings.sampling.temperature,
+            of(new, dtype=jnp.float32) if program.prefixes else None,
+            None if likeliest is None else of(new, K, dtype=jnp.float32),
+        )  # fmt: skip
+
+    likeliest = None
+    if K:
+        dtypes = (jnp.int32, jnp.float32, bool)
+        likeliest = decode.Likeliest(*(_shape(rows, new, K, dtype=x) for x in dtypes))
+    beside = rows // program.group * program.replay
+    stored = scored(beside, None) if beside else None
+    return dataclasses.replace(scored(rows, likeliest), stored=stored)
 
 
 def _start(w: _World, job: Job, after: int) -> int:
