@@ -5,8 +5,8 @@
 A small GPT-2 learns strings of a random process (the reference), every response has a fixed random
 reward, and vBoN is trained towards the best of n = 8. All 1296 responses are enumerated, so
 KL(policy || bon) and the win rate in ``evaluation.json`` under "exact" are exact. On 2 CPU cores it
-takes about 2 minutes; expect an exact KL(policy || bon) near 0.1 nats (4.91 before training) and
-0.99 of best-of-8's win rate.
+takes about 2 minutes; expect an exact KL(policy || bon) near 0.04 nats (4.91 before training) and a
+win rate within 0.003 of best-of-8's.
 
     vbon run --config=configs/tabular.py:ppo
 

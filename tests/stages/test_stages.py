@@ -237,6 +237,26 @@ def test_stages_say_what_they_miss(tmp_path, capfd):
         assert error.startswith("vbon: ") and f"run `vbon {maker}`" in error and "\n" not in error
 
 
+def test_an_averaged_policy_is_measured_beside_the_last_iterate(tabular, tmp_path):
+    for name in ("prompts", "samples", "tokenizer", "reference", "stages"):
+        shutil.copytree(tabular / name, tmp_path / name)
+    for stage in ("train", "export", "evaluate", "report"):
+        (tmp_path / "stages" / f"{stage}.json").unlink(missing_ok=True)
+    shutil.copy(tabular / "config.json", tmp_path)
+    flags = ["--config.train.average_half_life=2"]
+    for stage in ("train", "export", "evaluate"):
+        assert vbon(stage, tmp_path, *flags) == 0
+    average, last = (hf.load_decoder(tmp_path / x)[1] for x in ("policy", "last_iterate"))
+    assert_same(last, policy(tabular))  # the same training, with an average beside it
+    assert np.abs(average["wte"] - last["wte"]).max() > 1e-4
+    rows = {x["policy"]: x for x in json.loads((tmp_path / "evaluation.json").read_text())["rows"]}
+    assert list(rows) == ["reference", "bon", "vbon", "vbon, last iterate"]
+    plain = json.loads((tabular / "evaluation.json").read_text())["rows"][2]
+    for name in ("reward", "win_rate", "kl_ref", "kl_bon"):
+        assert rows["vbon, last iterate"][name] == pytest.approx(plain[name], abs=1e-4), name
+    assert rows["vbon"]["kl_ref"] != rows["vbon, last iterate"]["kl_ref"]
+
+
 def test_generate_prints_json_lines(tabular, capfd):
     flags = ["--config.generate.count=3", "--config.generate.top_k=1", "--prompt=a"]
     assert vbon("generate", tabular, *flags) == 0

@@ -39,7 +39,7 @@ def run(run: Run) -> None:
 
     s, workdir = run.config, run.workdir
     models = loading.models(run)
-    policy = None if s.method.name == methods.BEST_OF_N else loading.policy(run)
+    policies = _policies(run)
     console, markdown = Console(), ""
     result: dict[str, Any] = {}
     for split in splits(s):
@@ -48,7 +48,7 @@ def run(run: Run) -> None:
         lines: list[dict[str, Any]] = []
         for temperature in s.evaluate.temperatures:
             held = open_split(run, models, split, temperature, s.evaluate.m)
-            new_rows, new_lines = _evaluated(s, held, policy)
+            new_rows, new_lines = _evaluated(s, held, policies)
             rows += new_rows
             lines += new_lines
         result[key] = rows
@@ -64,17 +64,30 @@ def run(run: Run) -> None:
         if parts is not None:
             markdown += f"{parts.caption}\n\n{table.markdown(parts)}\n"
             console.print(parts)
-    if enumerable(s) and policy is not None:
+    if enumerable(s) and policies:
         world = enumerated(run, models.reference)
-        result["exact"] = exact.figures(policy.model, models.reference.model, world, s.method.n)
+        result["exact"] = exact.figures(
+            policies[s.method.name].model, models.reference.model, world, s.method.n
+        )
         console.print(tables.exact_table(result["exact"]))
     workdir.write_json(workdir.evaluation, result)
     _write_text(
         workdir.root / "evaluation.md",
         f"{markdown}{tables.samples_table(workdir.root, SAMPLES_SHOWN)}",
     )
-    for figure in figures.all_figures(workdir.root, looks(), trained=policy is not None):
+    for figure in figures.all_figures(workdir.root, looks(), trained=bool(policies)):
         log(f"evaluate: {figure}")
+
+
+def _policies(run: Run) -> dict[str, Sampler]:
+    """The exported policy by its method's name; where it is an average, the last iterate too."""
+    name = run.config.method.name
+    if name == methods.BEST_OF_N:
+        return {}
+    found = {name: loading.policy(run)}
+    if run.workdir.last_iterate.is_dir():
+        found[f"{name}, last iterate"] = loading.policy(run, run.workdir.last_iterate)
+    return found
 
 
 def splits(config: Config) -> tuple[str, ...]:
@@ -106,7 +119,7 @@ def open_split(run: Run, models: Models, split: str, temperature: float, m: int)
 
 
 def _evaluated(
-    s: Config, held: HeldOut, policy: Sampler | None
+    s: Config, held: HeldOut, policies: dict[str, Sampler]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and sample lines of one split and temperature."""
     n, reference = s.method.n, held.models.reference
@@ -130,8 +143,7 @@ def _evaluated(
     else:
         rows.append(fast(held.bon(int(n)), reference, int(n), True))
         texts["bon"] = held.winners(int(n))
-    if policy is not None:
-        name = s.method.name
+    for name, policy in policies.items():
         title = f"{name} ({held.split}) at T={held.temperature:g}"
         row, drawn = held.policy(name, n, policy, title)
         rows.append(fast(row, policy, 1, False))

@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vbon_jax import methods
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.models.hf import peft
 from vbon_jax.progress import log
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages import loading
 from vbon_jax.stages.base import Run, Undone
 from vbon_jax.training import policies
@@ -15,7 +17,10 @@ from vbon_jax.training.checkpoint import Checkpointer
 
 
 def run(run: Run) -> None:
-    """Writes ``policy/``, the newest checkpoint as a directory that transformers or peft loads."""
+    """Writes ``policy/``, the newest checkpoint as a directory that transformers or peft loads.
+
+    Where the policy is an average of weights, ``last_iterate/`` holds the last ones, to compare.
+    """
     s = run.config
     if s.method.name == methods.BEST_OF_N:
         log("export: best-of-n itself (method.name=bon) has no policy to export")
@@ -38,17 +43,27 @@ def run(run: Run) -> None:
             "what there is",
             "train",
         )
-    own = policies.policy(restored[0].params)
-    shutil.rmtree(run.workdir.policy, ignore_errors=True)  # perhaps of another form
+    params = restored[0].params
+    for folder in (run.workdir.policy, run.workdir.last_iterate):
+        shutil.rmtree(folder, ignore_errors=True)  # perhaps of another form
+    _save(run, reference, policies.policy(params), run.workdir.policy)
     if s.export.form == "adapter":
-        peft.save(
-            run.workdir.policy, own, s.lora.alpha,
-            base=s.reference.path or str(run.workdir.reference), config=reference.model.config,
-        )  # fmt: skip
         _say_dtype(s.memory.frozen_dtype, reference.model.source or {})
-        tokenizers.save(reference.tokenizer, run.workdir.policy)
+    if policies.AVERAGE in params:
+        _save(run, reference, params["decoder"], run.workdir.last_iterate)
+
+
+def _save(run: Run, reference: Sampler, own: Any, folder: Path) -> None:
+    """Writes what was trained of the reference in the form that ``export.form`` says."""
+    s = run.config
+    if s.export.form == "model":
+        loading.policy_of(reference, own).save(folder)
         return
-    loading.policy_of(reference, own).save(run.workdir.policy)
+    peft.save(
+        folder, own, s.lora.alpha, base=s.reference.path or str(run.workdir.reference),
+        config=reference.model.config,
+    )  # fmt: skip
+    tokenizers.save(reference.tokenizer, folder)
 
 
 def _say_dtype(used: str, base: Mapping[str, Any]) -> None:

@@ -137,8 +137,8 @@ def policy_of(reference: Sampler, own: Any) -> Sampler:
     return reference.with_params(trainable.join(reference.model.params, own))
 
 
-def policy(run: Run) -> Sampler:
-    """The policy that stage ``export`` wrote.
+def policy(run: Run, folder: Path | None = None) -> Sampler:
+    """The policy that stage ``export`` wrote, or what it wrote in another ``folder``.
 
     Raises:
       InputError: the method is best-of-n itself, which has none.
@@ -149,19 +149,20 @@ def policy(run: Run) -> Sampler:
             "method.name=bon has no policy: set generate.model=bon or reference, or train a method"
         )
     run.workdir.require("export", "the policy")
+    folder = folder or run.workdir.policy
     if c.export.form == "model":
-        return _exported_model(run)
+        return _exported_model(run, folder)
     base = language_model(run, reference_path(run))
-    own, alpha = peft.load(run.workdir.policy, base.model.config, base=reference_path(run))
+    own, alpha = peft.load(folder, base.model.config, base=reference_path(run))
     model = dataclasses.replace(base.model.config, lora_alpha=alpha)
     base = dataclasses.replace(base, model=dataclasses.replace(base.model, config=model))
     return policy_of(base, sharding.place(own, run.mesh))
 
 
-def _exported_model(run: Run) -> Sampler:
-    """The whole model in ``policy/``, in its own dtype: what is measured is what was written."""
-    dtype = hf.read_config(run.workdir.policy)[2]["dtype"]
-    found = language_model(run, run.workdir.policy, dtype)
+def _exported_model(run: Run, folder: Path) -> Sampler:
+    """The whole model in ``folder``, in its own dtype: what is measured is what was written."""
+    dtype = hf.read_config(folder)[2]["dtype"]
+    found = language_model(run, folder, dtype)
     if not run.config.lora.rank or dtype != "float32":
         return found
     # As ``Sampler.merged``: other arithmetic would round the merged update away.

@@ -34,7 +34,7 @@ FREE = (
 TEMPORARY = ("*.tmp", "*.partial", ".claim-*", "*.orbax-checkpoint-tmp*")
 OURS = (
     "prompts", "samples", "stages", "tokenizer", "reference", "reward", "evaluator", "policy",
-    "checkpoints", "figures", "sweep", "start",
+    "checkpoints", "figures", "sweep", "start", "last_iterate",
 )  # fmt: skip
 WRITTEN = ("config", "evaluation", "metrics", "report", "sweep", "tabular", "convergence")
 STALE_SECONDS = 600.0  # age of a temporary file that no other worker is still writing
@@ -71,6 +71,7 @@ class Workdir:
         self.reward = self.root / "reward"
         self.evaluator = self.root / "evaluator"
         self.policy = self.root / "policy"
+        self.last_iterate = self.root / "last_iterate"  # beside a policy that is an average
         self.start = self.root / "start"  # metrics of what the policy starts from
         self.data = self.root / "data"
         self.evaluation = self.root / "evaluation.json"
