@@ -271,8 +271,9 @@ def advantages(
     Rows that count for more or less than one response have their advantages, and their part in the
     "full" penalty, in proportion. Values learn from the policy's own responses alone.
 
-    With values of the next tokens ``ahead``, advantages are what these do not tell: the loss sums
-    over the tokens itself.
+    With values of the next tokens ``ahead``, each token's reward is lessened by what its own value
+    differs from the expected one: the loss sums over the tokens itself, and as a reward to come
+    that difference is noise of mean 0 (a trajectory-wise control variate, Cheng et al., 2019).
 
     Returns:
       (experience for the epochs, float32 metrics of the rollout).
@@ -289,13 +290,13 @@ def advantages(
         )
     if train.penalty == "response":
         rewards = shaping.at_last(jnp.sum(rewards, axis=-1), mask)
+    if ahead is not None:  # of this token and of all that follow: their means are 0 as well
+        rewards -= masked(ahead.drawn_BxT, mask)
     advantage, returns = gae.gae(rewards, *_baseline(rewards, scored, train))
     if train.value_network == PREFIX:  # a table is a mean of whole returns, not of its own values
         returns = masked(jnp.cumsum(rewards[:, ::-1], axis=1)[:, ::-1], mask)
     own = _own(mask.shape[0], train)
     explained = ppo.explained_variance(scored.values_BxT[:own], returns[:own], mask[:own])
-    if ahead is not None:
-        advantage -= masked(ahead.drawn_BxT, mask)
     weight_B = jnp.ones(mask.shape[0]) if target.weight_B is None else target.weight_B
     advantage *= weight_B[:, None]
     if target.forward_B is not None:
