@@ -158,6 +158,42 @@ def test_training_begins_with_what_is_learned_from_the_samples(reference, prompt
     assert max(jax.tree.leaves(moved)) > 1e-3
 
 
+def test_training_begins_with_the_methods_own_update_on_the_samples(reference, samples):
+    """The policy has come nearer to the best before it draws its first response."""
+    given = {"reward": length, "seed": 3, "method": vbon.VBoN(n=4)}
+    still = SMALL | {"iterations": 1, "learning_rate": 1e-2, "group": 4, "baseline": "group"}
+    drawn, policies_begun = [], []
+    begun = starting.begun
+
+    def look(fresh, own):
+        policies_begun.append(jax.device_get(own))
+        return begun(fresh, own)
+
+    def noted(prompts, responses):
+        drawn.append(len(policies_begun))
+        return length(prompts, responses)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starting, "begun", look)
+        vbon.train(
+            reference, samples, **given | {"reward": noted}, **still, start="replay",
+            offline=vbon.Offline(pairs=40, epochs=2),
+        )  # fmt: skip
+    assert drawn and set(drawn) == {1}  # none before
+    (own,) = policies_begun
+    replayed = reference.with_params(own)
+    texts = TEXTS[:2]
+    longer, before = (
+        np.mean([len(x) for row in m.generate(texts, count=64) for x in row])
+        for m in (replayed, reference)
+    )
+    assert longer > 1.1 * before  # the reward is the length
+    with pytest.raises(InputError, match=r"offline=Offline.*: dpo itself learns from stored sam"):
+        vbon.train(reference, samples, method=vbon.DPO(), offline=vbon.Offline())
+    with pytest.raises(InputError, match=r"train\.group=16 is more than the m = 8 samples of each"):
+        vbon.train(reference, samples, **given, **still | {"group": 16}, start="replay")
+
+
 def test_values_of_prefixes_know_the_stored_samples(reference, samples, monkeypatch):
     """Before the first iteration: the mean of the target over all samples, cell by cell."""
     monkeypatch.setattr(starting, "STORED", samples.rewards.size)  # each of them once

@@ -243,6 +243,10 @@ def test_bad_values_are_named(values, key, value, message):
         ({"train.group": 3}, "train.group=3 does not divide train.batch_size=512"),
         ({"train.warmup": 1200}, "train.warmup=1200 must be less than train.iterations=1200"),
         ({"train.baseline": "group"}, "train.baseline=group compares responses to one prompt, an"),
+        (
+            {"train.start": "replay", "method.name": "bond", "bond.form": "jeffreys"},
+            "train.start=replay: bond learns from responses of its anchor, not from stored samples",
+        ),
         ({"method.objective": "jeffreys"}, "method.objective=jeffreys needs stored samples beside"),
         (
             {"train.replay": 3, "train.group": 256},

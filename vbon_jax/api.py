@@ -296,6 +296,7 @@ def train(
     seed: int = 0,
     lora: Lora | None = None,
     memory: Memory | None = None,
+    offline: Offline | None = None,
     **settings: Any,
 ) -> Sampler:
     """Fine-tunes a copy of the reference.
@@ -308,6 +309,8 @@ def train(
       seed: of the training.
       lora: low-rank adapters in place of the whole model; they are merged into the policy.
       memory: dtypes, microbatches and rematerialisation.
+      offline: the keys under which a method that learns from rollouts starts from the samples, with
+        ``start="weighted"`` or ``"replay"``.
       **settings: keys of the config group ``train`` (iterations, batch_size, minibatch_size,
         learning_rate, ...), or of ``offline`` (epochs, pairs, batch_size, learning_rate, ...) for
         the methods that learn from stored samples. ``start``, of the others, may be an
@@ -320,7 +323,7 @@ def train(
       InputError: a setting is out of range, or the loss or a reward stops being finite.
     """
     record = methods.of_options(method)
-    training = _training(record, lora, memory, settings)
+    training = _training(record, lora, memory, offline, settings)
     member = Member(method.n, getattr(method, "beta", 1.0), seed, samples.rewards.shape[1])
     for wrong in (record.check(method), record.check_n(method.n)):
         if wrong:
@@ -351,12 +354,21 @@ def train(
 
 
 def _training(
-    record: methods.Method, lora: Lora | None, memory: Memory | None, settings: dict[str, Any]
+    record: methods.Method,
+    lora: Lora | None,
+    memory: Memory | None,
+    first: Offline | None,
+    settings: dict[str, Any],
 ) -> Training:
     cls: type = Train if record.online else Offline
-    first = settings.get("start")
-    if record.online and isinstance(first, Offline):
+    if record.online and isinstance(settings.get("start"), Offline):
+        first = settings["start"]
         settings = settings | {"start": options.WEIGHTED}
+    if first is not None and not record.online:
+        raise InputError(
+            f"offline={first}: {record.name} itself learns from stored samples; give its keys as "
+            "settings: epochs=4, learning_rate=1e-3, ..."
+        )
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(settings) - names)
     if unknown:
@@ -372,8 +384,8 @@ def _training(
         if group is not None:
             keys.check(group, name)
     groups = {"train": own} if record.online else {"offline": own}
-    if record.online and isinstance(first, Offline):
-        keys.check(first, "start")
+    if first is not None:
+        keys.check(first, "offline")
         groups["offline"] = first
     training = Training(**groups, lora=lora or Lora(), memory=memory or Memory())
     options.check(training.train, training.lora, training.memory)

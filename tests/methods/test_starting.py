@@ -1,11 +1,14 @@
 """A start from the stored samples: what is trained for it, and what then begins with it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vbon_jax import methods
+from vbon_jax.errors import InputError
 from vbon_jax.methods import bon_sft, starting
 from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models.decoder import DecoderConfig
@@ -30,6 +33,35 @@ def test_every_online_method_can_start_from_maximum_likelihood(method):
     assert found.options == bon_sft.BoNSFT(n=4.0, ties="order", estimator="harmonic")
     assert (found.training, found.prompts) == (online.training, online.prompts)
     assert found.held_out == 3
+
+
+REPLAYED = [m for m in EVERY if m.learns.objective(m.options())]
+
+
+@pytest.mark.parametrize("method", REPLAYED, ids=lambda m: m.options.__name__)
+def test_a_method_that_has_a_sequence_reward_can_start_by_its_own_update(method):
+    online = job(method, "replay")
+    train = dataclasses.replace(
+        online.training.train, batch_size=24, minibatch_size=16, warmup=9, replay=2, group=2
+    )
+    keys = dataclasses.replace(online.training.offline, pairs=5, epochs=2)
+    online = dataclasses.replace(
+        online, training=dataclasses.replace(online.training, train=train, offline=keys)
+    )
+    found = starting.job(online)
+    assert (found.method, found.options, found.from_store) == (method, online.options, True)
+    assert found.held_out == 3 and online.held_out == 0
+    assert found.iterations == 2 * 27 * 5 // 24
+    own, program = found.training.train, found.program()
+    assert (own.warmup, own.replay, own.minibatch_size) == (9, 0, 8)
+    assert program.from_store == 27 and program.replay == 0
+    assert found.likelihood.method is bon_sft.METHOD and found.likelihood.held_out == 3
+
+
+def test_a_method_that_learns_from_its_anchor_cannot_start_so():
+    (other,) = [m for m in EVERY if m not in REPLAYED]
+    with pytest.raises(InputError, match=r"train\.start=replay: bond learns from responses of its"):
+        job(other, "replay")
 
 
 def test_offline_methods_start_as_the_reference():

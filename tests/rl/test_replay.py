@@ -30,3 +30,11 @@ def test_a_response_that_the_policy_has_given_up_counts_within_its_bound():
     np.testing.assert_allclose(replay.balance(gone, 0.5), [0.0, 1.0, 2.0], atol=1e-6)
     forward = replay.forward(jnp.float32(np.log(8)), gone, 0.5)
     np.testing.assert_allclose(forward, [16.0, 7.0, -2.0], atol=1e-5)
+
+
+def test_rows_that_are_all_the_references_count_by_the_ratio(rng):
+    policy, reference = rng.dirichlet(np.ones(20), size=2)
+    ratio = jnp.array(np.log(policy / reference))
+    np.testing.assert_allclose(replay.balance(ratio, 1.0), policy / reference, rtol=1e-5)
+    forward = replay.forward(jnp.zeros(20), ratio, 1.0)
+    np.testing.assert_allclose(forward, 1 - policy / reference, rtol=1e-4, atol=1e-5)

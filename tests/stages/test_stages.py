@@ -227,6 +227,41 @@ def test_a_start_that_is_cut_goes_on_and_ends_as_the_uncut_one(tabular, tmp_path
     assert begun > 0.05 > 1e-3 > fresh
 
 
+def test_a_replay_that_is_cut_goes_on_and_ends_as_the_uncut_one(tabular, tmp_path, monkeypatch):
+    flags = [
+        "--config.train.start=replay",
+        "--config.offline.pairs=64",
+        "--config.offline.epochs=2",
+    ]
+    cut, uncut = tmp_path / "cut", tmp_path / "uncut"
+    for workdir in (cut, uncut):
+        for name in ("prompts", "samples", "tokenizer", "reference", "stages"):
+            shutil.copytree(tabular / name, workdir / name)
+        for stage in ("train", "export", "evaluate", "report"):
+            (workdir / "stages" / f"{stage}.json").unlink(missing_ok=True)
+        shutil.copy(tabular / "config.json", workdir)
+    assert vbon("train", uncut, *flags) == 0
+    calls, score = [], learner.Learner.score
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.Learner, "score", counted)
+        assert vbon("train", cut, *flags) == 143
+    assert not (cut / "checkpoints" / "train").exists()
+    assert vbon("train", cut, *flags) == 0
+    for workdir in (cut, uncut):
+        assert vbon("export", workdir, *flags) == 0
+        starts = [json.loads(x) for x in (workdir / "start" / "metrics.jsonl").open()]
+        assert [x["step"] for x in starts] == [1, 2, 3, 4]  # 2 x 64 samples, 32 an iteration
+        assert starts[0]["kl_ref"] < 1e-6 < starts[-1]["kl_ref"]
+    assert_same(policy(cut), policy(uncut))
+
+
 def test_stages_say_what_they_miss(tmp_path, capfd):
     for stage, maker in (
         ("reward", "sft"), ("sample", "sft"), ("train", "sft"), ("export", "train"),

@@ -15,7 +15,7 @@ from vbon_jax.bon import references as bon_references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
-from vbon_jax.methods import learning
+from vbon_jax.methods import learning, starting
 from vbon_jax.methods.jbond import JBOND
 from vbon_jax.methods.learning import Job, Training
 from vbon_jax.methods.ppo import PPO as PPOOptions
@@ -161,12 +161,16 @@ def test_each_member_equals_the_run_of_its_own(tiny, one_device, singles, option
     [
         {"replay": 3, "group": 2, "baseline": "both", "value_network": "prefix", "batch_size": 8},
         {"lookahead": 3, "value_network": "prefix", "lam": 0.5},
+        {"start": "replay", "group": 2, "baseline": "group", "learning_rate": 1e-2},
     ],
 )
 def test_members_equal_their_runs_with_stored_samples_or_next_tokens(tiny, one_device, train):
     job, task = tiny.build(one_device, VBON)
     changed = dataclasses.replace(TRAINING.train, minibatch_size=4, whiten=False, **train)
     job = dataclasses.replace(job, training=dataclasses.replace(TRAINING, train=changed))
+    if changed.start == "replay":  # that of the start, in place of what follows it
+        job = starting.job(job)
+        assert job.iterations >= ITERATIONS and job.program().from_store == len(task.prompts)
     rng = np.random.default_rng(3)
     rewards = np.asarray(task.references.rewards_PxM)
     samples = [

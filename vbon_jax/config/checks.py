@@ -8,6 +8,7 @@ from typing import Any
 from vbon_jax import methods, stages
 from vbon_jax.config.groups import Config
 from vbon_jax.errors import InputError
+from vbon_jax.methods.base import Online
 from vbon_jax.training import options
 
 HOTTEST = 100.0  # temperature: beyond it a model's distribution is as good as uniform
@@ -184,6 +185,9 @@ def _check_method(c: Config, method: methods.Method) -> None:
         )
         _require(not method.check_n(n), f"method.n={n:g}: {method.check_n(n)}")
         _require(not (wrong := method.check(method.from_config(c))), wrong)
+        if isinstance(method.learns, Online):
+            objective = method.learns.objective(method.from_config(c))
+            options.check_start(c.train, objective, method.name)
     for series, values in grids:
         key = f"sweep.{series.label}"
         if series.varies == "beta":

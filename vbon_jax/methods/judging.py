@@ -1,4 +1,4 @@
-"""When a method that learns from stored samples has learned enough of them."""
+"""When what is learned from stored samples has been learned well enough."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,6 +36,7 @@ class Judge:
         log_ref_N: np.ndarray,
         members: Sequence[Member],
         at_once: int | None,
+        iterations: int,
     ):
         """Chooses the samples.
 
@@ -47,13 +48,14 @@ class Judge:
           log_ref_N: nats, log pi_ref of the pool's rows.
           members: those that are trained.
           at_once: how many of them side by side; None for one policy that is no population.
+          iterations: of the training that is judged.
         """
         assert isinstance(job.method.learns, Offline) and job.method.learns.weights is not None
         m, first = rewards_PxM.shape[1], len(rewards_PxM) - job.held_out
         order = None if order_PxM is None else order_PxM[first:]
         self._shared, self._alone = shared, at_once is None
-        self._every = max(1, job.iterations // LOOKS)
-        self._last = job.iterations - 1
+        self._every = max(1, iterations // LOOKS)
+        self._last = iterations - 1
         rows, known = [], []
         for member in members:
             weights = job.method.learns.weights(rewards_PxM[first:], member, order)
@@ -80,6 +82,13 @@ class Judge:
         state, kl, looks = self._look(self._shared, state, self._rows, self._known)
         ended = bool(np.all(np.asarray(looks) >= PATIENCE))
         return state, {"kl_held_out": np.asarray(kl).tolist(), "ended": ended}
+
+
+def words(found: dict[str, Any]) -> str:
+    """Of the progress line, after a look."""
+    if "kl_held_out" not in found:
+        return ""
+    return f"  held out {np.mean(found['kl_held_out']):.3f} nats from BoN"
 
 
 def _judged(

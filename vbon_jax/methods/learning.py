@@ -19,6 +19,7 @@ from vbon_jax import sharding
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import InputError
+from vbon_jax.methods import bon_sft, judging
 from vbon_jax.methods.base import Method, Offline, Online
 from vbon_jax.methods.judging import Judge
 from vbon_jax.models import heads, trainable
@@ -88,6 +89,7 @@ class Job:
       config: the decoder of policy and reference.
       prompts: number of training prompts.
       value: what a value network of its own starts from; None for a value head or no values.
+      from_store: whether an online method learns from stored samples in place of responses.
     """
 
     method: Method
@@ -96,12 +98,15 @@ class Job:
     config: DecoderConfig
     prompts: int
     value: ValueNetwork | None = None
+    from_store: bool = False
 
     def __post_init__(self) -> None:
         """Raises InputError where an online method lacks what its keys ask for."""
         if self.method.online:
             options.check_lookahead(self.training.train, self.options.ties)
-            options.check_forward(self.training.train, self.objective)
+            options.check_start(self.training.train, self.objective, self.method.name)
+            if not self.from_store:
+                options.check_forward(self.training.train, self.objective)
 
     @property
     def iterations(self) -> int:
@@ -146,11 +151,21 @@ class Job:
 
     @property
     def held_out(self) -> int:
-        """Prompts, the last ones, whose samples judge an offline method; 0 where none do."""
+        """Prompts, the last, whose samples judge what is learned from stored ones; 0 if none."""
         learns = self.method.learns
-        if isinstance(learns, Online) or learns.weights is None:
+        judged = self.from_store if isinstance(learns, Online) else learns.weights is not None
+        if not judged:
             return 0
         return min(self.prompts // 10, MOST_HELD_OUT)
+
+    @property
+    def likelihood(self) -> "Job":
+        """Maximum likelihood on the best of n of the same samples, under the same training."""
+        of = self.options
+        own = bon_sft.BoNSFT(n=of.n, estimator=of.estimator, ties=of.ties)
+        return dataclasses.replace(
+            self, method=bon_sft.METHOD, options=own, value=None, from_store=False
+        )
 
     @property
     def steps_an_iteration(self) -> int:
@@ -188,6 +203,7 @@ class Job:
         setup = Setup(
             self.config, self.optimizer, t, self.training.memory, self.objective,
             self.options.estimator, None if self.value is None else self.value.config,
+            self.from_store,
         )  # fmt: skip
         each = self.steps_an_iteration
         update = self.method.learns.build(self.options, setup)
@@ -202,6 +218,7 @@ class Job:
             prefixes=self.reads_prefixes,
             lookahead=t.lookahead if self.reads_prefixes else 0,
             replay=t.replay if self.objective else 0,
+            from_store=self.prompts - self.held_out if self.from_store else 0,
         )
 
     def offline_setup(self) -> offline.OfflineSetup:
@@ -273,7 +290,7 @@ def single(
     if not job.method.online:
         return fresh, _offline_step(job, task, [member], samples, at_once=None)
     learner = Learner(task, job.program(), member, _stored(job, task, samples))
-    return fresh, _online_step(job, learner)
+    return fresh, _online_step(job, learner, _judge(job, task, [member], samples, None))
 
 
 def many(
@@ -299,18 +316,40 @@ def many(
         return states, _offline_step(job, task, members, samples, at_once)
     stored = _stored(job, task, samples)
     learner = PopulationLearner(task, job.program(), members, at_once, stored)
-    return states, _online_step(job, learner)
+    return states, _online_step(job, learner, _judge(job, task, members, samples, at_once))
 
 
-def _online_step(job: Job, learner: Learner | PopulationLearner) -> Step:
+def _online_step(job: Job, learner: Learner | PopulationLearner, judge: Judge | None) -> Step:
     assert isinstance(job.method.learns, Online)
     iteration = job.method.learns.iteration
 
     def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
         state, values = iteration(learner, state, step)
-        return state, values, loop.note(values)
+        words = loop.note(values)
+        if judge is not None:
+            state, found = judge(state, step)
+            values, words = values | found, words + judging.words(found)
+        return state, values, words
 
     return one
+
+
+def _judge(
+    job: Job,
+    task: Task,
+    members: Sequence[Member],
+    samples: Sequence[PromptSamples],
+    at_once: int | None,
+) -> Judge | None:
+    """What ends an online method that learns from stored samples alone."""
+    if not job.held_out:
+        return None
+    pool, log_ref = _pool(job, task, samples)
+    m = task.references.rewards_PxM.shape[-1]
+    order = orders(samples, m, task.sampler) if job.options.ties == "order" else None
+    shared = (pool, None if job.training.trained.whole else task.reference["decoder"])
+    rewards = sample_files.rewards(samples, m)
+    return Judge(job.likelihood, shared, rewards, order, log_ref, members, at_once, job.iterations)
 
 
 def _rows(
@@ -326,13 +365,14 @@ def _rows(
 
 def _stored(job: Job, task: Task, samples: Sequence[PromptSamples]) -> Stored | None:
     """The stored samples that an online method learns from beside its rollouts."""
-    if not job.program().replay:
+    program, m = job.program(), task.references.rewards_PxM.shape[-1]
+    if not program.replay and not program.from_store:
         return None
-    m = task.references.rewards_PxM.shape[-1]
-    if job.training.train.replay > m:
+    key, count = ("group", program.group) if program.from_store else ("replay", program.replay)
+    if count > m:
         raise InputError(
-            f"train.replay={job.training.train.replay} is more than the m = {m} samples of each "
-            "prompt: lower it, or sample more"
+            f"train.{key}={count} is more than the m = {m} samples of each prompt: lower it, or "
+            "sample more"
         )
     tokens, mask, response_mask = (x.reshape(-1, m, x.shape[-1]) for x in _rows(task, samples, m))
     rewards = sample_files.rewards(samples, m)
@@ -423,7 +463,9 @@ def _offline_step(
 
     judge = None
     if job.held_out:
-        judge = Judge(job, (pool, base), rewards, order_PxM, log_ref, members, at_once)
+        judge = Judge(
+            job, (pool, base), rewards, order_PxM, log_ref, members, at_once, job.iterations
+        )
 
     def one(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
         began = time.monotonic()
@@ -439,9 +481,7 @@ def _offline_step(
         words = f"loss {np.mean(values['loss']):.4f}"
         if judge is not None:
             state, found = judge(state, step)
-            values |= found
-            if "kl_held_out" in found:
-                words += f"  held out {np.mean(found['kl_held_out']):.3f} nats from BoN"
+            values, words = values | found, words + judging.words(found)
         values["seconds_update"] = time.monotonic() - began
         return state, values, words
 

@@ -5,6 +5,7 @@ steps of a policy, which so need no new ones.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from vbon_jax import sharding
 from vbon_jax.bon.pool import resample, winner_weights
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data.samples import PromptSamples
-from vbon_jax.methods import bon_sft, vbon
+from vbon_jax.methods import vbon
 from vbon_jax.methods.learning import Job
 from vbon_jax.progress import log
 from vbon_jax.rl import prefix
@@ -27,7 +28,7 @@ from vbon_jax.sampling.sampler import Prompts, ScoredRollout, pad_left
 from vbon_jax.training import offline, policies, population
 from vbon_jax.training.learner import Member, prompt_length
 from vbon_jax.training.loop import Task
-from vbon_jax.training.options import REFERENCE
+from vbon_jax.training.options import REFERENCE, WEIGHTED
 from vbon_jax.training.state import TrainState
 
 STORED = 2_048  # samples, at least, that the values of prefixes are learned from
@@ -36,13 +37,23 @@ STORED = 2_048  # samples, at least, that the values of prefixes are learned fro
 def job(online: Job) -> Job | None:
     """The training that a policy starts with; None where it starts as the reference.
 
-    It is maximum likelihood on best-of-n, `methods.bon_sft`, under the keys of ``offline``.
+    It is maximum likelihood on best-of-n, `methods.bon_sft`, under the keys of ``offline``; or the
+    method's own update on stored samples, as many and as often as these keys say.
     """
-    options = online.options
-    if not online.method.online or online.training.train.start == REFERENCE:
+    train, offline_keys = online.training.train, online.training.offline
+    if not online.method.online or train.start == REFERENCE:
         return None
-    likelihood = bon_sft.BoNSFT(n=options.n, estimator=options.estimator, ties=options.ties)
-    return dataclasses.replace(online, method=bon_sft.METHOD, options=likelihood, value=None)
+    if train.start == WEIGHTED:
+        return online.likelihood
+    found = dataclasses.replace(online, from_store=True)
+    rows = offline_keys.epochs * (online.prompts - found.held_out) * offline_keys.pairs
+    iterations = max(1, rows // train.batch_size)
+    own = dataclasses.replace(
+        train, iterations=iterations, warmup=min(train.warmup, iterations - 1), replay=0,
+        lookahead=0, average_half_life=0.0,
+        minibatch_size=math.gcd(train.minibatch_size, train.batch_size),
+    )  # fmt: skip
+    return dataclasses.replace(found, training=dataclasses.replace(online.training, train=own))
 
 
 def member(of: Member) -> Member:

@@ -134,9 +134,11 @@ def _weighted(
 ) -> ppo.Target:
     """The target with what each row counts for, where some are stored samples."""
     group, count = setup.train.group, setup.train.replay
-    if not count:
+    if not count and not setup.from_store:
         return target
-    share = count / (group + count)
+    share = 1.0 if setup.from_store else count / (group + count)
+    if setup.from_store:  # no response is n times likelier under best-of-n
+        log_policy_ratio_B = jnp.minimum(log_policy_ratio_B, jnp.log(n))
     forward_B = None
     if setup.objective == distribution.JEFFREYS:
         forward_B = replay.forward(log_ratio_B, log_policy_ratio_B, share) / n

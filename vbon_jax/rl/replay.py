@@ -20,7 +20,7 @@ def balance(log_policy_ratio_B: jax.Array, share: float) -> jax.Array:
 
     Args:
       log_policy_ratio_B: log(pi / pi_ref) of whole responses, nats.
-      share: a, of the rows that are the reference's, in [0, 1).
+      share: a, of the rows that are the reference's, in [0, 1]. At 1 the weights are pi / pi_ref.
 
     Returns:
       float32 [B], in [0, 1 / (1 - a)].
@@ -40,7 +40,7 @@ def forward(log_ratio_B: jax.Array, log_policy_ratio_B: jax.Array, share: float)
     Args:
       log_ratio_B: log(pi_bon / pi_ref), nats.
       log_policy_ratio_B: log(pi / pi_ref), nats.
-      share: a, in (0, 1): above 0, or a response that the policy seldom draws counts without limit.
+      share: a, in (0, 1]: above 0, or a response that the policy seldom draws counts without limit.
 
     Returns:
       float32 [B], between -1 / (1 - a) and exp(log_ratio) / a.

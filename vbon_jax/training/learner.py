@@ -45,6 +45,8 @@ class Program:
       prefixes: whether the update reads the rewards of prefixes.
       lookahead: of how many of the likeliest next tokens it does as well.
       replay: stored samples of each prompt beside the responses to it.
+      from_store: prompts, the first, whose stored samples take the place of responses; 0 where
+        responses are drawn.
     """
 
     update: Update
@@ -55,6 +57,7 @@ class Program:
     prefixes: bool = False
     lookahead: int = 0
     replay: int = 0
+    from_store: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Learner:
         """One response of each source to each of the iteration's prompts."""
         self._clock.start()
         program, self._step = self.program, step
+        if program.from_store:
+            return []
         base = batch_requests(
             self.task.prompts, program.batch_size, step, self.member.seed, program.group
         )
@@ -125,6 +130,10 @@ class Learner:
         """
         by_id, row_of = index(self.task.prompts)
         scored = []
+        if self.program.from_store:
+            row_G = stored_prompts(self.task, self.program, self.member.seed, self._step)
+            found = self._beside(row_G, self.program.group)
+            scored.append(sharding.place(found, self.task.sampler.mesh, "batch"))
         for batch in batches:
             prompts = [by_id[r.prompt_id] for r in batch.requests]
             drawn = (batch.prompts, batch.rollout)
@@ -133,7 +142,7 @@ class Learner:
                 self.task.reward, prompts, batch.prompts, batch.rollout
             )
             rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
-            beside = self._beside(rows[:: self.program.group])
+            beside = self._beside(rows[:: self.program.group], self.program.replay)
             given = (rewards, rows, *of_prefixes, beside)
             placed = sharding.place(given, self.task.sampler.mesh, "batch")
             scored.append(
@@ -152,12 +161,12 @@ class Learner:
         self._clock.lap("reward")
         return tuple(scored)
 
-    def _beside(self, row_G: np.ndarray) -> ScoredRollout | None:
-        """The stored samples beside the responses to prompts, scored as these are."""
+    def _beside(self, row_G: np.ndarray, count: int) -> ScoredRollout | None:
+        """Stored samples of prompts, scored as responses are."""
         if self._samples is None:
             return None
         of, program = self.member, self.program
-        found = self._samples.beside(row_G, program.replay, of.m, of.seed, self._step)
+        found = self._samples.beside(row_G, count, of.m, of.seed, self._step)
         return with_prefixes(self.task, program, found)
 
     def update(
@@ -217,6 +226,14 @@ def prefix_rewards(
     if program.lookahead:
         of_candidates = prefixes.of_candidates(task.sampler, task.reward, prompts, rows, rollout)
     return of, of_candidates
+
+
+def stored_prompts(task: Task, program: Program, seed: int, step: int) -> np.ndarray:
+    """Rows of the prompts whose stored samples iteration ``step`` learns from, one a group."""
+    prompts = task.prompts[: program.from_store]
+    _, row_of = index(prompts)
+    requests = batch_requests(prompts, program.batch_size, step, seed, program.group)
+    return np.array([row_of[r.prompt_id] for r in requests[:: program.group]], np.int32)
 
 
 def with_prefixes(task: Task, program: Program, rows: ScoredRollout) -> ScoredRollout:

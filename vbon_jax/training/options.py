@@ -11,8 +11,8 @@ from vbon_jax.models.config import DTYPES, REMAT
 
 LABELS = ("hard", "soft")  # of dpo's pairs
 BASELINES = ("value", "group", "both")
-REFERENCE, WEIGHTED = "reference", "weighted"
-STARTS = (REFERENCE, WEIGHTED)
+REFERENCE, WEIGHTED, REPLAY = "reference", "weighted", "replay"
+STARTS = (REFERENCE, WEIGHTED, REPLAY)
 PREFIX = "prefix"
 ADAMW, MUON = "adamw", "muon"
 # Sizes no real run reaches: a slip of the keyboard is told before memory is asked for it.
@@ -41,7 +41,9 @@ class Train:
 
     start: str = key(REFERENCE, "Policy that an online method begins with: reference; weighted, "
                      "maximum likelihood on the stored samples by their weights as the winner "
-                     "of the nearest whole n, as bon_sft trains it under the keys of `offline`.",
+                     "of the nearest whole n, as bon_sft trains it under the keys of `offline`; "
+                     "replay, the method's own update on stored samples in place of responses, "
+                     "`offline.pairs` a prompt and `offline.epochs` times.",
                      choices=STARTS)  # fmt: skip
     iterations: int = key(150, "Rollout batches to train on; training episodes are iterations x "
                           "batch_size.", least=1, most=100_000_000)  # fmt: skip
@@ -273,4 +275,22 @@ def check_forward(train: Train, objective: str) -> None:
         raise InputError(
             f"method.objective={objective} needs stored samples beside the rollouts, and "
             "train.replay=0: set it to train.group, so that each are half of a batch"
+        )
+
+
+def check_start(train: Train, objective: str, name: str) -> None:
+    """Checks that a method's update can learn from the reference's samples.
+
+    Args:
+      train: says what it starts from.
+      objective: of ``bon.distribution``; "" where it has none.
+      name: the method's.
+
+    Raises:
+      InputError: it cannot.
+    """
+    if train.start == REPLAY and not objective:
+        raise InputError(
+            f"train.start={train.start}: {name} learns from responses of its anchor, not from "
+            "stored samples; set train.start=weighted or reference"
         )

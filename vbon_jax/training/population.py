@@ -39,6 +39,7 @@ from vbon_jax.training.learner import (
     prefix_rewards,
     prompt_length,
     requests_of,
+    stored_prompts,
     with_prefixes,
 )
 from vbon_jax.training.loop import Task, batch_requests
@@ -184,6 +185,8 @@ class PopulationLearner:
         """Of each source: the requests of each member, their prompts and responses, [K, B, ...]."""
         self._clock.start()
         task, program, self._step = self.task, self.program, step
+        if program.from_store:
+            return []
         base = [
             batch_requests(task.prompts, program.batch_size, step, m.seed, program.group)
             for m in self.members
@@ -222,6 +225,11 @@ class PopulationLearner:
         task = self.task
         by_id, row_of = index(task.prompts)
         scored = []
+        if self.program.from_store:
+            row_KxG = np.array(
+                [stored_prompts(task, self.program, m.seed, self._step) for m in self.members]
+            )
+            scored.append(self._place(self._beside(row_KxG, self.program.group)))
         for requests, prompts, rollout in drawn:
             of = [by_id[r.prompt_id] for batch in requests for r in batch]
             flat_prompts, flat = jax.tree.map(
@@ -233,7 +241,7 @@ class PopulationLearner:
             ]
             rewards = task.sampler.rewards(task.reward, of, flat_prompts, flat)
             rows = np.array([[row_of[r.prompt_id] for r in b] for b in requests], np.int32)
-            beside = self._beside(rows[:, :: self.program.group])
+            beside = self._beside(rows[:, :: self.program.group], self.program.replay)
             placed = self._place((rewards.reshape(rows.shape), rows, *of_prefixes, beside))
             scored.append(
                 ScoredRollout(
@@ -251,13 +259,13 @@ class PopulationLearner:
         self._clock.lap("reward")
         return tuple(scored)
 
-    def _beside(self, row_KxG: np.ndarray) -> ScoredRollout | None:
-        """Of each member, the stored samples beside the responses to its prompts."""
+    def _beside(self, row_KxG: np.ndarray, count: int) -> ScoredRollout | None:
+        """Of each member, stored samples of prompts, scored as responses are."""
         if self._samples is None:
             return None
         found = []
         for row_G, of in zip(row_KxG, self.members, strict=True):
-            rows = self._samples.beside(row_G, self.program.replay, of.m, of.seed, self._step)
+            rows = self._samples.beside(row_G, count, of.m, of.seed, self._step)
             found.append(with_prefixes(self.task, self.program, rows))
         return jax.tree.map(lambda *x: np.stack(x), *found)
 

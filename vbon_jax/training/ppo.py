@@ -38,6 +38,7 @@ class Setup:
       objective: of ``bon.distribution``.
       estimator: of log F, of ``bon.log_f``.
       value_config: of a value network of its own; None for a value head on the policy.
+      from_store: whether all rows are stored samples of the reference.
     """
 
     config: decoder.DecoderConfig
@@ -47,6 +48,7 @@ class Setup:
     objective: str = "exact"
     estimator: str = "interval"
     value_config: decoder.DecoderConfig | None = None
+    from_store: bool = False
 
     @property
     def full_penalty(self) -> bool:
