@@ -1,11 +1,13 @@
 """An update of Algorithm 1: against a slow twin, on its own objective, on several devices."""
 
+import copy
 import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests.training import tiny
@@ -16,6 +18,7 @@ from vbon_jax.bon import references as bon_references
 from vbon_jax.methods import vbon
 from vbon_jax.models import decoder, heads
 from vbon_jax.rl import prefix
+from vbon_jax.training import state
 
 HIDDEN = jax.jit(decoder.hidden, static_argnums=1)
 
@@ -205,6 +208,30 @@ def test_sharded_equals_one_device(world, mesh, shape):
     np.testing.assert_array_equal(rollout.tokens_BxT, rollout_many.tokens_BxT)
     np.testing.assert_allclose(rollout.log_probs_BxT, rollout_many.log_probs_BxT, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, params_many)
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], metrics_many[name], atol=2e-3, err_msg=name)
+
+
+def test_stored_samples_and_muon_on_several_devices(world, mesh):
+    """Rows beside a rollout, and orthogonalised momentum of sharded matrices."""
+    own = copy.copy(world)
+    own.optimizer = state.muon(optax.constant_schedule(1e-2), 1e-4, 0.0, 1.0)
+    own.setup = dataclasses.replace(
+        tiny.changed(world.setup, replay=1, objective="jeffreys", penalty="response"),
+        optimizer=own.optimizer,
+    )
+    results = []
+    for m in (mesh, sharding.make_mesh(2, 2, 2)):
+        with jax.set_mesh(m):
+            first = own.fresh(m)
+            batch = own.rollout_batch(m, first)
+            stored = own.rollout_batch(m, first, step=1)
+            stored = dataclasses.replace(stored, reward_B=stored.reward_B + 0.25)
+            new, metrics = own.update(m, first, dataclasses.replace(batch, stored=stored))
+            jax.tree.map(lambda x, s: assert_sharded(x, s), new, sharding.shardings(new, m))
+            results.append(jax.device_get((new.params, metrics)))
+    (params, metrics), (params_many, metrics_many) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, params_many)
     for name in metrics:
         np.testing.assert_allclose(metrics[name], metrics_many[name], atol=2e-3, err_msg=name)
 
