@@ -361,8 +361,9 @@ def _training(
     settings: dict[str, Any],
 ) -> Training:
     cls: type = Train if record.online else Offline
+    given = "offline"
     if record.online and isinstance(settings.get("start"), Offline):
-        first = settings["start"]
+        first, given = settings["start"], "start"
         settings = settings | {"start": options.WEIGHTED}
     if first is not None and not record.online:
         raise InputError(
@@ -385,7 +386,7 @@ def _training(
             keys.check(group, name)
     groups = {"train": own} if record.online else {"offline": own}
     if first is not None:
-        keys.check(first, "offline")
+        keys.check(first, given)
         groups["offline"] = first
     training = Training(**groups, lora=lora or Lora(), memory=memory or Memory())
     options.check(training.train, training.lora, training.memory)

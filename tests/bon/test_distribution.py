@@ -147,16 +147,19 @@ def test_golden_objectives():
     log_f, log_ratio = np.float32([-1.0, -2.0]), np.float32([0.5, -3.0])
     log_up_to = np.float32([-0.3, 0.0])
     reward = distribution.sequence_reward
-    np.testing.assert_allclose(reward("exact", n=4, log_ratio=log_ratio), [0.125, -0.75])
+    for name in ("exact", "jeffreys"):
+        np.testing.assert_allclose(reward(name, n=4, log_ratio=log_ratio), [0.125, -0.75])
     np.testing.assert_allclose(reward("lower_bound", n=4, log_f=log_f), [-0.75, -1.5])
     np.testing.assert_allclose(reward("jensen_bound", n=4, log_f=log_f), [-0.6, -1.2], rtol=1e-6)
     np.testing.assert_allclose(reward("backward", n=4, log_up_to=log_up_to), log_up_to)
     np.testing.assert_allclose(reward("reward", reward=log_ratio), log_ratio)
-    assert distribution.OBJECTIVES == ("exact", "lower_bound", "jensen_bound", "backward", "reward")
+    assert distribution.OBJECTIVES == (
+        "exact", "jeffreys", "lower_bound", "jensen_bound", "backward", "reward"
+    )  # fmt: skip
     kl = [distribution.kl_coefficient(name, 4, 0.05) for name in distribution.OBJECTIVES]
-    np.testing.assert_allclose(kl, [0.25, 0.25, 1.0, 1 / 3, 0.05])
+    np.testing.assert_allclose(kl, [0.25, 0.25, 0.25, 1.0, 1 / 3, 0.05])
     entropy = [distribution.entropy_coefficient(name, 4) for name in distribution.OBJECTIVES]
-    np.testing.assert_allclose(entropy, [0, 0, -0.9, 0, 0])
+    np.testing.assert_allclose(entropy, [0, 0, 0, -0.9, 0, 0])
 
 
 def test_exact_reward_uses_formula_1():
