@@ -229,6 +229,14 @@ def test_values_of_prefixes_know_the_stored_samples(reference, samples, monkeypa
     np.testing.assert_allclose(seen[0].weight, weight)
     np.testing.assert_allclose(seen[0].total, total, atol=1e-4)
 
+    # A start by replay knows them as well, before it and after it.
+    seen.clear()
+    vbon.train(
+        reference, samples, **given, **settings | {"start": "replay"},
+        offline=vbon.Offline(pairs=4, epochs=1),
+    )  # fmt: skip
+    assert [float(table.weight.sum() > 0) for table in seen] == [1.0, 1.0]
+
 
 def test_next_tokens_are_looked_at_where_asked(reference, samples):
     """Rewards of whole responses, of prefixes and of candidates; the policy learns from them."""

@@ -247,6 +247,10 @@ def test_bad_values_are_named(values, key, value, message):
             {"train.start": "replay", "method.name": "bond", "bond.form": "jeffreys"},
             "train.start=replay: bond learns from responses of its anchor, not from stored samples",
         ),
+        (
+            {"train.replay": 1, "method.name": "bond", "bond.form": "jeffreys"},
+            "train.replay=1: bond learns from responses of its anchor, not from stored samples; se",
+        ),
         ({"method.objective": "jeffreys"}, "method.objective=jeffreys needs stored samples beside"),
         (
             {"train.replay": 3, "train.group": 256},

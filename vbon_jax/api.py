@@ -40,6 +40,7 @@ from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
 from vbon_jax.training.options import Lora, Memory, Offline, Train
 from vbon_jax.training.references import references
+from vbon_jax.training.state import TrainState
 
 # (prompts, responses) -> rewards, a float each
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -336,17 +337,17 @@ def train(
         scorer: Any = None if reward is None else _reward(reward, sampler)  # None: it is not asked
         task = Task(samples.prompts, table, scorer, sampler)
         job = Job(record, method, training, sampler.model.config, len(samples.prompts))
-        begin, start = starting.job(job), None
-        if begin is not None:
-            first = starting.member(member)
-            state, step = learning.single(begin, task, first, samples.samples)
-            schedule = loop.Schedule("start", begin.iterations, whole=True)
-            start = starting.policy(loop.run(state, 0, step, schedule))
-        state, step = learning.single(job, task, member, samples.samples)
-        if start is not None:
-            state = starting.begun(state, start)
-        state = starting.valued(state, job, task, [member], samples.samples)
-        state = loop.run(state, 0, step, loop.Schedule("train", job.iterations))
+
+        def fit(of: Job, members: Sequence[Member], own: Any) -> TrainState:
+            state, step = learning.single(of, task, members[0], samples.samples)
+            if own is not None:
+                state = starting.begun(state, own)
+            state = starting.valued(state, of, task, members, samples.samples)
+            is_last = of is job
+            title = "train" if is_last else "start"
+            return loop.run(state, 0, step, loop.Schedule(title, of.iterations, whole=not is_last))
+
+        state = starting.trained(job, [member], fit)
         own = trainable.join(sampler.model.params, policies.policy(state.params))
         config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
         model = dataclasses.replace(reference.model, config=config, params=own)

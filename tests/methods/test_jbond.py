@@ -22,7 +22,7 @@ from vbon_jax.training import state
 from vbon_jax.training.learner import Learner, Member, Program
 from vbon_jax.training.loop import Task
 from vbon_jax.training.options import Train
-from vbon_jax.training.ppo import Setup
+from vbon_jax.training.scoring import Setup
 
 V, P, T, B = 11, 3, 4, 4
 TEMPERATURE, RATE, LEARNING_RATE, JEFFREYS, BETA = 0.8, 0.25, 0.1, 0.3, 0.4

@@ -259,6 +259,7 @@ def test_a_replay_that_is_cut_goes_on_and_ends_as_the_uncut_one(tabular, tmp_pat
         starts = [json.loads(x) for x in (workdir / "start" / "metrics.jsonl").open()]
         assert [x["step"] for x in starts] == [1, 2, 3, 4]  # 2 x 64 samples, 32 an iteration
         assert starts[0]["kl_ref"] < 1e-6 < starts[-1]["kl_ref"]
+        assert "eos_rate" not in starts[0]  # of rollouts, which these are not
     assert_same(policy(cut), policy(uncut))
 
 

@@ -18,7 +18,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.methods import jbond, vbon
 from vbon_jax.models import decoder
 from vbon_jax.sampling.sampler import Sampler, named_key
-from vbon_jax.training import learner, loop, offline, options, ppo
+from vbon_jax.training import learner, loop, offline, options, ppo, scoring
 from vbon_jax.training.learner import Learner, Member, Program
 from vbon_jax.training.loop import Task
 
@@ -61,7 +61,7 @@ def state_of(task):
 def test_a_scored_batch_keeps_rows_prompts_and_rewards_together(task):
     own = learning(task)
     requests = loop.batch_requests(PROMPTS, 8, 1, 0)
-    (batch,) = own.score(own.roll_out(state_of(task), 1))
+    (batch,) = own.score(own.roll_out(state_of(task), 1), 1)
     ids = np.array([r.prompt_id for r in requests])
     np.testing.assert_array_equal(batch.row_B * 10, ids)
     np.testing.assert_array_equal(batch.prompt_BxP[:, -1], ids // 10 + 1)
@@ -80,7 +80,7 @@ def test_a_nan_reward_names_prompt_and_response(task):
     own = learning(bad)
     drawn = own.roll_out(state_of(bad), 0)
     with pytest.raises(InputError, match=rf"gave NaN for prompt='{text}' response='\d.*1 of 8 "):
-        own.score(drawn)
+        own.score(drawn, 0)
 
 
 class Clock:
@@ -173,12 +173,12 @@ def test_what_the_reward_counts_is_written_with_the_iteration(task):
 def test_a_rollout_is_scored_at_the_temperature_it_was_drawn_at(task, temperature):
     """Under one setup: whatever scores a rollout takes the temperature from the rollout."""
     config = task.sampler.model.config
-    setup = ppo.Setup(config, None, options.Train(minibatch_size=8))
+    setup = scoring.Setup(config, None, options.Train(minibatch_size=8))
     found = {}
 
     def update(state, reference, scored, references, n, beta):
         (batch,) = scored
-        scored = jax.jit(ppo.score, static_argnums=3)(state.params, reference, batch, setup)
+        scored = jax.jit(scoring.score, static_argnums=3)(state.params, reference, batch, setup)
         found["error"] = np.abs(scored.found.log_prob - batch.rollout.log_probs_BxT).max()
         found["temperature"] = batch.temperature
         return state, {}
@@ -194,16 +194,16 @@ def test_a_rollout_is_scored_at_the_temperature_it_was_drawn_at(task, temperatur
 
 def test_nothing_that_scores_a_rollout_can_be_given_another_temperature(task):
     """Neither an argument nor a setting has one; the rollout's own cannot be set."""
-    for f in (vbon.update, jbond.update, ppo.score, ppo.advantages, ppo.loss, ppo.epochs,
+    for f in (vbon.update, jbond.update, scoring.score, scoring.advantages, ppo.loss, ppo.epochs,
               offline.loss, offline.steps):  # fmt: skip
         assert "temperature" not in inspect.signature(f).parameters, f
-    for cls in (ppo.Setup, options.Train, options.Memory, offline.OfflineSetup, jbond.JBOND):
+    for cls in (scoring.Setup, options.Train, options.Memory, offline.OfflineSetup, jbond.JBOND):
         assert "temperature" not in {f.name for f in dataclasses.fields(cls)}, cls
     own = learning(task)
     drawn = own.roll_out(state_of(task), 0)
     with pytest.raises(AttributeError):
         drawn[0].temperature = 2.0
-    (scored,) = own.score(drawn)
+    (scored,) = own.score(drawn, 0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         scored.temperature = 2.0
     assert scored.temperature == drawn[0].temperature == 1.0

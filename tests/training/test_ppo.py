@@ -18,7 +18,7 @@ from vbon_jax.models import decoder, heads
 from vbon_jax.rl import gae, prefix
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.sampler import ScoredRollout
-from vbon_jax.training import ppo
+from vbon_jax.training import ppo, scoring
 from vbon_jax.training.options import Train
 
 
@@ -112,7 +112,7 @@ def test_baselines_are_those_of_slow_loops(rng, baseline, group):
         values_BxT=jnp.asarray(values, jnp.float32), response_mask_BxT=jnp.asarray(mask)
     )
     given = jnp.asarray(rewards, jnp.float32)
-    found = gae.gae(given, *ppo._baseline(given, scored, train))
+    found = gae.gae(given, *scoring._baseline(given, scored, train))
     for a, b in zip(found, slow_baseline(rewards, values, lengths, train), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -14,7 +14,7 @@ from vbon_jax.methods import vbon
 from vbon_jax.models import heads
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling.sampler import Request, Sampler, Sampling, ScoredRollout
-from vbon_jax.training import ppo, state
+from vbon_jax.training import ppo, scoring, state
 from vbon_jax.training.options import Memory, Train
 
 T = 6
@@ -79,7 +79,7 @@ class World:
         self.table = np.sort(rng.normal(2, 1, size=(8, 32)).astype(np.float32), axis=1)
         self.references = bon_references.references(self.table, "harmonic")
         self.optimizer = state.adamw(optax.linear_schedule(5e-3, 0.0, 100), 1e-5, 0.01, 1.0)
-        self.setup = ppo.Setup(
+        self.setup = scoring.Setup(
             config, self.optimizer, Train(ppo_epochs=2, minibatch_size=8, penalty="sampled"),
             Memory(), estimator="harmonic",
         )  # fmt: skip

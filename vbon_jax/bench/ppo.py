@@ -29,7 +29,7 @@ from vbon_jax.models.decoder import DecoderConfig, Rotary
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.models.trainable import Trainable
 from vbon_jax.sampling.sampler import Batch, Request, Sampler, Sampling, ScoredRollout
-from vbon_jax.training import ppo, state
+from vbon_jax.training import scoring, state
 from vbon_jax.training.options import Memory, Train
 from vbon_jax.training.state import TrainState
 
@@ -177,7 +177,7 @@ def operations(config: DecoderConfig, work: Work, unfrozen: int, penalty: str) -
     }
 
 
-def arguments(setup: ppo.Setup, work: Work, dtype: str) -> Arguments:
+def arguments(setup: scoring.Setup, work: Work, dtype: str) -> Arguments:
     """Makes what an iteration starts from.
 
     Args:
@@ -251,7 +251,7 @@ def iteration_times(
       operations per second. "score" is the forward pass of policy and reference over the rollout,
       with log F and advantages; "epochs" all gradient steps; the reward takes no time.
     """
-    setup = ppo.Setup(
+    setup = scoring.Setup(
         dataclasses.replace(config, remat=remat),
         state.adamw(lambda step: 1e-5, 1e-5, 0.0, 1.0),
         Train(
@@ -275,7 +275,7 @@ def iteration_times(
     }
 
 
-def _phase_seconds(given: Arguments, setup: ppo.Setup, repeats: int) -> dict[str, float]:
+def _phase_seconds(given: Arguments, setup: scoring.Setup, repeats: int) -> dict[str, float]:
     """Median seconds of each phase, compilation not counted."""
     params, reference = given.state.params, given.reference
     scalars = (given.table, given.n, given.beta)

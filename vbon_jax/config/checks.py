@@ -187,7 +187,7 @@ def _check_method(c: Config, method: methods.Method) -> None:
         _require(not (wrong := method.check(method.from_config(c))), wrong)
         if isinstance(method.learns, Online):
             objective = method.learns.objective(method.from_config(c))
-            options.check_start(c.train, objective, method.name)
+            options.check_stored(c.train, objective, method.name)
     for series, values in grids:
         key = f"sweep.{series.label}"
         if series.varies == "beta":

@@ -18,7 +18,7 @@ from vbon_jax.training.learner import Member, Update
 from vbon_jax.training.offline import Choices
 from vbon_jax.training.options import Offline as OfflineKeys
 from vbon_jax.training.options import Train
-from vbon_jax.training.ppo import Setup
+from vbon_jax.training.scoring import Setup
 
 BEST_OF_N = "bon"  # as `method.name`: best-of-n itself, which trains nothing
 

@@ -32,8 +32,8 @@ from vbon_jax.training.loop import Step, Task
 from vbon_jax.training.options import MUON, PREFIX, Lora, Memory, Train
 from vbon_jax.training.options import Offline as OfflineKeys
 from vbon_jax.training.population import PopulationLearner
-from vbon_jax.training.ppo import Setup
 from vbon_jax.training.references import orders
+from vbon_jax.training.scoring import Setup
 from vbon_jax.training.stored import Stored
 
 STEPS = 10  # gradient steps of an offline method between two looks at the host
@@ -104,7 +104,7 @@ class Job:
         """Raises InputError where an online method lacks what its keys ask for."""
         if self.method.online:
             options.check_lookahead(self.training.train, self.options.ties)
-            options.check_start(self.training.train, self.objective, self.method.name)
+            options.check_stored(self.training.train, self.objective, self.method.name)
             if not self.from_store:
                 options.check_forward(self.training.train, self.objective)
 

@@ -6,7 +6,7 @@ steps of a policy, which so need no new ones.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from vbon_jax.training.loop import Task
 from vbon_jax.training.options import REFERENCE, WEIGHTED
 from vbon_jax.training.state import TrainState
 
+Fit = Callable[[Job, Sequence[Member], Any], TrainState]
 STORED = 2_048  # samples, at least, that the values of prefixes are learned from
 
 
@@ -54,6 +55,24 @@ def job(online: Job) -> Job | None:
         minibatch_size=math.gcd(train.minibatch_size, train.batch_size),
     )  # fmt: skip
     return dataclasses.replace(found, training=dataclasses.replace(online.training, train=own))
+
+
+def trained(online: Job, members: Sequence[Member], fit: Fit) -> TrainState:
+    """Trains what the policies start from, where that is not the reference, and then them.
+
+    Args:
+      online: the method.
+      members: those that are trained.
+      fit: (job, members, policies to begin with or None) -> the last state. Its first state is
+        `begun` with these policies, and `valued`.
+
+    Returns:
+      The last state of ``online``.
+    """
+    begin, own = job(online), None
+    if begin is not None:
+        own = policy(fit(begin, [member(x) for x in members], None))
+    return fit(online, members, own)
 
 
 def member(of: Member) -> Member:

@@ -21,7 +21,7 @@ from vbon_jax.methods.base import (
 from vbon_jax.rl import prefix, replay
 from vbon_jax.rl.masking import masked
 from vbon_jax.sampling.sampler import ScoredRollout
-from vbon_jax.training import ppo, stored
+from vbon_jax.training import ppo, scoring, stored
 from vbon_jax.training.state import TrainState
 
 KEEP = 0.8  # of the returns of earlier iterations, each iteration, in the values of prefixes
@@ -55,7 +55,7 @@ class VBoN(Options):
 def iteration(learner: Any, state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
     """One iteration of Algorithm 1, of one policy or of a population of them."""
     responses = learner.roll_out(state, step)  # y ~ pi(. | x), a response to each prompt
-    scored = learner.score(responses)  # r(y)
+    scored = learner.score(responses, step)  # r(y)
     return learner.update(state, scored, step)  # the rest, one compiled program: `update`
 
 
@@ -68,7 +68,7 @@ def update(
     n: jax.Array,
     beta: jax.Array,
     *,
-    setup: ppo.Setup,
+    setup: scoring.Setup,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Log F of a scored rollout, its advantages, and the PPO epochs.
 
@@ -105,10 +105,10 @@ def experience(
     n: jax.Array,
     beta: jax.Array,
     *,
-    setup: ppo.Setup,
-) -> tuple[ppo.Experience, dict[str, jax.Array]]:
+    setup: scoring.Setup,
+) -> tuple[scoring.Experience, dict[str, jax.Array]]:
     """What the epochs of `update` read, and the metrics of the rollout; arguments as there."""
-    found = ppo.score(params, ref_params, batch, setup)  # log pi, log pi_ref and values
+    found = scoring.score(params, ref_params, batch, setup)  # log pi, log pi_ref and values
     density = best_of_n_density(table, batch, found.log_ref_B, n, setup.estimator)  # log F
     target = objective(setup.objective, density, batch.reward_B, n, beta)
     target = _weighted(target, found.log_policy_ratio_B, density.log_ratio_B, n, setup)
@@ -120,18 +120,18 @@ def experience(
             own = target.entropy_coef * found.found.entropy - target.kl_coef * found.found.kl
             values = ahead.value_BxT + own  # what the prefix itself is paid, whatever token follows
         found = found._replace(values_BxT=masked(values, found.response_mask_BxT))
-    seen, metrics = ppo.advantages(found, batch, target, setup, ahead)
+    seen, metrics = scoring.advantages(found, batch, target, setup, ahead)
     metrics["kl_bon"] = target.mean(found.kl_ref_B - density.log_ratio_B)
     return seen, metrics
 
 
 def _weighted(
-    target: ppo.Target,
+    target: scoring.Target,
     log_policy_ratio_B: jax.Array,
     log_ratio_B: jax.Array,
     n: jax.Array,
-    setup: ppo.Setup,
-) -> ppo.Target:
+    setup: scoring.Setup,
+) -> scoring.Target:
     """The target with what each row counts for, where some are stored samples."""
     group, count = setup.train.group, setup.train.replay
     if not count and not setup.from_store:
@@ -159,7 +159,7 @@ def _lookahead(
     values: prefix.Table,
     table: References,
     batch: ScoredRollout,
-    setup: ppo.Setup,
+    setup: scoring.Setup,
     n: jax.Array,
     beta: jax.Array,
 ) -> prefix.Lookahead:
@@ -206,7 +206,7 @@ def objective(
     reward_B: jax.Array,
     n: jax.Array,
     beta: jax.Array,
-) -> ppo.Target:
+) -> scoring.Target:
     """The sequence reward and coefficients of an objective of ``bon.distribution``."""
     with jax.named_scope("objective"):
         reward = distribution.sequence_reward(
@@ -217,7 +217,7 @@ def objective(
             log_up_to=density.log_up_to_B,
             reward=reward_B,
         )
-        return ppo.Target(
+        return scoring.Target(
             reward,
             distribution.kl_coefficient(name, n, beta),
             distribution.entropy_coefficient(name, n),

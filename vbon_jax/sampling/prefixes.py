@@ -50,9 +50,9 @@ def rewards(
     at_once = None if of_prefixes is None else of_prefixes(prompts, *rows, tokens_BxT, mask_BxT)
     if at_once is not None:
         values = np.asarray(jax.device_get(at_once), np.float32)[: len(prompts)]
-        for t in range(T):
-            seen = mask_BxT & (np.arange(T) < t)
-            _checked(sampler, prompts, values[:, t], tokens_BxT, seen)
+        for at in np.flatnonzero(~np.isfinite(values).all(axis=0)).tolist():  # to be named
+            seen = mask_BxT & (np.arange(T) < at)
+            _checked(sampler, prompts, values[:, at], tokens_BxT, seen)
         return values
     every = -(-T // PREFIXES)
     found = np.zeros((len(prompts), T), np.float32)

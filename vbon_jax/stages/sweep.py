@@ -310,26 +310,24 @@ def _work(
     members = population.padded(unit.members, run.mesh)
     title = f"{unit.name} x{len(unit.members)}"
 
-    def trained(
-        of: learning.Job, who: Sequence[Member], title: str, folder: Path, own: Any = None
-    ) -> Any:
+    def fit(of: learning.Job, who: Sequence[Member], own: Any) -> Any:
+        is_last, total = of is job, of.iterations
+        folder = place if is_last else place / "start"
         state, step = learning.many(of, task, who, samples, s.sweep.at_once)
-        total = of.iterations
         if own is not None:
             state = starting.begun(state, own)
         return loop.resume(
             state,
             _while_held(step, claim),
-            loop.Schedule(title, total, min(s.train.checkpoint_every, total)),
+            loop.Schedule(
+                title if is_last else f"start of {title}", total,
+                min(s.train.checkpoint_every, total),
+            ),
             loop.Place(folder / "checkpoints", folder, 1, {"unit": unit.name}),
             lambda fresh: starting.valued(fresh, of, task, who, samples),
-        )
+        )  # fmt: skip
 
-    begin, own = starting.job(job), None
-    if begin is not None:
-        firsts = [starting.member(x) for x in members]
-        own = starting.policy(trained(begin, firsts, f"start of {title}", place / "start"))
-    state = trained(job, members, title, place, own)
+    state = starting.trained(job, members, fit)
     _measure(run, unit, place, task, state, splits)
 
 

@@ -1,5 +1,8 @@
 """Stage ``train``: the policy, by the chosen method."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from vbon_jax import methods
 from vbon_jax.config import as_dict
 from vbon_jax.methods import learning, starting
@@ -7,6 +10,8 @@ from vbon_jax.progress import log
 from vbon_jax.stages import loading
 from vbon_jax.stages.base import Run
 from vbon_jax.training import loop
+from vbon_jax.training.learner import Member
+from vbon_jax.training.state import TrainState
 
 
 def run(run: Run) -> None:
@@ -16,27 +21,25 @@ def run(run: Run) -> None:
         log("train: best-of-n itself (method.name=bon) trains nothing")
         return
     task, samples = loading.task(run, s.method.estimator)
-    job, member = loading.job(run, task.sampler.model.config, len(task.prompts)), loading.member(s)
-    begin, every = starting.job(job), s.train.checkpoint_every
-    policy = None
-    if begin is not None:
-        found = loop.resume(
-            *learning.single(begin, task, starting.member(member), samples),
-            loop.Schedule("start", begin.iterations, every),
-            loop.Place(workdir.checkpoints("start"), workdir.start, 1, {}),
-        )
-        policy = starting.policy(found)
-        del found
-    state, step = learning.single(job, task, member, samples)
-    if policy is not None:
-        state = starting.begun(state, policy)
-    loop.resume(
-        state,
-        step,
-        loop.Schedule("train", job.iterations, every, run.profile),
-        loop.Place(
-            workdir.checkpoints("train"), workdir.root, s.train.keep, {"config": as_dict(s)},
-            loading.wandb_arguments(run),
-        ),
-        lambda fresh: starting.valued(fresh, job, task, [member], samples),
+    job = loading.job(run, task.sampler.model.config, len(task.prompts))
+    last = loop.Place(
+        workdir.checkpoints("train"), workdir.root, s.train.keep, {"config": as_dict(s)},
+        loading.wandb_arguments(run),
     )  # fmt: skip
+    first = loop.Place(workdir.checkpoints("start"), workdir.start, 1, {})
+
+    def fit(of: learning.Job, members: Sequence[Member], own: Any) -> TrainState:
+        (member,), is_last = members, of is job
+        state, step = learning.single(of, task, member, samples)
+        if own is not None:
+            state = starting.begun(state, own)
+        title, profile = ("train", run.profile) if is_last else ("start", None)
+        return loop.resume(
+            state,
+            step,
+            loop.Schedule(title, of.iterations, s.train.checkpoint_every, profile),
+            last if is_last else first,
+            lambda fresh: starting.valued(fresh, of, task, members, samples),
+        )
+
+    starting.trained(job, [loading.member(s)], fit)

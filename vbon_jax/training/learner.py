@@ -91,7 +91,7 @@ class Learner:
         """
         mesh = task.sampler.mesh
         self.task, self.program, self.member = task, program, member
-        self._samples, self._step = samples, 0
+        self._samples = samples
         self._sampler = task.sampler.at(likeliest=program.lookahead)
         self._key = named_key(member.seed, "rollout")
         self._length = prompt_length(task)
@@ -104,7 +104,7 @@ class Learner:
     def roll_out(self, state: Any, step: int) -> list[Batch]:
         """One response of each source to each of the iteration's prompts."""
         self._clock.start()
-        program, self._step = self.program, step
+        program = self.program
         if program.from_store:
             return []
         base = batch_requests(
@@ -122,8 +122,8 @@ class Learner:
         self._clock.lap("rollout", tokens)
         return batches
 
-    def score(self, batches: Sequence[Batch]) -> tuple[ScoredRollout, ...]:
-        """The rewards of the responses.
+    def score(self, batches: Sequence[Batch], step: int) -> tuple[ScoredRollout, ...]:
+        """The rewards of the responses of iteration ``step``, and the stored samples beside them.
 
         Raises:
           InputError: a reward is not finite.
@@ -131,8 +131,8 @@ class Learner:
         by_id, row_of = index(self.task.prompts)
         scored = []
         if self.program.from_store:
-            row_G = stored_prompts(self.task, self.program, self.member.seed, self._step)
-            found = self._beside(row_G, self.program.group)
+            row_G = stored_prompts(self.task, self.program, self.member.seed, step)
+            found = self._beside(row_G, self.program.group, step)
             scored.append(sharding.place(found, self.task.sampler.mesh, "batch"))
         for batch in batches:
             prompts = [by_id[r.prompt_id] for r in batch.requests]
@@ -142,31 +142,32 @@ class Learner:
                 self.task.reward, prompts, batch.prompts, batch.rollout
             )
             rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
-            beside = self._beside(rows[:: self.program.group], self.program.replay)
-            given = (rewards, rows, *of_prefixes, beside)
-            placed = sharding.place(given, self.task.sampler.mesh, "batch")
+            beside = self._beside(rows[:: self.program.group], self.program.replay, step)
+            reward_B, row_B, of, of_candidates, beside = sharding.place(
+                (rewards, rows, *of_prefixes, beside), self.task.sampler.mesh, "batch"
+            )
             scored.append(
                 ScoredRollout(
                     batch.prompts.tokens_BxP,
                     batch.prompts.mask_BxP,
                     batch.rollout,
-                    placed[0],
-                    placed[1],
+                    reward_B,
+                    row_B,
                     batch.temperature,
-                    placed[2],
-                    placed[3],
-                    placed[4],
+                    of,
+                    of_candidates,
+                    beside,
                 )
             )
         self._clock.lap("reward")
         return tuple(scored)
 
-    def _beside(self, row_G: np.ndarray, count: int) -> ScoredRollout | None:
+    def _beside(self, row_G: np.ndarray, count: int, step: int) -> ScoredRollout | None:
         """Stored samples of prompts, scored as responses are."""
         if self._samples is None:
             return None
         of, program = self.member, self.program
-        found = self._samples.beside(row_G, count, of.m, of.seed, self._step)
+        found = self._samples.beside(row_G, count, of.m, of.seed, step)
         return with_prefixes(self.task, program, found)
 
     def update(

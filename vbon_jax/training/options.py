@@ -278,19 +278,23 @@ def check_forward(train: Train, objective: str) -> None:
         )
 
 
-def check_start(train: Train, objective: str, name: str) -> None:
+def check_stored(train: Train, objective: str, name: str) -> None:
     """Checks that a method's update can learn from the reference's samples.
 
     Args:
-      train: says what it starts from.
+      train: says whether it is to, at the start or beside its rollouts.
       objective: of ``bon.distribution``; "" where it has none.
       name: the method's.
 
     Raises:
       InputError: it cannot.
     """
-    if train.start == REPLAY and not objective:
-        raise InputError(
-            f"train.start={train.start}: {name} learns from responses of its anchor, not from "
-            "stored samples; set train.start=weighted or reference"
-        )
+    for asked, given, instead in (
+        (train.start == REPLAY, f"train.start={train.start}", "weighted or reference"),
+        (train.replay > 0, f"train.replay={train.replay}", "0"),
+    ):
+        if asked and not objective:
+            raise InputError(
+                f"{given}: {name} learns from responses of its anchor, not from stored samples; "
+                f"set {instead}"
+            )

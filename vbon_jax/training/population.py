@@ -163,7 +163,7 @@ class PopulationLearner:
           at_once: see ``over_members``.
           samples: those that ``program.replay`` is taken from.
         """
-        self._samples, self._step = samples, 0
+        self._samples = samples
         self.task, self.program, self.members = task, program, members
         mesh, own = task.sampler.mesh, task.references.rewards_PxM.ndim == 3
         self._keys_K = self._place(jnp.stack([named_key(m.seed, "rollout") for m in members]))
@@ -184,7 +184,7 @@ class PopulationLearner:
     def roll_out(self, state: Any, step: int) -> list[tuple[list[list[Request]], Prompts, Rollout]]:
         """Of each source: the requests of each member, their prompts and responses, [K, B, ...]."""
         self._clock.start()
-        task, program, self._step = self.task, self.program, step
+        task, program = self.task, self.program
         if program.from_store:
             return []
         base = [
@@ -216,7 +216,7 @@ class PopulationLearner:
         )
         return self._place(arrays)
 
-    def score(self, drawn: Sequence[Any]) -> tuple[ScoredRollout, ...]:
+    def score(self, drawn: Sequence[Any], step: int) -> tuple[ScoredRollout, ...]:
         """The rewards of the responses, all members' scored as one batch.
 
         Raises:
@@ -227,9 +227,9 @@ class PopulationLearner:
         scored = []
         if self.program.from_store:
             row_KxG = np.array(
-                [stored_prompts(task, self.program, m.seed, self._step) for m in self.members]
+                [stored_prompts(task, self.program, m.seed, step) for m in self.members]
             )
-            scored.append(self._place(self._beside(row_KxG, self.program.group)))
+            scored.append(self._place(self._beside(row_KxG, self.program.group, step)))
         for requests, prompts, rollout in drawn:
             of = [by_id[r.prompt_id] for batch in requests for r in batch]
             flat_prompts, flat = jax.tree.map(
@@ -241,31 +241,33 @@ class PopulationLearner:
             ]
             rewards = task.sampler.rewards(task.reward, of, flat_prompts, flat)
             rows = np.array([[row_of[r.prompt_id] for r in b] for b in requests], np.int32)
-            beside = self._beside(rows[:, :: self.program.group], self.program.replay)
-            placed = self._place((rewards.reshape(rows.shape), rows, *of_prefixes, beside))
+            beside = self._beside(rows[:, :: self.program.group], self.program.replay, step)
+            reward_KxB, row_KxB, of_prefixes, of_candidates, beside = self._place(
+                (rewards.reshape(rows.shape), rows, *of_prefixes, beside)
+            )
             scored.append(
                 ScoredRollout(
                     prompts.tokens_BxP,
                     prompts.mask_BxP,
                     rollout,
-                    placed[0],
-                    placed[1],
+                    reward_KxB,
+                    row_KxB,
                     task.sampler.settings.temperature,
-                    placed[2],
-                    placed[3],
-                    placed[4],
+                    of_prefixes,
+                    of_candidates,
+                    beside,
                 )
             )
         self._clock.lap("reward")
         return tuple(scored)
 
-    def _beside(self, row_KxG: np.ndarray, count: int) -> ScoredRollout | None:
+    def _beside(self, row_KxG: np.ndarray, count: int, step: int) -> ScoredRollout | None:
         """Of each member, stored samples of prompts, scored as responses are."""
         if self._samples is None:
             return None
         found = []
         for row_G, of in zip(row_KxG, self.members, strict=True):
-            rows = self._samples.beside(row_G, count, of.m, of.seed, self._step)
+            rows = self._samples.beside(row_G, count, of.m, of.seed, step)
             found.append(with_prefixes(self.task, self.program, rows))
         return jax.tree.map(lambda *x: np.stack(x), *found)
 
