@@ -128,6 +128,20 @@ def test_prefixes_have_the_rewards_that_they_have_alone(scorer, kind):
     assert np.ptp(found[1]) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["logit", "prob"])
+def test_candidates_have_the_rewards_that_they_have_alone(scorer, kind):
+    """Two other tokens in place of each of a response's, of which one ends it, at once."""
+    ids = jnp.stack([(RESPONSE[0] + 3) % 17, jnp.array([[5, EOS, 6, 7], [4, 8, 9, EOS]])], axis=-1)
+    found = scorer(kind).of_candidates(None, *PROMPT, *RESPONSE, ids)
+    assert found.shape == (2, 4, 2) and found.dtype == jnp.float32
+    for t in range(4):
+        for k in range(2):
+            with_it = jnp.where(jnp.arange(4) == t, ids[:, t, k, None], RESPONSE[0])
+            seen = jnp.where(jnp.arange(4) == t, True, RESPONSE[1] & (jnp.arange(4) < t))
+            alone = scorer(kind)(None, *PROMPT, with_it, seen)
+            np.testing.assert_allclose(found[:, t, k], alone, atol=1e-5)
+
+
 def test_an_encoder_is_told_by_its_config():
     config = encoder.EncoderConfig(
         vocab_size=17, positions=8, layers=1, width=8, heads=2, mlp_width=12, head="distilbert",
@@ -142,7 +156,9 @@ def test_an_encoder_is_told_by_its_config():
     assert abs(float(got[0] - got[1])) > 1e-3
     # It reads both ways, so a prefix has to be read by itself.
     model = Classifier({}, config, Labels(("x",), "regression"), "x", "scalar")
-    assert ClassifierReward(model, (EOS,)).of_prefixes(None, *PROMPT, *RESPONSE) is None
+    reward = ClassifierReward(model, (EOS,))
+    assert reward.of_prefixes(None, *PROMPT, *RESPONSE) is None
+    assert reward.of_candidates(None, *PROMPT, *RESPONSE, RESPONSE[0][..., None]) is None
 
 
 @pytest.mark.parametrize(

@@ -173,17 +173,28 @@ class Both:
         return jnp.asarray(A)
 
     def of_prefixes(self, prompts, *rows):
+        assert len(rows) == 4
         return self.prefixes
+
+    def of_candidates(self, prompts, *rows):
+        assert len(rows) == 5
+        return None if self.prefixes is None else self.prefixes[..., None] + np.arange(2)
 
 
 def test_prefixes_are_summed_where_every_part_knows_them_at_once():
     rows = (None, None, jnp.asarray(TOKENS), jnp.asarray(MASK))
+    ids = jnp.asarray(TOKENS)[..., None]
     first, second = np.arange(16.0).reshape(4, 4), np.ones((4, 4))
     parts = [("a", 2.0, Both(jnp.asarray(first))), ("b", -1.0, Both(jnp.asarray(second)))]
-    found = WeightedReward(parts, "none", 0.0, (EOS,)).of_prefixes(PROMPTS, *rows)
-    np.testing.assert_allclose(found, 2 * first - 1)
+    both = WeightedReward(parts, "none", 0.0, (EOS,))
+    np.testing.assert_allclose(both.of_prefixes(PROMPTS, *rows), 2 * first - 1)
+    found = both.of_candidates(PROMPTS, *rows, ids)
+    np.testing.assert_allclose(found, (2 * first - 1)[..., None] + np.arange(2))
     for other in (on_device(A), Both(None)):
         some = WeightedReward([parts[0], ("b", 1.0, other)], "none", 0.0, (EOS,))
         assert some.of_prefixes(PROMPTS, *rows) is None
+        assert some.of_candidates(PROMPTS, *rows, ids) is None
     # A prefix has no EOS: where that is penalised, each is scored as any response.
-    assert WeightedReward(parts, "replace", -1.0, (EOS,)).of_prefixes(PROMPTS, *rows) is None
+    penalised = WeightedReward(parts, "replace", -1.0, (EOS,))
+    assert penalised.of_prefixes(PROMPTS, *rows) is None
+    assert penalised.of_candidates(PROMPTS, *rows, ids) is None

@@ -126,6 +126,27 @@ def test_the_likeliest_tokens_are_those_of_a_full_forward(drawing, config, promp
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_reward_that_knows_all_candidates_is_asked_once(drawing, prompts):
+    class AtOnce:
+        bad = None
+
+        def __call__(self, *rows):
+            raise AssertionError("each candidate by itself")
+
+        def of_candidates(self, of, prompt, prompt_mask, tokens, mask, ids):
+            assert len(of) == 3 and ids.shape == (*tokens.shape, 4)
+            found = np.asarray(ids, np.float32)
+            return found if self.bad is None else np.where(found == self.bad, np.nan, found)
+
+    batch, reward = drawing.draw(jax.random.key(2), 0, engine.requests_for(prompts, 1)), AtOnce()
+    found = prefixes.of_candidates(drawing, reward, prompts, batch.prompts, batch.rollout)
+    ids = np.asarray(batch.rollout.likeliest.ids_BxTxK)
+    np.testing.assert_array_equal(found, ids)
+    reward.bad = ids[1, 0, 2]
+    with pytest.raises(InputError, match=rf"prefix is NaN for prompt='p\d' .*'{reward.bad} '"):
+        prefixes.of_candidates(drawing, reward, prompts, batch.prompts, batch.rollout)
+
+
 def test_a_candidate_has_the_reward_of_the_prefix_and_itself(drawing, prompts):
     batch = drawing.draw(jax.random.key(2), 0, engine.requests_for(prompts, 1))
     seen = []

@@ -371,3 +371,43 @@ def step(
     return hidden_BxD, dataclasses.replace(
         cache, k=tuple(k), v=tuple(v), mask_BxS=mask_BxS, index=cache.index + 1
     )
+
+
+def instead(
+    params: Params, config: DecoderConfig, tokens_BxT: jax.Array, kept: KVCache
+) -> jax.Array:
+    """Runs another token in place of each of the last T of sequences, each after its own prefix.
+
+    Token t attends to what stands before it in its sequence and to itself, to none of the others.
+
+    Args:
+      params: the decoder's tree.
+      config: its configuration.
+      tokens_BxT: int32 token ids.
+      kept: of the sequences, from ``prefill``: S columns, and T free slots after them.
+
+    Returns:
+      hidden_BxTxD, as ``hidden`` returns it at the token's column of the sequence with it.
+    """
+    batch, T = tokens_BxT.shape
+    S = kept.length - T
+    mask_BxS = kept.mask_BxS[:, :S]
+    position_BxS = _positions(mask_BxS)
+    position_BxT = (jnp.cumsum(mask_BxS, axis=1, dtype=jnp.int32) - mask_BxS)[:, S - T :]
+    before_TxS = jnp.arange(S) < jnp.arange(S - T, S)[:, None]
+    own_BxTxT = jnp.broadcast_to(jnp.eye(T, dtype=bool), (batch, T, T))
+    mask_BxTxS = jnp.concatenate([before_TxS & mask_BxS[:, None], own_BxTxT], axis=-1)
+    seen = views(
+        config, mask_BxTxS, position_BxT, jnp.concatenate([position_BxS, position_BxT], axis=1)
+    )
+    block = Block(config)
+    x_BxTxD = _embed(params, config, tokens_BxT, position_BxT)
+    for i in range(config.layers):
+        x_BxTxD, _ = block.apply(
+            {"params": _layer(params, i)},
+            x_BxTxD,
+            seen[config.is_windowed(i)],
+            (kept.k[i], kept.v[i]),
+            jnp.int32(S),
+        )
+    return _final_norm(params, config, x_BxTxD)

@@ -19,11 +19,13 @@ Decode = Callable[[Sequence[Sequence[int]], list[list[int]]], list[str]]
 class Reward(Protocol):
     """Scores a padded batch of responses.
 
-    Three attributes are optional: `positions` (int or None), the greatest number of the policy's
+    Four attributes are optional: `positions` (int or None), the greatest number of the policy's
     tokens, prompt and response together, that can be scored; `take_counts() -> dict[str, float]`,
-    statistics since the last call by metric name (see `combined.WeightedReward`); and
-    `of_prefixes`, which takes what a call takes and gives float32 [B, T], at token t the reward of
-    the t tokens before it as if they were all, or None where it cannot do so at once.
+    statistics since the last call by metric name (see `combined.WeightedReward`); `of_prefixes`,
+    which takes what a call takes and gives float32 [B, T], at token t the reward of the t tokens
+    before it as if they were all; and `of_candidates`, which takes int32 ids [B, T, K] besides and
+    gives float32 [B, T, K], at token t and id k the reward of the t tokens before it and that id.
+    Both give None where they cannot do so at once.
     """
 
     def __call__(

@@ -1,6 +1,6 @@
 """A sequence classifier as the reward, scored on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.models import decoder, encoder, heads, lm
+from vbon_jax.models import cache, decoder, encoder, heads, lm
 from vbon_jax.models.hf import Labels
 
 KINDS = ("prob", "log_odds", "logit", "scalar")
@@ -153,9 +153,57 @@ def scores_before(
     at_BxS = jax.lax.cummax(jnp.where(mask_BxS, jnp.arange(mask_BxS.shape[1]), 0), axis=1)
     last_BxT = at_BxS[:, -T - 1 : -1]  # of the tokens before each
     hidden = jnp.take_along_axis(hidden, last_BxT[..., None], axis=1)
-    rows = hidden.reshape(-1, 1, hidden.shape[-1])
+    return _score_each(params, hidden, kind, label, independent)
+
+
+@partial(jax.jit, static_argnames=("config", "kind", "label", "independent"))
+def scores_with(
+    params: Any,
+    tokens_BxS: jax.Array,
+    mask_BxS: jax.Array,
+    ids_BxTxK: jax.Array,
+    *,
+    config: decoder.DecoderConfig,
+    kind: str,
+    label: int,
+    independent: bool = False,
+) -> jax.Array:
+    """Computes the score of what stands before each token of a response with others in its place.
+
+    What stands before is run once for all of them.
+
+    Args:
+      params: {"decoder", "score"}, of a causal model.
+      tokens_BxS: int32 ids of prompt and response in one row, of which the response are the last T.
+      mask_BxS: bool mask of the real tokens.
+      ids_BxTxK: int32, the tokens to stand in place of each of the response's.
+      config: the classifier's configuration.
+      kind: one of KINDS, see `score_of`.
+      label: index of the label, see `score_of`.
+      independent: see `score_of`.
+
+    Returns:
+      float32 [B, T, K], each what `score` gives for the tokens before and this one.
+    """
+    (B, S), T = tokens_BxS.shape, ids_BxTxK.shape[1]
+    model = params["decoder"]
+    kept = cache.init(config, B, S + T)
+    _, kept = decoder.prefill(model, config, tokens_BxS, mask_BxS, kept)
+
+    def of(ids_BxT: jax.Array) -> jax.Array:
+        hidden = decoder.instead(model, config, ids_BxT, kept)
+        return _score_each(params, hidden, kind, label, independent)
+
+    return jnp.moveaxis(jax.lax.map(of, jnp.moveaxis(ids_BxTxK, -1, 0)), 0, -1)
+
+
+def _score_each(
+    params: Any, hidden_BxTxD: jax.Array, kind: str, label: int, independent: bool
+) -> jax.Array:
+    """The score [B, T] of each hidden state by itself."""
+    rows = hidden_BxTxD.reshape(-1, 1, hidden_BxTxD.shape[-1])
     found = heads.score(params["score"], rows, jnp.ones(rows.shape[:2], bool))
-    return score_of(found, kind, label, independent).reshape(last_BxT.shape)
+    return score_of(found, kind, label, independent).reshape(hidden_BxTxD.shape[:-1])
 
 
 def label_index(labels: Labels, label: str, kind: str, key: str) -> int:
@@ -258,15 +306,51 @@ class ClassifierReward:
     ) -> jax.Array | None:
         """Returns the rewards before each token, [B, T]; None of an encoder: see `base.Reward`."""
         del prompts
+        found = self._at_once(
+            scores_before, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT
+        )
+        return None if found is None else found(response_BxT)
+
+    def of_candidates(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_BxP: jax.Array,
+        prompt_mask_BxP: jax.Array,
+        response_BxT: jax.Array,
+        response_mask_BxT: jax.Array,
+        ids_BxTxK: jax.Array,
+    ) -> jax.Array | None:
+        """Returns the rewards with other tokens, [B, T, K]; None of an encoder: see `base.Reward`.
+
+        An id that ends a response leaves the reward as it is before.
+        """
+        rows = (prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT)
+        found = self._at_once(scores_with, *rows)
+        if found is None:
+            return None
+        ends_BxTxK = lm.is_end(ids_BxTxK, self._end_ids)
+        before = self.of_prefixes(prompts, *rows)
+        assert before is not None
+        return jnp.where(ends_BxTxK, before[..., None], found(ids_BxTxK))
+
+    def _at_once(
+        self,
+        scores: Any,
+        prompt_BxP: jax.Array,
+        prompt_mask_BxP: jax.Array,
+        response_BxT: jax.Array,
+        response_mask_BxT: jax.Array,
+    ) -> Callable[[jax.Array], jax.Array] | None:
+        """A function of scores of one pass, with all but its last argument; None of an encoder."""
         config = self._model.config
         if not isinstance(config, decoder.DecoderConfig):
             return None
         response_mask_BxT = response_mask_BxT & ~lm.is_end(response_BxT, self._end_ids)
-        return scores_before(
+        return partial(
+            scores,
             self._model.params,
             jnp.concatenate([prompt_BxP, response_BxT], axis=1),
             jnp.concatenate([prompt_mask_BxP, response_mask_BxT], axis=1),
-            response_BxT,
             config=config,
             kind=self._model.kind,
             label=self._label,

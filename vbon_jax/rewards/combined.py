@@ -141,12 +141,19 @@ class WeightedReward:
 
         None as well where responses without EOS are penalised: these are all without.
         """
+        return self._at_once("of_prefixes", prompts, *rows)
+
+    def of_candidates(self, prompts: Sequence[Prompt], *rows: Any) -> Any:
+        """Returns the rewards with each candidate, where all parts do, as `of_prefixes`."""
+        return self._at_once("of_candidates", prompts, *rows)
+
+    def _at_once(self, name: str, *args: Any) -> Any:
         if self._missing_eos != "none":
             return None
         found = []
         for part in self._parts:
-            of = getattr(part.reward, "of_prefixes", None)
-            values = None if of is None else of(prompts, *rows)
+            of = getattr(part.reward, name, None)
+            values = None if of is None else of(*args)
             if values is None:
                 return None
             found.append(values)

@@ -69,6 +69,8 @@ def of_candidates(
 ) -> np.ndarray:
     """Scores the tokens before each token of responses with each of the likeliest tokens after.
 
+    A reward that scores them at once (`of_candidates`, see ``rewards.base``) is asked for all.
+
     Args:
       sampler: names texts in messages.
       reward: scores.
@@ -86,6 +88,16 @@ def of_candidates(
     assert rollout.likeliest is not None
     ids, tokens = np.asarray(rollout.likeliest.ids_BxTxK), np.asarray(rollout.tokens_BxT)
     T, K = ids.shape[1:]
+    of = getattr(reward, "of_candidates", None)
+    drawn = (rollout.tokens_BxT, rollout.mask_BxT, rollout.likeliest.ids_BxTxK)
+    at_once = None if of is None else of(prompts, *rows, *drawn)
+    if at_once is not None:
+        values = np.asarray(jax.device_get(at_once), np.float32)[: len(prompts)]
+        for t, k in np.argwhere(~np.isfinite(values).all(axis=0)).tolist():  # to be named
+            tokens_here = np.where(np.arange(T) == t, ids[:, t, k, None], tokens)
+            seen = np.asarray(rollout.mask_BxT)[:, t : t + 1] & (np.arange(T) <= t)
+            _checked(sampler, prompts, values[:, t, k], tokens_here, seen)
+        return values
     each = [prompt for prompt in prompts for _ in range(K)]
     of_each = Prompts(*(np.repeat(np.asarray(x), K, axis=0) for x in rows))
     mask, tokens = (np.repeat(np.asarray(x), K, axis=0) for x in (rollout.mask_BxT, tokens))

@@ -131,6 +131,23 @@ def test_a_cached_step_equals_the_whole_forward(loaded):
         np.testing.assert_allclose(got, whole[:, t], rtol=0, atol=2e-5)
 
 
+def test_another_token_in_place_equals_the_whole_forward_with_it(loaded):
+    """Of the last 7 tokens; rows with padding on either side, and one that ends within them."""
+    _, _, config, params = loaded
+    tokens, mask = padded_rows()
+    tokens, mask, last = tokens[:4], mask[:4], 7
+    others = (tokens[:, -last:] + 5) % 131
+    kept = cache.init(config, 4, 11 + last)
+    _, kept = decoder.prefill(params, config, tokens, mask, kept)
+    got = decoder.instead(params, config, others, kept)
+    for t in range(11 - last, 11):
+        here = mask[:, :t].any(axis=1)
+        seen = (mask & (np.arange(11) < t)) | (np.arange(11) == t)
+        with_it = np.where(np.arange(11) == t, others[:, [t - 11]], tokens)
+        whole = decoder.hidden(params, config, with_it, seen)[:, t]
+        np.testing.assert_allclose(got[here, t - 11], whole[here], rtol=0, atol=2e-5)
+
+
 def test_bfloat16_stays_near(loaded):
     """Within 0.15 of the logits' own spread: bfloat16 has 8 bits, and these weights are wide."""
     _, model, config, params = loaded
