@@ -164,6 +164,10 @@ class Memory:
                      choices=tuple(REMAT))  # fmt: skip
     accumulate: int = key(1, "Microbatches whose gradients are accumulated per gradient step; must "
                           "divide `train.minibatch_size`.", least=1, most=MOST_ROWS)  # fmt: skip
+    lengths: int = key(1, "Lengths that responses are computed at in updates: each microbatch, of "
+                       "responses of like length, at the shortest of this many that holds it. Each "
+                       "is compiled; 1 computes all as padded to `sampling.max_new_tokens`.",
+                       least=1, most=16)  # fmt: skip
     chunk: int = key(1_024, "Tokens whose logits over the vocabulary are held in memory at once.",
                      least=1, most=MOST_TOKENS)  # fmt: skip
     device_gib: float = key(0.0, "Memory per device in GiB that `vbon plan` assumes; 0 takes this "

@@ -16,6 +16,7 @@ from vbon_jax.models import decoder, log_probs, trainable
 from vbon_jax.rl import chunked, ppo
 from vbon_jax.rl.masking import masked_mean
 from vbon_jax.rl.next_token import log_prob, next_token
+from vbon_jax.training import lengths
 from vbon_jax.training import state as optim
 from vbon_jax.training.scoring import Experience, Setup, in_parts, values_of
 from vbon_jax.training.state import TrainState
@@ -120,8 +121,11 @@ def gradients(
     """Gradient of ``loss`` and its metrics, by ``memory.accumulate`` microbatches in turn."""
     count = jnp.maximum(jnp.sum(minibatch.response_mask_BxT), 1).astype(jnp.float32)
 
-    def of(rows: Experience) -> tuple[Any, dict[str, jax.Array]]:
+    def at_length(rows: Experience) -> tuple[Any, dict[str, jax.Array]]:
         return jax.grad(loss, has_aux=True)(params, ref_params, rows, count, setup=setup)
+
+    def of(rows: Experience) -> tuple[Any, dict[str, jax.Array]]:
+        return lengths.at_shortest(at_length, rows, rows.response_mask_BxT, setup.memory.lengths)
 
     if setup.memory.accumulate == 1:
         return of(minibatch)
@@ -154,6 +158,9 @@ def epochs(
 
     def gradient_step(carry, rows_of_step):
         params, opt_state = carry
+        if setup.memory.lengths > 1:
+            here = exp.response_mask_BxT[rows_of_step]
+            rows_of_step = rows_of_step[lengths.order(here, setup.memory.accumulate)]
         # Gathered rows would be whole on every device: each would do all of the minibatch.
         minibatch = sharding.constrain(jax.tree.map(lambda x: x[rows_of_step], exp), "batch")
         grads, info = gradients(params, ref_params, minibatch, setup)

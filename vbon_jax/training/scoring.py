@@ -15,6 +15,7 @@ from vbon_jax.rl.masking import masked
 from vbon_jax.rl.next_token import NextToken
 from vbon_jax.rl.prefix import Lookahead
 from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.training import lengths
 from vbon_jax.training.options import PREFIX, Memory, Train
 
 
@@ -239,13 +240,29 @@ def score(params: Any, ref_params: Any, batch: ScoredRollout, setup: Setup) -> S
     mask = rollout.mask_BxT
     tokens = jnp.concatenate([batch.prompt_BxP, rollout.tokens_BxT], axis=1)
     token_mask = jnp.concatenate([batch.prompt_mask_BxP, mask], axis=1)
-    with jax.named_scope("score"):
-        found = in_microbatches(
-            lambda rows: _forward(params, ref_params, rows, setup, batch.temperature),
-            (tokens, token_mask, mask),
-            setup.microbatch,
+    T, S = mask.shape[1], tokens.shape[1]
+
+    def forward(rows: Any) -> Any:
+        found, values, trunk, ref_hidden = _forward(
+            params, ref_params, rows, setup, batch.temperature
         )
-    return Scored(tokens, token_mask, mask, *found)
+        whole = jax.tree.map(lambda x: lengths.padded(x, T), (found, values, ref_hidden))
+        return *whole, None if trunk is None else lengths.padded(trunk, S)
+
+    def part(rows: Any) -> Any:
+        return lengths.at_shortest(forward, rows, rows[-1], setup.memory.lengths)
+
+    with jax.named_scope("score"):
+        rows = (tokens, token_mask, mask)
+        parts = max(1, mask.shape[0] // setup.microbatch)
+        if setup.memory.lengths > 1:
+            order = lengths.order(mask, parts)
+            rows = jax.tree.map(lambda x: x[order], rows)
+        scored = in_microbatches(part, rows, setup.microbatch)
+        if setup.memory.lengths > 1:
+            scored = jax.tree.map(lambda x: x[jnp.argsort(order)], scored)
+        found, values, ref_hidden, trunk = scored
+    return Scored(tokens, token_mask, mask, found, values, trunk, ref_hidden)
 
 
 def advantages(
