@@ -113,21 +113,25 @@ def valued(
     These are rollouts of the policy's first steps: some of each prompt, at random, or where the
     policy starts as best-of-n of them, in proportion to their weights as its winner. A line says
     what share of the returns' variance the values explain on the last tenth of the prompts, before
-    they learn from these too. Only values of prefixes are learned so; see ``rl.prefix``.
+    they learn from these too. Only values of prefixes are learned so; see ``rl.prefix``. So is how
+    far each token moves their ranks, where the next tokens' values are asked for.
     """
     if not job.reads_prefixes:
         return fresh
-    tables = [_values(job, task, i, member, samples) for i, member in enumerate(members)]
+    learned = [_values(job, task, i, member, samples) for i, member in enumerate(members)]
     alone = fresh.step.ndim == 0
-    table = tables[0] if alone else jax.tree.map(lambda *x: jnp.stack(x), *tables)
-    placed = sharding.place(table, task.sampler.mesh, "" if alone else population.AXIS)
-    return fresh._replace(params=fresh.params | {"prefix": placed})
+    found = learned[0] if alone else jax.tree.map(lambda *x: jnp.stack(x), *learned)
+    placed = sharding.place(found, task.sampler.mesh, "" if alone else population.AXIS)
+    return fresh._replace(params=fresh.params | placed)
 
 
 def _values(
     job: Job, task: Task, i: int, of: Member, samples: Sequence[PromptSamples]
-) -> prefix.Table:
-    """Mean returns of stored samples by the rank of their prefixes' rewards, of member i."""
+) -> dict[str, Any]:
+    """Mean returns of stored samples by the rank of their prefixes' rewards, of member i.
+
+    They are "prefix"; with ``train.lookahead``, what each token did to these ranks is "moves".
+    """
     table = task.references
     if table.rewards_PxM.ndim == 3:
         table = jax.tree.map(lambda x: x[i], table)
@@ -148,7 +152,13 @@ def _values(
     if held.any():
         share = explained_variance(prefix.values(learned, ranks), returns, mask & held[:, None])
         log(f"values of prefixes explain {float(share):.2f} of the variance on held-out prompts")
-    return prefix.updated(learned, ranks, returns, mask & held[:, None], 1.0)
+    found: dict[str, Any] = {
+        "prefix": prefix.updated(learned, ranks, returns, mask & held[:, None], 1.0)
+    }
+    if job.training.train.lookahead:
+        moves = prefix.unmoved(job.config.vocab_size)
+        found["moves"] = vbon.token_moves(moves, table, batch)
+    return found
 
 
 def _stored(
