@@ -15,6 +15,7 @@ from vbon_jax.data.sources import reviews
 from vbon_jax.errors import InputError
 from vbon_jax.methods import starting
 from vbon_jax.methods import vbon as vbon_method
+from vbon_jax.models import decoder
 from vbon_jax.rl import prefix
 
 TEXTS = ("the film is", "i think the acting", "a drama of", "this comedy")
@@ -237,6 +238,44 @@ def test_values_of_prefixes_know_the_stored_samples(reference, samples, monkeypa
         offline=vbon.Offline(pairs=4, epochs=1),
     )  # fmt: skip
     assert [float(table.weight.sum() > 0) for table in seen] == [1.0, 1.0]
+
+
+def test_a_value_head_knows_the_stored_samples(reference, samples, monkeypatch):
+    """Before the first iteration: the ridge regression of the target on all hidden states."""
+    monkeypatch.setattr(starting, "STORED", samples.rewards.size)  # each of them once
+    seen, valued = [], starting.valued
+
+    def look(*given):
+        state = valued(*given)
+        seen.append(jax.device_get(state.params["value"]["head"]))
+        return state
+
+    monkeypatch.setattr(starting, "valued", look)
+    method = vbon.VBoN(n=4)
+    vbon.train(reference, samples, reward=length, method=method, **SMALL, iterations=1)
+
+    rows, targets = [], []
+    for row in samples.samples:
+        rewards = np.array(row.rewards)
+        for reward, ids in zip(row.rewards, row.response_tokens, strict=True):
+            below, equal = np.sum(rewards < reward), np.sum(rewards == reward)
+            ratio = np.log(((below + equal + 1) / 9) ** 4 - (below / 9) ** 4)
+            ratio -= np.log((equal + 1) / 9)
+            whole = np.array([[*row.prompt_tokens, *ids]], np.int32)
+            model = reference.model
+            hidden = decoder.hidden(model.params, model.config, whole, np.ones(whole.shape, bool))
+            first = len(row.prompt_tokens) - 1
+            rows += list(np.asarray(hidden[0, first : first + len(ids)], np.float64))
+            targets += [ratio / 4] * len(ids)
+    x, y = np.array(rows), np.array(targets)
+    centred = x - x.mean(axis=0)
+    covariance = centred.T @ centred / len(x)
+    covariance += np.trace(covariance) / len(x) * np.eye(x.shape[1])
+    kernel = np.linalg.solve(covariance, centred.T @ y / len(x))
+    np.testing.assert_allclose(seen[0]["kernel"][:, 0], kernel, atol=2e-3)
+    assert np.corrcoef(x @ seen[0]["kernel"][:, 0], x @ kernel)[0, 1] > 0.999
+    values = x @ seen[0]["kernel"][:, 0] + seen[0]["bias"]
+    np.testing.assert_allclose(values.mean(), y.mean(), atol=1e-4)
 
 
 def test_next_tokens_are_looked_at_where_asked(reference, samples, monkeypatch):

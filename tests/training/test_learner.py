@@ -104,10 +104,10 @@ def test_every_source_draws_samples_of_its_own(task, clock):
     drawn, updated = [], []
 
     class Recording(Sampler):
-        def draw(self, key, step, requests, length=None):
+        def draw(self, key, step, requests, *shape):
             clock.now += 1.0
             drawn.append((self.model.params, [(r.prompt_id, r.sample) for r in requests]))
-            return super().draw(key, step, requests, length)
+            return super().draw(key, step, requests, *shape)
 
     def reward(*rows):
         clock.now += 2.0

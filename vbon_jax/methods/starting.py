@@ -7,6 +7,7 @@ steps of a policy, which so need no new ones.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from vbon_jax.data import samples as sample_files
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.methods import vbon
 from vbon_jax.methods.learning import Job
+from vbon_jax.models import decoder, heads, log_probs, trainable
 from vbon_jax.progress import log
 from vbon_jax.rl import prefix
 from vbon_jax.rl.ppo import explained_variance
@@ -111,27 +113,36 @@ def valued(
     """A first state, of one policy or of a population, whose values know the stored samples.
 
     These are rollouts of the policy's first steps: some of each prompt, at random, or where the
-    policy starts as best-of-n of them, in proportion to their weights as its winner. A line says
-    what share of the returns' variance the values explain on the last tenth of the prompts, before
-    they learn from these too. Only values of prefixes are learned so; see ``rl.prefix``. So is how
-    far each token moves their ranks, where the next tokens' values are asked for.
+    policy starts as best-of-n of them, in proportion to their weights as its winner. Their returns
+    fill the table of values of prefixes (see ``rl.prefix``), and with it how far each token moves
+    their ranks, or fit the head of another value function (`heads.fit_value`). A line says what
+    share of the returns' variance the values explain on the last tenth of the prompts, before they
+    learn from these too; a head that explains none of it is left as it was.
     """
-    if not job.reads_prefixes:
-        return fresh
-    learned = [_values(job, task, i, member, samples) for i, member in enumerate(members)]
+    if not job.method.values or job.training.train.baseline == "group":
+        return fresh  # nothing reads them
     alone = fresh.step.ndim == 0
+
+    def own(i: int) -> Any:
+        return fresh.params if alone else jax.tree.map(lambda x: x[i], fresh.params)
+
+    learned = [_values(job, task, i, of, samples, own) for i, of in enumerate(members)]
     found = learned[0] if alone else jax.tree.map(lambda *x: jnp.stack(x), *learned)
     placed = sharding.place(found, task.sampler.mesh, "" if alone else population.AXIS)
+    if "head" in placed:
+        placed = {"value": fresh.params["value"] | placed}
     return fresh._replace(params=fresh.params | placed)
 
 
 def _values(
-    job: Job, task: Task, i: int, of: Member, samples: Sequence[PromptSamples]
+    job: Job,
+    task: Task,
+    i: int,
+    of: Member,
+    samples: Sequence[PromptSamples],
+    own: Callable[[int], Any],
 ) -> dict[str, Any]:
-    """Mean returns of stored samples by the rank of their prefixes' rewards, of member i.
-
-    They are "prefix"; with ``train.lookahead``, what each token did to these ranks is "moves".
-    """
+    """What member i has learned from stored samples: "prefix" and "moves", or its "head"."""
     table = task.references
     if table.rewards_PxM.ndim == 3:
         table = jax.tree.map(lambda x: x[i], table)
@@ -144,21 +155,69 @@ def _values(
     batch, log_ref_B = _stored(job, task, samples, columns, rewards)
     n, beta = jnp.float32(of.n), jnp.float32(of.beta)
     density = vbon.best_of_n_density(table, batch, log_ref_B, n, job.options.estimator)
-    target = vbon.objective(job.objective, density, batch.reward_B, n, beta)
+    return_B = vbon.objective(job.objective, density, batch.reward_B, n, beta).sequence_reward_B
+    held_B = np.asarray(batch.row_B) >= len(rewards) - len(rewards) // 10
+    if not job.reads_prefixes:
+        return {"head": _head(job, task, own(i), batch, return_B, held_B)}
     mask, ranks = batch.rollout.mask_BxT, vbon.prefix_ranks(table, batch)
-    returns = jnp.broadcast_to(target.sequence_reward_B[:, None], ranks.shape)
-    held = np.asarray(batch.row_B) >= len(rewards) - len(rewards) // 10
-    learned = prefix.updated(prefix.empty(), ranks, returns, mask & ~held[:, None], 1.0)
-    if held.any():
-        share = explained_variance(prefix.values(learned, ranks), returns, mask & held[:, None])
+    returns = jnp.broadcast_to(return_B[:, None], ranks.shape)
+    held = held_B[:, None]
+    learned = prefix.updated(prefix.empty(), ranks, returns, mask & ~held, 1.0)
+    if held_B.any():
+        share = explained_variance(prefix.values(learned, ranks), returns, mask & held)
         log(f"values of prefixes explain {float(share):.2f} of the variance on held-out prompts")
-    found: dict[str, Any] = {
-        "prefix": prefix.updated(learned, ranks, returns, mask & held[:, None], 1.0)
-    }
+    found: dict[str, Any] = {"prefix": prefix.updated(learned, ranks, returns, mask & held, 1.0)}
     if job.training.train.lookahead:
         moves = prefix.unmoved(job.config.vocab_size)
         found["moves"] = vbon.token_moves(moves, table, batch)
     return found
+
+
+def _head(
+    job: Job, task: Task, params: Any, batch: ScoredRollout, return_B: jax.Array, held_B: np.ndarray
+) -> Any:
+    """The value head of member's ``params`` after the returns of stored samples."""
+    if job.value is None:
+        config, own = job.config, trainable.join(task.reference["decoder"], params["decoder"])
+    else:
+        config, own = job.value.config, params["value"]["decoder"]
+    rollout, size = batch.rollout, job.training.score_batch
+    arrays = jax.device_get((
+        (batch.prompt_BxP, rollout.tokens_BxT), (batch.prompt_mask_BxP, rollout.mask_BxT), return_B
+    ))  # fmt: skip
+    tokens, mask = (np.concatenate(x, axis=1) for x in arrays[:2])
+    parts: list[list[heads.Moments]] = [[], []]  # of the prompts to learn from, of those held out
+    for start in range(0, len(tokens), size):
+        rows = np.minimum(np.arange(start, start + size), len(tokens) - 1)
+        real = np.arange(start, start + size) < len(tokens)
+        for part, here in zip(parts, (~held_B[rows] & real, held_B[rows] & real), strict=True):
+            if here.any():
+                row = (tokens[rows], mask[rows], arrays[1][1][rows] & here[:, None])
+                part.append(_moments(own, *row, arrays[2][rows], config=config))
+    before = params["value"]["head"]
+    summed = [jax.tree.map(lambda *x: sum(x), *part) for part in parts if part]
+    if len(summed) > 1:
+        share = heads.explained_variance(heads.fit_value(summed[0]), summed[1])
+        log(f"values explain {share:.2f} of the variance on held-out prompts")
+        if share <= 0:
+            return before
+    whole = jax.tree.map(lambda *x: sum(x), *summed)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), heads.fit_value(whole), before)
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _moments(
+    params: Any,
+    tokens_BxS: jax.Array,
+    mask_BxS: jax.Array,
+    mask_BxT: jax.Array,
+    return_B: jax.Array,
+    *,
+    config: decoder.DecoderConfig,
+) -> heads.Moments:
+    hidden = log_probs.hidden(params, config, tokens_BxS, mask_BxS, mask_BxT.shape[1])
+    returns = jnp.broadcast_to(return_B[:, None], mask_BxT.shape)
+    return heads.moments(hidden, returns, mask_BxT)
 
 
 def _stored(
@@ -187,7 +246,9 @@ def _stored(
             np.concatenate([prompts.mask_BxP, mask], axis=1), mask, job.training.score_batch,
             config=job.config, temperature=sampler.settings.temperature,
         )  # fmt: skip
-    found = prefixes.rewards(sampler, task.reward, asked, Prompts(*prompts), tokens, mask)
+    found = None
+    if job.reads_prefixes:
+        found = prefixes.rewards(sampler, task.reward, asked, Prompts(*prompts), tokens, mask)
     none = jnp.zeros(len(asked), bool)
     rollout = Rollout(jnp.array(tokens), jnp.array(mask), jnp.zeros(mask.shape), none)
     batch = ScoredRollout(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vbon_jax.models.decoder import DecoderConfig
 
@@ -45,6 +46,63 @@ def value(params: Params, hidden_BxTxD: jax.Array) -> jax.Array:
     with jax.named_scope("value"):
         hidden_NxD = hidden_BxTxD.astype(jnp.float32).reshape(-1, hidden_BxTxD.shape[-1])
         return _VALUE.apply({"params": params}, hidden_NxD).reshape(hidden_BxTxD.shape[:-1])
+
+
+class Moments(NamedTuple):
+    """Second moments of tokens' hidden states and returns: all that least squares reads of them.
+
+    Attributes:
+      gram: float32 [D + 1, D + 1], sums of x x^T, x being a hidden state and a 1 after it.
+      cross: float32 [D + 1], sums of x times the return.
+      square: float32, sum of squared returns.
+    """
+
+    gram: jax.Array
+    cross: jax.Array
+    square: jax.Array
+
+
+def moments(hidden_BxTxD: jax.Array, return_BxT: jax.Array, mask_BxT: jax.Array) -> Moments:
+    """Computes the moments of the tokens where the mask is True."""
+    hidden_NxD = hidden_BxTxD.astype(jnp.float32).reshape(-1, hidden_BxTxD.shape[-1])
+    here_N, return_N = (x.astype(jnp.float32).reshape(-1) for x in (mask_BxT, return_BxT))
+    x_NxE = jnp.pad(hidden_NxD, ((0, 0), (0, 1)), constant_values=1.0) * here_N[:, None]
+    return Moments(x_NxE.T @ x_NxE, x_NxE.T @ return_N, jnp.sum(here_N * jnp.square(return_N)))
+
+
+def fit_value(found: Moments) -> Params:
+    """Fits a value head by ridge regression, on the host in float64.
+
+    With N tokens the penalty is D / N of the hidden states' mean variance: nothing where tokens
+    abound, and most of the variance where they are few.
+
+    Args:
+      found: moments of the tokens.
+
+    Returns:
+      {kernel [D, 1], bias [1]}, float32.
+    """
+    gram, cross = (np.asarray(x, np.float64) for x in found[:2])
+    count, width = max(gram[-1, -1], 1.0), len(cross) - 1
+    mean_D, mean = gram[-1, :-1] / count, cross[-1] / count
+    covariance = gram[:-1, :-1] / count - np.outer(mean_D, mean_D)
+    ridge = np.trace(covariance) / count + 1e-12  # D / N of trace / D
+    kernel_D = np.linalg.solve(
+        covariance + ridge * np.eye(width), cross[:-1] / count - mean_D * mean
+    )
+    bias = mean - mean_D @ kernel_D
+    return {"kernel": jnp.float32(kernel_D)[:, None], "bias": jnp.float32(bias)[None]}
+
+
+def explained_variance(params: Params, found: Moments) -> float:
+    """The share of the returns' variance that a value head explains; 0 where they do not vary."""
+    gram, cross, square = (np.asarray(x, np.float64) for x in found)
+    w_E = np.append(np.asarray(params["kernel"], np.float64), np.asarray(params["bias"]))
+    count = max(gram[-1, -1], 1.0)
+    variance = square / count - (cross[-1] / count) ** 2
+    error = (square - 2 * w_E @ cross + w_E @ gram @ w_E) / count
+    error -= ((cross[-1] - w_E @ gram[:, -1]) / count) ** 2  # as `rl.ppo.explained_variance`
+    return float(1 - error / variance) if variance > 0 else 0.0
 
 
 def _score(num_labels: int, stddev: float) -> nn.Dense:
