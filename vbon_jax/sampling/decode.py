@@ -69,8 +69,6 @@ class Limits:
       top_p: likewise keeps the smallest set of tokens of this mass; 1.0 keeps all.
       likeliest: how many of the likeliest tokens at each slot are told beside the one drawn; see
         ``rollout``.
-      together: under ``jax.vmap(..., axis_name=together)``, that axis: its members leave the loop
-        together. A loop that each left by itself would copy every cache at every step.
     """
 
     max_new_tokens: int
@@ -79,7 +77,6 @@ class Limits:
     top_k: int = 0
     top_p: float = 1.0
     likeliest: int = 0
-    together: str | None = None
 
 
 def _likeliest(logits_BxV: jax.Array, weight_V: jax.Array | None, count: int) -> jax.Array:
@@ -101,7 +98,7 @@ class _Picked(NamedTuple):
     likeliest: Likeliest | None
 
 
-@partial(jax.jit, static_argnames=("config", "limits"))
+@partial(jax.jit, static_argnames=("config", "limits", "together"))
 def rollout(
     params: Any,
     prompt_BxP: jax.Array,
@@ -112,6 +109,7 @@ def rollout(
     *,
     config: decoder.DecoderConfig,
     limits: Limits,
+    together: str | None = None,
 ) -> Rollout:
     """Samples one response a row: prefill and decode loop in one program.
 
@@ -125,11 +123,13 @@ def rollout(
         the likeliest; the others are those of the greatest weight times probability of the rest.
       config: the decoder's shape.
       limits: length, end and filters of the responses.
+      together: under ``jax.vmap(..., axis_name=together)``, that axis: its members leave the loop
+        together. A loop that each left by itself would copy every cache at every step.
 
     Returns:
       Rollout with T = ``limits.max_new_tokens`` slots a row.
     """
-    max_new_tokens, pad_id, together = limits.max_new_tokens, limits.pad_id, limits.together
+    max_new_tokens, pad_id = limits.max_new_tokens, limits.pad_id
     params = decoder.unstacked(params)
     batch, prompt_len = prompt_BxP.shape
     uniform_TxB = jax.vmap(

@@ -218,15 +218,15 @@ def respond(
       keys_B: one key a row, see ``decode.identity_keys``.
       config: the decoder's configuration.
       sampling: how to draw.
-      together: see ``decode.Limits``.
-      weight_V: see ``decode.rollout``.
+      together: see ``decode.rollout``.
+      weight_V: likewise.
 
     Returns:
       Rollout with ``sampling.max_new_tokens`` slots a row.
     """
     return decode.rollout(
         params, *prompts, keys_B, np.float32(sampling.temperature), weight_V, config=config,
-        limits=dataclasses.replace(sampling.limits, together=together),
+        limits=sampling.limits, together=together,
     )  # fmt: skip
 
 
