@@ -236,27 +236,6 @@ def test_stored_samples_and_muon_on_several_devices(world, mesh):
         np.testing.assert_allclose(metrics[name], metrics_many[name], atol=2e-3, err_msg=name)
 
 
-def test_what_a_token_moves_is_the_rank_with_it_less_that_before(world, batch):
-    rng = np.random.default_rng(6)
-    mask = np.asarray(batch.rollout.mask_BxT)
-    of_prefixes = rng.normal(2, 1, mask.shape).astype(np.float32)
-    of_prefixes = np.where(mask, of_prefixes, np.asarray(batch.reward_B)[:, None])
-    given = dataclasses.replace(batch, prefix_reward_BxT=of_prefixes)
-    found = vbon.token_moves(prefix.unmoved(world.config.vocab_size), world.references, given)
-    total, seen = np.zeros((2, world.config.vocab_size))
-    for b, t in np.argwhere(mask):
-        rewards = world.table[int(batch.row_B[b])]
-        last = t + 1 == mask.shape[1]
-        after = np.asarray(batch.reward_B)[b] if last else of_prefixes[b, t + 1]
-        ranks = [
-            np.mean(rewards < r) + np.mean(rewards == r) / 2 for r in (of_prefixes[b, t], after)
-        ]
-        total[int(batch.rollout.tokens_BxT[b, t])] += abs(ranks[1] - ranks[0])
-        seen[int(batch.rollout.tokens_BxT[b, t])] += 1
-    np.testing.assert_allclose(found.total, total, atol=1e-5)
-    np.testing.assert_array_equal(found.seen, seen)
-
-
 def test_values_of_prefixes_are_a_baseline_that_learns_from_each_rollout(world, mesh, batch):
     fresh = world.fresh(mesh)
     rng = np.random.default_rng(5)

@@ -53,26 +53,6 @@ def test_what_was_never_seen_has_the_value_of_its_position_or_none(rng):
     np.testing.assert_array_equal(elsewhere[:, 4:], 0.0)
 
 
-def test_tokens_weigh_as_far_as_they_move_ranks():
-    """Token 2 moves 0.6 and 0.2, token 5 nothing, token 1 0.4 but outside; the mean is 0.8 / 3."""
-    moves = prefix.unmoved(7)
-    np.testing.assert_allclose(prefix.weights(moves), 1.0, atol=2e-3)
-    ids = jnp.array([[2, 5], [2, 1]])
-    before = jnp.array([[0.1, 0.5], [0.9, 0.1]])
-    after = jnp.array([[0.7, 0.5], [0.7, 0.5]])
-    mask = jnp.array([[True, True], [True, False]])
-    moves = prefix.moved(moves, ids, before, after, mask)
-    np.testing.assert_allclose(moves.total, [0, 0, 0.8, 0, 0, 0, 0], atol=1e-6)
-    np.testing.assert_array_equal(moves.seen, [0, 0, 2, 0, 0, 1, 0])
-    found = prefix.weights(moves)
-    np.testing.assert_allclose(found[2], (0.8 / (0.8 / 3) + 4) / 6 + 1e-3, rtol=1e-5)
-    np.testing.assert_allclose(found[5], 4 / 5 + 1e-3, rtol=1e-5)
-    np.testing.assert_allclose(found[jnp.array([0, 1, 6])], 1 + 1e-3, rtol=1e-5)
-    # Before and mask may be those of a prefix, of which each token is one that could follow.
-    one = prefix.moved(moves, ids[..., None], before[..., None], after[..., None], mask[..., None])
-    np.testing.assert_allclose(one.total, 2 * moves.total, atol=1e-6)
-
-
 def test_ranks_at_both_ends_and_short_responses_fall_in_a_cell():
     ranks = jnp.array([[0.0, 1.0, 0.5]])  # fewer tokens than positions
     table = prefix.updated(prefix.empty(), ranks, jnp.ones((1, 3)), jnp.ones((1, 3), bool), 1.0)

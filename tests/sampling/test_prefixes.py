@@ -147,27 +147,6 @@ def test_a_reward_that_knows_all_candidates_is_asked_once(drawing, prompts):
         prefixes.of_candidates(drawing, reward, prompts, batch.prompts, batch.rollout)
 
 
-def test_with_weights_half_are_the_likeliest_and_half_weigh_most(drawing, config, prompts):
-    requests, V = engine.requests_for(prompts, 8), config.vocab_size
-    plain = drawing.draw(jax.random.key(2), 0, requests).rollout
-    whole = drawing.at(likeliest=V).draw(jax.random.key(2), 0, requests).rollout.likeliest
-    weight_V = np.random.default_rng(1).lognormal(0, 2, V).astype(np.float32)
-    found = drawing.draw(jax.random.key(2), 0, requests, weight_V=jax.numpy.array(weight_V))
-    for a, b in zip(plain[:4], found.rollout[:4], strict=True):
-        np.testing.assert_array_equal(a, b)  # what is drawn is drawn from the policy still
-    inside = np.asarray(plain.mask_BxT)
-    all_ids, all_log_probs = (np.asarray(x)[inside] for x in whole[:2])
-    ids, log_probs_, ends = (np.asarray(x)[inside] for x in found.rollout.likeliest)
-    np.testing.assert_array_equal(ids[:, :2], all_ids[:, :2])
-    rest = all_ids[:, 2:]
-    order = np.argsort(-(all_log_probs[:, 2:] + np.log(weight_V[rest])), axis=1)
-    np.testing.assert_array_equal(ids[:, 2:], np.take_along_axis(rest, order, axis=1)[:, :2])
-    assert np.mean(ids != all_ids[:, :4]) > 0.2
-    each = np.take_along_axis(all_log_probs, np.argsort(all_ids, axis=1), axis=1)
-    np.testing.assert_allclose(log_probs_, np.take_along_axis(each, ids, axis=1), atol=1e-6)
-    np.testing.assert_array_equal(ends, ids == 3)
-
-
 def test_a_candidate_has_the_reward_of_the_prefix_and_itself(drawing, prompts):
     batch = drawing.draw(jax.random.key(2), 0, engine.requests_for(prompts, 1))
     seen = []

@@ -246,8 +246,6 @@ class Job:
                 params = params | {"anchor": jax.tree.map(jnp.copy, params["decoder"])}
             if self.reads_prefixes:
                 params = params | {"prefix": prefix.empty()}
-                if training.train.lookahead:
-                    params = params | {"moves": prefix.unmoved(self.config.vocab_size)}
             if self.held_out:
                 params = params | {policies.BEST: policies.unjudged(params["decoder"])}
             if isinstance(learns, Online) and training.train.average_half_life:

@@ -114,10 +114,10 @@ def valued(
 
     These are rollouts of the policy's first steps: some of each prompt, at random, or where the
     policy starts as best-of-n of them, in proportion to their weights as its winner. Their returns
-    fill the table of values of prefixes (see ``rl.prefix``), and with it how far each token moves
-    their ranks, or fit the head of another value function (`heads.fit_value`). A line says what
-    share of the returns' variance the values explain on the last tenth of the prompts, before they
-    learn from these too; a head that explains none of it is left as it was.
+    fill the table of values of prefixes (see ``rl.prefix``), or fit the head of another value
+    function (`heads.fit_value`). A line says what share of the returns' variance the values explain
+    on the last tenth of the prompts, before they learn from these too; a head that explains none of
+    it is left as it was.
     """
     if not job.method.values or job.training.train.baseline == "group":
         return fresh  # nothing reads them
@@ -142,7 +142,7 @@ def _values(
     samples: Sequence[PromptSamples],
     own: Callable[[int], Any],
 ) -> dict[str, Any]:
-    """What member i has learned from stored samples: "prefix" and "moves", or its "head"."""
+    """What member i has learned from stored samples: its table "prefix", or its "head"."""
     table = task.references
     if table.rewards_PxM.ndim == 3:
         table = jax.tree.map(lambda x: x[i], table)
@@ -166,11 +166,7 @@ def _values(
     if held_B.any():
         share = explained_variance(prefix.values(learned, ranks), returns, mask & held)
         log(f"values of prefixes explain {float(share):.2f} of the variance on held-out prompts")
-    found: dict[str, Any] = {"prefix": prefix.updated(learned, ranks, returns, mask & held, 1.0)}
-    if job.training.train.lookahead:
-        moves = prefix.unmoved(job.config.vocab_size)
-        found["moves"] = vbon.token_moves(moves, table, batch)
-    return found
+    return {"prefix": prefix.updated(learned, ranks, returns, mask & held, 1.0)}
 
 
 def _head(

@@ -94,15 +94,6 @@ def update(
             state.params["prefix"], ranks, seen.returns_BxT, seen.value_mask_BxT, KEEP
         )
         state = state._replace(params=state.params | {"prefix": values})
-    if batch.candidate_reward_BxTxK is not None:
-        likeliest = batch.rollout.likeliest
-        assert likeliest is not None
-        after = _ranks(table, batch.row_B, batch.candidate_reward_BxTxK)
-        moves = prefix.moved(
-            state.params["moves"], likeliest.ids_BxTxK, ranks[..., None], after,
-            batch.rollout.mask_BxT[..., None],
-        )  # fmt: skip
-        state = state._replace(params=state.params | {"moves": moves})
     return state, metrics | info
 
 
@@ -159,20 +150,9 @@ def prefix_ranks(table: References, batch: ScoredRollout) -> jax.Array:
     return _ranks(table, batch.row_B, batch.prefix_reward_BxT)
 
 
-def token_moves(moves: prefix.Moves, table: References, batch: ScoredRollout) -> prefix.Moves:
-    """Adds what the tokens of responses did to the ranks of their prefixes."""
-    whole = jnp.asarray(batch.reward_B)[:, None]
-    rewards = jnp.concatenate([batch.prefix_reward_BxT, whole], axis=1)
-    ranks = _ranks(table, batch.row_B, rewards)
-    rollout = batch.rollout
-    return prefix.moved(moves, rollout.tokens_BxT, ranks[:, :-1], ranks[:, 1:], rollout.mask_BxT)
-
-
 def _ranks(table: References, row_B: jax.Array, reward_BxX: jax.Array) -> jax.Array:
-    """Ranks of rewards [B, ...] among those of the reference."""
-    flat = reward_BxX.reshape(reward_BxX.shape[0], -1)
-    below, equal = lf.reference_ranks(table.rewards_PxM[row_B], flat)
-    return ((below + 0.5 * equal) / table.m).reshape(reward_BxX.shape)
+    below, equal = lf.reference_ranks(table.rewards_PxM[row_B], reward_BxX)
+    return (below + 0.5 * equal) / table.m
 
 
 def _lookahead(
@@ -191,9 +171,9 @@ def _lookahead(
         [batch.candidate_reward_BxTxK, batch.prefix_reward_BxT[..., None]], axis=-1
     )
     B, T, _ = rewards.shape
-    value = prefix.values(values, _ranks(table, batch.row_B, rewards), ahead=1)
-    flat = rewards.reshape(-1)
-    rows = jnp.repeat(batch.row_B, flat.size // B)
+    flat = rewards.reshape(B, -1)
+    value = prefix.values(values, _ranks(table, batch.row_B, flat).reshape(rewards.shape), ahead=1)
+    rows, flat = jnp.repeat(batch.row_B, flat.shape[1]), flat.reshape(-1)
     density = references.density(
         table, rows, flat, None, jnp.zeros_like(flat), n, estimator=setup.estimator
     )

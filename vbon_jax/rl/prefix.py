@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vbon_jax.rl.masking import masked
 
 POSITIONS, RANKS = 16, 16
-PRIOR = 4.0  # returns at the mean of the position that each cell counts as having seen; and moves
+PRIOR = 4.0  # returns at the mean of the position that each cell counts as having seen
 
 
 class Table(NamedTuple):
@@ -84,53 +84,6 @@ def updated(
         (keep * table.total).at[cells].add(masked(returns_BxT, mask_BxT)),
         (keep * table.weight).at[cells].add(here),
     )
-
-
-class Moves(NamedTuple):
-    """How far each token of the vocabulary moves the rank of a prefix's reward, float32 [V] each.
-
-    Attributes:
-      total: sums of absolute changes of rank.
-      seen: of how many.
-    """
-
-    total: jax.Array
-    seen: jax.Array
-
-
-def unmoved(vocabulary: int) -> Moves:
-    """None has been seen: all weights are 1."""
-    return Moves(*jnp.zeros((2, vocabulary), jnp.float32))
-
-
-def moved(
-    moves: Moves, ids: jax.Array, before: jax.Array, after: jax.Array, mask: jax.Array
-) -> Moves:
-    """Adds what tokens did to the ranks of prefixes.
-
-    Args:
-      moves: the sums so far.
-      ids: int32, of any shape.
-      before: ranks of the prefixes before these tokens, of a shape that broadcasts to theirs.
-      after: ranks with them.
-      mask: which tokens count, likewise.
-
-    Returns:
-      The sums with these.
-    """
-    change = masked(jnp.abs(after - before), jnp.broadcast_to(mask, ids.shape))
-    one = masked(jnp.ones(ids.shape), jnp.broadcast_to(mask, ids.shape))
-    return Moves(moves.total.at[ids].add(change), moves.seen.at[ids].add(one))
-
-
-def weights(moves: Moves) -> jax.Array:
-    """How far each token moves ranks, relative to the mean of all seen: float32 [V], above 0.
-
-    Those of tokens seen little are shrunk towards 1.
-    """
-    mean = jnp.sum(moves.total) / jnp.maximum(jnp.sum(moves.seen), 1.0)
-    mean = jnp.maximum(mean, 1e-6)
-    return (moves.total / mean + PRIOR) / (moves.seen + PRIOR) + 1e-3
 
 
 class Lookahead(NamedTuple):

@@ -15,7 +15,7 @@ from vbon_jax.sampling import logits as lg
 
 
 class Likeliest(NamedTuple):
-    """The K likeliest tokens at each slot of responses, or half as many and others, [B, T, K] each.
+    """The K likeliest tokens at each slot of responses, [B, T, K] each.
 
     ids_BxTxK: int32.
     log_probs_BxTxK: float32 nats under the distribution that the response's own token is of.
@@ -67,8 +67,7 @@ class Limits:
       top_k: keeps the k likeliest tokens, for generation only: it changes the distribution sampled
         from, while ``log_probs_BxT`` stays that of the unfiltered one; 0 keeps all.
       top_p: likewise keeps the smallest set of tokens of this mass; 1.0 keeps all.
-      likeliest: how many of the likeliest tokens at each slot are told beside the one drawn; see
-        ``rollout``.
+      likeliest: how many of the likeliest tokens at each slot are told beside the one drawn.
     """
 
     max_new_tokens: int
@@ -77,17 +76,6 @@ class Limits:
     top_k: int = 0
     top_p: float = 1.0
     likeliest: int = 0
-
-
-def _likeliest(logits_BxV: jax.Array, weight_V: jax.Array | None, count: int) -> jax.Array:
-    """Ids of the greatest logits; with weights, see `rollout`."""
-    if weight_V is None:
-        return jax.lax.top_k(logits_BxV, count)[1]
-    _, first = jax.lax.top_k(logits_BxV, count - count // 2)
-    weighted = logits_BxV + jnp.log(weight_V)
-    rest = weighted.at[jnp.arange(len(first))[:, None], first].set(-jnp.inf)
-    _, others = jax.lax.top_k(rest, count // 2)
-    return jnp.concatenate([first, others], axis=-1)
 
 
 class _Picked(NamedTuple):
@@ -105,7 +93,6 @@ def rollout(
     prompt_mask_BxP: jax.Array,
     keys_B: jax.Array,
     temperature: jax.Array | float,
-    weight_V: jax.Array | None = None,
     *,
     config: decoder.DecoderConfig,
     limits: Limits,
@@ -119,8 +106,6 @@ def rollout(
       prompt_mask_BxP: bool, True on prompt tokens.
       keys_B: one key a row (``identity_keys``): a row's response does not depend on the others.
       temperature: > 0, divides the logits; data, so another value needs no compile.
-      weight_V: float32 > 0, of each token. With it, only the first half of ``limits.likeliest`` are
-        the likeliest; the others are those of the greatest weight times probability of the rest.
       config: the decoder's shape.
       limits: length, end and filters of the responses.
       together: under ``jax.vmap(..., axis_name=together)``, that axis: its members leave the loop
@@ -143,8 +128,7 @@ def rollout(
         chosen = log_prob(tempered, token)
         if not limits.likeliest:
             return _Picked(token, chosen, None)
-        ids = _likeliest(tempered, weight_V, limits.likeliest)
-        logits = jnp.take_along_axis(tempered, ids, axis=-1)
+        logits, ids = jax.lax.top_k(tempered, limits.likeliest)
         log_z = jnp.take_along_axis(tempered, token[:, None], axis=-1) - chosen[:, None]
         others = Likeliest(ids, logits - log_z, lm.is_end(ids, limits.end_ids))
         return _Picked(token, chosen, others)

@@ -208,7 +208,6 @@ def respond(
     config: DecoderConfig,
     sampling: Sampling,
     together: str | None = None,
-    weight_V: jax.Array | None = None,
 ) -> decode.Rollout:
     """Draws one response a row; the only caller of the jitted rollout.
 
@@ -219,13 +218,12 @@ def respond(
       config: the decoder's configuration.
       sampling: how to draw.
       together: see ``decode.rollout``.
-      weight_V: likewise.
 
     Returns:
       Rollout with ``sampling.max_new_tokens`` slots a row.
     """
     return decode.rollout(
-        params, *prompts, keys_B, np.float32(sampling.temperature), weight_V, config=config,
+        params, *prompts, keys_B, np.float32(sampling.temperature), config=config,
         limits=sampling.limits, together=together,
     )  # fmt: skip
 
@@ -263,12 +261,7 @@ class Sampler:
     # --- Drawing ------------------------------------------------------------------------------
 
     def draw(
-        self,
-        key: jax.Array,
-        step: int,
-        requests: Sequence[Request],
-        length: int | None = None,
-        weight_V: jax.Array | None = None,
+        self, key: jax.Array, step: int, requests: Sequence[Request], length: int | None = None
     ) -> Batch:
         """Draws one batch of responses and leaves it on the device.
 
@@ -277,7 +270,6 @@ class Sampler:
           step: training step, or 0 where there is none.
           requests: the rows; their number and ``length`` decide the compiled shape.
           length: padded prompt length in tokens; None takes the bucket of the longest.
-          weight_V: of tokens, where the likeliest are asked for; see ``decode.rollout``.
         """
         if length is None:
             length = bucket_length(max(len(r.tokens) for r in requests))
@@ -286,9 +278,7 @@ class Sampler:
         samples = np.array([r.sample for r in requests], np.int32)
         prompts, ids, samples = sharding.place((prompts, ids, samples), self.mesh, "batch")
         keys = decode.identity_keys(key, step, ids, samples)
-        rollout = respond(
-            self.model.params, prompts, keys, self.model.config, self.settings, weight_V=weight_V
-        )
+        rollout = respond(self.model.params, prompts, keys, self.model.config, self.settings)
         return Batch(requests, prompts, rollout, self.settings.temperature)
 
     def batches(

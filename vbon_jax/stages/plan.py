@@ -299,9 +299,8 @@ def _rollout_bytes(w: _World, params: Any, rows: int, likeliest: int = 0) -> tup
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     batch = _abstract((*shapes, keys), w.mesh, "batch")
     ends = (0,) if s.sampling.stop_at_eos else ()
-    weights = _shape(w.config.vocab_size, dtype=jnp.float32) if likeliest else None
     lowered = decode.rollout.lower(
-        params, *batch, np.float32(s.sampling.temperature), weights, config=w.config,
+        params, *batch, np.float32(s.sampling.temperature), config=w.config,
         limits=decode.Limits(s.sampling.max_new_tokens, ends, pad_id=0, likeliest=likeliest),
     )  # fmt: skip
     slots = jax.eval_shape(partial(cache.init, w.config, rows, w.columns))

@@ -13,7 +13,6 @@ from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.models import trainable
 from vbon_jax.rewards.base import counts_of
-from vbon_jax.rl import prefix
 from vbon_jax.sampling import prefixes
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.sampler import (
@@ -112,12 +111,11 @@ class Learner:
             self.task.prompts, program.batch_size, step, self.member.seed, program.group
         )
         batches = []
-        weight_V = prefix.weights(state.params["moves"]) if program.lookahead else None
         for i, source in enumerate(program.sources):
             params = trainable.join(self.task.sampler.model.params, state.params[source])
             batches.append(
                 self._sampler.with_params(params).draw(
-                    self._key, step, requests_of(base, i, program), self._length, weight_V
+                    self._key, step, requests_of(base, i, program), self._length
                 )
             )
         tokens = sum(int(jnp.sum(b.rollout.mask_BxT)) for b in batches)  # waits for the rollouts

@@ -91,10 +91,9 @@ class Train:
     replay: int = key(0, "Stored samples of each prompt of a rollout that are learned from beside "
                       "its `train.group` responses, by their importance weights.", least=0,
                       most=MOST_ROWS)  # fmt: skip
-    lookahead: int = key(0, "With `train.value_network=prefix`: next tokens at each position whose "
-                         "values are asked for as well, so that the gradient sums over them; each "
-                         "costs a call of the reward a token. Half are the likeliest, half those "
-                         "likely to move the reward's rank most.", least=0,
+    lookahead: int = key(0, "With `train.value_network=prefix`: likeliest next tokens at each "
+                         "position whose values are asked for as well, so that the gradient sums "
+                         "over them; each costs a call of the reward a token.", least=0,
                          most=MOST_WIDTH)  # fmt: skip
     average_half_life: float = key(0.0, "Half-life, in iterations, of an exponential average of "
                                    "the policy's weights, which is then the policy that is "

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 from vbon_jax import sharding
 from vbon_jax.models import trainable
 from vbon_jax.rewards.base import counts_of
-from vbon_jax.rl import prefix
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.sampler import (
@@ -195,19 +194,11 @@ class PopulationLearner:
         whole = trainable.trains_head(state.params[program.sources[0]])
         frozen = {} if whole else task.sampler.model.params
         drawn = []
-        weight_KxV = None
-        if program.lookahead:
-            weight_KxV = jax.vmap(prefix.weights)(state.params["moves"])
         for i, source in enumerate(program.sources):
             requests = [requests_of(rows, i, program) for rows in base]
             prompts, *identity = self._rows(requests)
             rollout = self._draw(
-                (np.int32(step), frozen),
-                state.params[source],
-                weight_KxV,
-                self._keys_K,
-                *prompts,
-                *identity,
+                (np.int32(step), frozen), state.params[source], self._keys_K, *prompts, *identity
             )
             drawn.append((requests, prompts, rollout))
         tokens = sum(int(jnp.sum(rollout.mask_BxT)) for *_, rollout in drawn)  # waits for them
@@ -298,13 +289,7 @@ class PopulationLearner:
 
 
 def _draw(
-    sampler: Sampler,
-    at_once: int,
-    shared: Any,
-    params: Any,
-    weight_V: jax.Array | None,
-    key: jax.Array,
-    *rows: Any,
+    sampler: Sampler, at_once: int, shared: Any, params: Any, key: jax.Array, *rows: Any
 ) -> Rollout:
     """Responses of one member: ``rows`` are prompts, mask, prompt ids and sample numbers."""
     step, base = shared
@@ -316,5 +301,4 @@ def _draw(
         sampler.model.config,
         sampler.settings,
         None if at_once == 1 else AXIS,
-        weight_V,
     )
