@@ -27,6 +27,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.stages = ("sft", "reward", "sample", "train", "export", "evaluate")
     config.sampling.update(max_new_tokens=36, batch_size=512)
     config.train.update(batch_size=256, minibatch_size=64, learning_rate=5e-4, value_coef=1.0)
+    config.memory.lengths = 4  # responses are half as long as the limit
+    if variant == "":
+        config.train.average_half_life = 10.0
     config.prompts.test = 400  # with these three, KL to best-of-n is known to about 0.03 nats
     config.evaluate.update(m=50, samples_per_prompt=24)
     config.offline.learning_rate = 3e-4  # of dpo, qrpo, bonbon and bon_sft

@@ -9,6 +9,7 @@ import pytest
 from tests.training import tiny
 from tests.training.test_partly_trained import TOP, close, experience, parts
 from vbon_jax.training import lengths, ppo, scoring
+from vbon_jax.training.options import Memory, Train, microbatches
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,15 @@ def batch(world, mesh):
 
 def masks(lengths_B, T):
     return jnp.arange(T) < jnp.array(lengths_B)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulate", "lengths_", "parts"),
+    [(64, 1, 1, 1), (64, 1, 4, 4), (6, 1, 4, 3), (2, 1, 16, 2), (64, 2, 4, 2), (64, 8, 1, 8)],
+)
+def test_a_gradient_step_is_divided_for_memory_or_for_lengths(rows, accumulate, lengths_, parts):
+    train = Train(minibatch_size=rows)
+    assert microbatches(train, Memory(accumulate=accumulate, lengths=lengths_)) == parts
 
 
 def test_each_part_holds_rows_of_like_length():
@@ -49,7 +59,7 @@ def test_the_shortest_length_that_holds_all_is_taken(longest, length):
 
 def test_an_update_is_the_same_at_any_lengths(world, mesh, batch):
     reference, params = parts(world, mesh, TOP)
-    setup = tiny.changed(world.setup, penalty="full", accumulate=2)
+    setup = tiny.changed(world.setup, penalty="full")
     expected, expected_metrics = experience(world, reference, params, batch, setup)
     cut = tiny.changed(setup, lengths=2)
     found, metrics = experience(world, reference, params, batch, cut)

@@ -13,6 +13,7 @@ from vbon_jax.progress import log
 from vbon_jax.sampling.sampler import named_key
 from vbon_jax.stages.record import Stage
 from vbon_jax.stages.workdir import Workdir
+from vbon_jax.training.options import microbatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,8 @@ def refuse_uneven(config: Config, mesh: Mesh) -> None:
         ("train.batch_size", train.batch_size),
         ("train.minibatch_size", train.minibatch_size),
         (
-            "train.minibatch_size / memory.accumulate",
-            train.minibatch_size // config.memory.accumulate,
+            "train.minibatch_size / memory.accumulate (or memory.lengths)",
+            train.minibatch_size // microbatches(train, config.memory),
         ),
     ):
         if rows % ways:

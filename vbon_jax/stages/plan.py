@@ -47,6 +47,7 @@ from vbon_jax.stages.fitting import LABELS, decoder_config
 from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training import offline
 from vbon_jax.training.learner import Program
+from vbon_jax.training.options import microbatches
 
 GIB = 2**30
 TEXT_ROWS = 32  # rows a text reward scores at once
@@ -346,7 +347,7 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     scalar = _shape(dtype=jnp.float32)
     program = jax.jit(own.update, donate_argnums=0)
     lowered = program.lower(state, w.reference, batches, table, scalar, scalar)
-    step = s.train.minibatch_size // s.memory.accumulate
+    step = s.train.minibatch_size // microbatches(s.train, s.memory)
     phases["update"] = _new_bytes(lowered) + bytes_of(batches) + w.packing(step)
     return kv
 

@@ -84,7 +84,10 @@ def _training(s: Config, series: Series) -> learning.Training:
     """How the members of a curve are trained: as the run says, but for what the series fixes."""
     training = loading.training(s)
     offline = dataclasses.replace(training.offline, **series.offline)
-    return dataclasses.replace(training, offline=offline)
+    memory = training.memory
+    if s.sweep.at_once != 1:  # vmapped, each member would compute every length
+        memory = dataclasses.replace(memory, lengths=1)
+    return dataclasses.replace(training, offline=offline, memory=memory)
 
 
 def units(s: Config) -> list[Unit]:

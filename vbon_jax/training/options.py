@@ -165,13 +165,22 @@ class Memory:
     accumulate: int = key(1, "Microbatches whose gradients are accumulated per gradient step; must "
                           "divide `train.minibatch_size`.", least=1, most=MOST_ROWS)  # fmt: skip
     lengths: int = key(1, "Lengths that responses are computed at in updates: each microbatch, of "
-                       "responses of like length, at the shortest of this many that holds it. Each "
-                       "is compiled; 1 computes all as padded to `sampling.max_new_tokens`.",
+                       "responses of like length, at the shortest of this many that holds it. They "
+                       "are as many as `accumulate` says, or, where it is 1, up to this many. Each "
+                       "length is compiled; 1 pads all to `sampling.max_new_tokens`.",
                        least=1, most=16)  # fmt: skip
     chunk: int = key(1_024, "Tokens whose logits over the vocabulary are held in memory at once.",
                      least=1, most=MOST_TOKENS)  # fmt: skip
     device_gib: float = key(0.0, "Memory per device in GiB that `vbon plan` assumes; 0 takes this "
                             "machine's.", least=0)  # fmt: skip
+
+
+def microbatches(train: Train, memory: Memory) -> int:
+    """Into how many microbatches the rows of a gradient step are divided."""
+    rows, most = train.minibatch_size, memory.lengths
+    if memory.accumulate > 1:
+        return memory.accumulate
+    return next(d for d in range(min(most, rows), 0, -1) if rows % d == 0)
 
 
 def check(train: Train, lora: Lora, memory: Memory) -> None:

@@ -118,7 +118,7 @@ def loss(
 def gradients(
     params: Any, ref_params: Any, minibatch: Experience, setup: Setup
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient of ``loss`` and its metrics, by ``memory.accumulate`` microbatches in turn."""
+    """Gradient of ``loss`` and its metrics, by its microbatches in turn."""
     count = jnp.maximum(jnp.sum(minibatch.response_mask_BxT), 1).astype(jnp.float32)
 
     def at_length(rows: Experience) -> tuple[Any, dict[str, jax.Array]]:
@@ -127,9 +127,9 @@ def gradients(
     def of(rows: Experience) -> tuple[Any, dict[str, jax.Array]]:
         return lengths.at_shortest(at_length, rows, rows.response_mask_BxT, setup.memory.lengths)
 
-    if setup.memory.accumulate == 1:
+    if setup.microbatches == 1:
         return of(minibatch)
-    parts = in_parts(minibatch, setup.memory.accumulate)
+    parts = in_parts(minibatch, setup.microbatches)
 
     def add(total: Any, part: Experience) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of(sharding.constrain(part, "batch"))), None
@@ -160,7 +160,7 @@ def epochs(
         params, opt_state = carry
         if setup.memory.lengths > 1:
             here = exp.response_mask_BxT[rows_of_step]
-            rows_of_step = rows_of_step[lengths.order(here, setup.memory.accumulate)]
+            rows_of_step = rows_of_step[lengths.order(here, setup.microbatches)]
         # Gathered rows would be whole on every device: each would do all of the minibatch.
         minibatch = sharding.constrain(jax.tree.map(lambda x: x[rows_of_step], exp), "batch")
         grads, info = gradients(params, ref_params, minibatch, setup)

@@ -16,7 +16,7 @@ from vbon_jax.rl.next_token import NextToken
 from vbon_jax.rl.prefix import Lookahead
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import lengths
-from vbon_jax.training.options import PREFIX, Memory, Train
+from vbon_jax.training.options import PREFIX, Memory, Train, microbatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,14 @@ class Setup:
         return self.train.penalty == "full"
 
     @property
+    def microbatches(self) -> int:
+        """Into how many the rows of a gradient step are divided."""
+        return microbatches(self.train, self.memory)
+
+    @property
     def microbatch(self) -> int:
         """Rows whose activations are held at once."""
-        return self.train.minibatch_size // self.memory.accumulate
+        return self.train.minibatch_size // self.microbatches
 
 
 class Target(NamedTuple):
