@@ -14,7 +14,7 @@ from tests import standins
 from vbon_jax.data.sources import reviews
 from vbon_jax.errors import InputError
 from vbon_jax.methods import starting
-from vbon_jax.models import decoder
+from vbon_jax.models import decoder, heads
 from vbon_jax.rl import prefix
 
 TEXTS = ("the film is", "i think the acting", "a drama of", "this comedy")
@@ -240,9 +240,17 @@ def test_values_of_prefixes_know_the_stored_samples(reference, samples, monkeypa
 
 
 def test_a_value_head_knows_the_stored_samples(reference, samples, monkeypatch):
-    """Before the first iteration: the ridge regression of the target on all hidden states."""
+    """Before the first iteration: the ridge regression of the target on all hidden states.
+
+    Where it says nothing of a tenth of the prompts, or there is no tenth, the head stays 0.
+    """
+    prompts = vbon.prompts([f"{text} {word}" for text in TEXTS for word in ("a", "it", "so")],
+                           reference)  # fmt: skip
+    few, samples = samples, vbon.sample(reference, prompts, m=8, reward=length)
     monkeypatch.setattr(starting, "STORED", samples.rewards.size)  # each of them once
     seen, valued = [], starting.valued
+    share = 0.1
+    monkeypatch.setattr(heads, "explained_variance", lambda head, moments: share)
 
     def look(*given):
         state = valued(*given)
@@ -252,6 +260,10 @@ def test_a_value_head_knows_the_stored_samples(reference, samples, monkeypatch):
     monkeypatch.setattr(starting, "valued", look)
     method = vbon.VBoN(n=4)
     vbon.train(reference, samples, reward=length, method=method, **SMALL, iterations=1)
+    vbon.train(reference, few, reward=length, method=method, **SMALL, iterations=1)
+    share = 0.0
+    vbon.train(reference, samples, reward=length, method=method, **SMALL, iterations=1)
+    assert [bool(head["kernel"].any()) for head in seen] == [True, False, False]
 
     rows, targets = [], []
     for row in samples.samples:

@@ -117,7 +117,7 @@ def valued(
     fill the table of values of prefixes (see ``rl.prefix``), or fit the head of another value
     function (`heads.fit_value`). A line says what share of the returns' variance the values explain
     on the last tenth of the prompts, before they learn from these too; a head that explains none of
-    it is left as it was.
+    it is left as it was, as where there are fewer than ten prompts.
     """
     if not job.method.values or job.training.train.baseline == "group":
         return fresh  # nothing reads them
@@ -191,13 +191,14 @@ def _head(
                 row = (tokens[rows], mask[rows], arrays[1][1][rows] & here[:, None])
                 part.append(_moments(own, *row, arrays[2][rows], config=config))
     before = params["value"]["head"]
-    summed = [jax.tree.map(lambda *x: sum(x), *part) for part in parts if part]
-    if len(summed) > 1:
-        share = heads.explained_variance(heads.fit_value(summed[0]), summed[1])
-        log(f"values explain {share:.2f} of the variance on held-out prompts")
-        if share <= 0:
-            return before
-    whole = jax.tree.map(lambda *x: sum(x), *summed)
+    if not all(parts):  # nothing would tell whether they say anything
+        return before
+    learned, held = (jax.tree.map(lambda *x: sum(x), *part) for part in parts)
+    share = heads.explained_variance(heads.fit_value(learned), held)
+    log(f"values explain {share:.2f} of the variance on held-out prompts")
+    if share <= 0:
+        return before
+    whole = jax.tree.map(jnp.add, learned, held)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), heads.fit_value(whole), before)
 
 
