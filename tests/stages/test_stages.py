@@ -371,7 +371,9 @@ def test_text_world(tmp_path, capfd):
     ]  # fmt: skip
     assert vbon("run", tmp_path / "w", *flags, config="reviews") == 0
     rows = json.loads((tmp_path / "w" / "evaluation.json").read_text())["rows"]
-    assert [r["temperature"] for r in rows] == [1.0] * 3 + [0.5] * 3
+    assert [r["temperature"] for r in rows] == [1.0] * 4 + [0.5] * 4
+    named = ["reference", "bon", "vbon", "vbon, last iterate"]
+    assert [r["policy"] for r in rows] == named * 2
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "w" / "reward"
     )
