@@ -25,6 +25,13 @@ def length(prompts, responses):
     return [len(response) / 10 for response in responses]
 
 
+def target_of(reward, rewards, n=4):
+    """Log(pi_bon / pi_ref) / n of a response by its rank among those of the reference."""
+    below, equal, m = np.sum(rewards < reward), np.sum(rewards == reward), len(rewards) + 1
+    ratio = np.log(((below + equal + 1) / m) ** n - (below / m) ** n)
+    return (ratio - np.log((equal + 1) / m)) / n
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp("api")
@@ -216,16 +223,14 @@ def test_values_of_prefixes_know_the_stored_samples(reference, samples, monkeypa
     for row in samples.samples:
         rewards = np.array(row.rewards)
         for reward, ids in zip(row.rewards, row.response_tokens, strict=True):
-            below, equal = np.sum(rewards < reward), np.sum(rewards == reward)
-            ratio = np.log(((below + equal + 1) / 9) ** 4 - (below / 9) ** 4)
-            ratio -= np.log((equal + 1) / 9)
+            target = target_of(reward, rewards)
             for t in range(len(ids)):
                 text = reference.texts([row.prompt_tokens], [ids[:t]])[0]
                 own = np.float32(len(text) / 10)
                 mine = rewards.astype(np.float32)
                 rank = (np.sum(mine < own) + np.sum(mine == own) / 2) / 8
                 cell = t * prefix.POSITIONS // 8, min(int(rank * prefix.RANKS), 15)
-                total[cell] += ratio / 4
+                total[cell] += target
                 weight[cell] += 1
     np.testing.assert_allclose(seen[0].weight, weight)
     np.testing.assert_allclose(seen[0].total, total, atol=1e-4)
@@ -269,15 +274,13 @@ def test_a_value_head_knows_the_stored_samples(reference, samples, monkeypatch):
     for row in samples.samples:
         rewards = np.array(row.rewards)
         for reward, ids in zip(row.rewards, row.response_tokens, strict=True):
-            below, equal = np.sum(rewards < reward), np.sum(rewards == reward)
-            ratio = np.log(((below + equal + 1) / 9) ** 4 - (below / 9) ** 4)
-            ratio -= np.log((equal + 1) / 9)
+            target = target_of(reward, rewards)
             whole = np.array([[*row.prompt_tokens, *ids]], np.int32)
             model = reference.model
             hidden = decoder.hidden(model.params, model.config, whole, np.ones(whole.shape, bool))
             first = len(row.prompt_tokens) - 1
             rows += list(np.asarray(hidden[0, first : first + len(ids)], np.float64))
-            targets += [ratio / 4] * len(ids)
+            targets += [target] * len(ids)
     x, y = np.array(rows), np.array(targets)
     centred = x - x.mean(axis=0)
     covariance = centred.T @ centred / len(x)

@@ -34,7 +34,8 @@ from vbon_jax.training.options import REFERENCE, WEIGHTED
 from vbon_jax.training.state import TrainState
 
 Fit = Callable[[Job, Sequence[Member], Any], TrainState]
-STORED = 2_048  # samples, at least, that the values of prefixes are learned from
+STORED = 2_048  # samples, at least, that values are learned from
+TENTH = 10  # one prompt in as many is held out; none where there are fewer
 
 
 def job(online: Job) -> Job | None:
@@ -121,6 +122,8 @@ def valued(
     """
     if not job.method.values or job.training.train.baseline == "group":
         return fresh  # nothing reads them
+    if not job.reads_prefixes and len(samples) < TENTH:
+        return fresh
     alone = fresh.step.ndim == 0
 
     def own(i: int) -> Any:
@@ -156,7 +159,7 @@ def _values(
     n, beta = jnp.float32(of.n), jnp.float32(of.beta)
     density = vbon.best_of_n_density(table, batch, log_ref_B, n, job.options.estimator)
     return_B = vbon.objective(job.objective, density, batch.reward_B, n, beta).sequence_reward_B
-    held_B = np.asarray(batch.row_B) >= len(rewards) - len(rewards) // 10
+    held_B = np.asarray(batch.row_B) >= len(rewards) - len(rewards) // TENTH
     if not job.reads_prefixes:
         return {"head": _head(job, task, own(i), batch, return_B, held_B)}
     mask, ranks = batch.rollout.mask_BxT, vbon.prefix_ranks(table, batch)
@@ -191,8 +194,6 @@ def _head(
                 row = (tokens[rows], mask[rows], arrays[1][1][rows] & here[:, None])
                 part.append(_moments(own, *row, arrays[2][rows], config=config))
     before = params["value"]["head"]
-    if not all(parts):  # nothing would tell whether they say anything
-        return before
     learned, held = (jax.tree.map(lambda *x: sum(x), *part) for part in parts)
     share = heads.explained_variance(heads.fit_value(learned), held)
     log(f"values explain {share:.2f} of the variance on held-out prompts")

@@ -1,6 +1,6 @@
 """A sequence classifier as the reward, scored on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -148,11 +148,8 @@ def scores_before(
     Returns:
       float32 [B, T], each what `score` gives for the tokens before.
     """
-    T = response_BxT.shape[1]
     hidden = decoder.hidden(params["decoder"], config, tokens_BxS, mask_BxS)
-    at_BxS = jax.lax.cummax(jnp.where(mask_BxS, jnp.arange(mask_BxS.shape[1]), 0), axis=1)
-    last_BxT = at_BxS[:, -T - 1 : -1]  # of the tokens before each
-    hidden = jnp.take_along_axis(hidden, last_BxT[..., None], axis=1)
+    hidden = _before(hidden, mask_BxS, response_BxT.shape[1])
     return _score_each(params, hidden, kind, label, independent)
 
 
@@ -176,7 +173,7 @@ def scores_with(
       params: {"decoder", "score"}, of a causal model.
       tokens_BxS: int32 ids of prompt and response in one row, of which the response are the last T.
       mask_BxS: bool mask of the real tokens.
-      ids_BxTxK: int32, the tokens to stand in place of each of the response's.
+      ids_BxTxK: int32, the tokens to stand in place of each of the response's; below 0 for none.
       config: the classifier's configuration.
       kind: one of KINDS, see `score_of`.
       label: index of the label, see `score_of`.
@@ -188,13 +185,25 @@ def scores_with(
     (B, S), T = tokens_BxS.shape, ids_BxTxK.shape[1]
     model = params["decoder"]
     kept = cache.init(config, B, S + T)
-    _, kept = decoder.prefill(model, config, tokens_BxS, mask_BxS, kept)
+    hidden, kept = decoder.prefill(model, config, tokens_BxS, mask_BxS, kept)
 
-    def of(ids_BxT: jax.Array) -> jax.Array:
-        hidden = decoder.instead(model, config, ids_BxT, kept)
-        return _score_each(params, hidden, kind, label, independent)
+    def scores(hidden_BxTxD: jax.Array) -> jax.Array:
+        return _score_each(params, hidden_BxTxD, kind, label, independent)
 
-    return jnp.moveaxis(jax.lax.map(of, jnp.moveaxis(ids_BxTxK, -1, 0)), 0, -1)
+    before_BxT = scores(_before(hidden, mask_BxS, T))
+    found_KxBxT = jax.lax.map(
+        lambda ids_BxT: scores(decoder.instead(model, config, jnp.maximum(ids_BxT, 0), kept)),
+        jnp.moveaxis(ids_BxTxK, -1, 0),
+    )
+    found_BxTxK = jnp.moveaxis(found_KxBxT, 0, -1)
+    return jnp.where(ids_BxTxK < 0, before_BxT[..., None], found_BxTxK)
+
+
+def _before(hidden_BxSxD: jax.Array, mask_BxS: jax.Array, T: int) -> jax.Array:
+    """The hidden states [B, T, D] of the last real token before each of the last T columns."""
+    at_BxS = jax.lax.cummax(jnp.where(mask_BxS, jnp.arange(mask_BxS.shape[1]), 0), axis=1)
+    last_BxT = at_BxS[:, -T - 1 : -1]
+    return jnp.take_along_axis(hidden_BxSxD, last_BxT[..., None], axis=1)
 
 
 def _score_each(
@@ -285,74 +294,51 @@ class ClassifierReward:
     ) -> jax.Array:
         """Returns float32 rewards [B]; see `base.Reward`. The prompts' texts are not read."""
         del prompts
-        response_mask_BxT = response_mask_BxT & ~lm.is_end(response_BxT, self._end_ids)
-        return score(
-            self._model.params,
-            jnp.concatenate([prompt_BxP, response_BxT], axis=1),
-            jnp.concatenate([prompt_mask_BxP, response_mask_BxT], axis=1),
-            config=self._model.config,
-            kind=self._model.kind,
-            label=self._label,
-            independent=self._model.labels.independent,
-        )
+        rows = self._rows(prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT)
+        return score(*rows, **self._settings)
 
-    def of_prefixes(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_BxP: jax.Array,
-        prompt_mask_BxP: jax.Array,
-        response_BxT: jax.Array,
-        response_mask_BxT: jax.Array,
-    ) -> jax.Array | None:
+    def of_prefixes(self, prompts: Sequence[Prompt], *rows: jax.Array) -> jax.Array | None:
         """Returns the rewards before each token, [B, T]; None of an encoder: see `base.Reward`."""
         del prompts
-        found = self._at_once(
-            scores_before, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT
-        )
-        return None if found is None else found(response_BxT)
+        if not self._causal:
+            return None
+        return scores_before(*self._rows(*rows), rows[2], **self._settings)
 
-    def of_candidates(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_BxP: jax.Array,
-        prompt_mask_BxP: jax.Array,
-        response_BxT: jax.Array,
-        response_mask_BxT: jax.Array,
-        ids_BxTxK: jax.Array,
-    ) -> jax.Array | None:
+    def of_candidates(self, prompts: Sequence[Prompt], *rows: jax.Array) -> jax.Array | None:
         """Returns the rewards with other tokens, [B, T, K]; None of an encoder: see `base.Reward`.
 
         An id that ends a response leaves the reward as it is before.
         """
-        rows = (prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT)
-        found = self._at_once(scores_with, *rows)
-        if found is None:
+        del prompts
+        if not self._causal:
             return None
-        ends_BxTxK = lm.is_end(ids_BxTxK, self._end_ids)
-        before = self.of_prefixes(prompts, *rows)
-        assert before is not None
-        return jnp.where(ends_BxTxK, before[..., None], found(ids_BxTxK))
+        *own, ids_BxTxK = rows
+        ids_BxTxK = jnp.where(lm.is_end(ids_BxTxK, self._end_ids), -1, ids_BxTxK)
+        return scores_with(*self._rows(*own), ids_BxTxK, **self._settings)
 
-    def _at_once(
+    @property
+    def _causal(self) -> bool:
+        return isinstance(self._model.config, decoder.DecoderConfig)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        model = self._model
+        return {
+            "config": model.config, "kind": model.kind, "label": self._label,
+            "independent": model.labels.independent,
+        }  # fmt: skip
+
+    def _rows(
         self,
-        scores: Any,
         prompt_BxP: jax.Array,
         prompt_mask_BxP: jax.Array,
         response_BxT: jax.Array,
         response_mask_BxT: jax.Array,
-    ) -> Callable[[jax.Array], jax.Array] | None:
-        """A function of scores of one pass, with all but its last argument; None of an encoder."""
-        config = self._model.config
-        if not isinstance(config, decoder.DecoderConfig):
-            return None
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """The parameters, prompts and responses in one row, and what of it is read."""
         response_mask_BxT = response_mask_BxT & ~lm.is_end(response_BxT, self._end_ids)
-        return partial(
-            scores,
+        return (
             self._model.params,
             jnp.concatenate([prompt_BxP, response_BxT], axis=1),
             jnp.concatenate([prompt_mask_BxP, response_mask_BxT], axis=1),
-            config=config,
-            kind=self._model.kind,
-            label=self._label,
-            independent=self._model.labels.independent,
         )

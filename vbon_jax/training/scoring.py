@@ -265,7 +265,8 @@ def score(params: Any, ref_params: Any, batch: ScoredRollout, setup: Setup) -> S
             rows = jax.tree.map(lambda x: x[order], rows)
         scored = in_microbatches(part, rows, setup.microbatch)
         if setup.memory.lengths > 1:
-            scored = jax.tree.map(lambda x: x[jnp.argsort(order)], scored)
+            back = jnp.argsort(order)
+            scored = jax.tree.map(lambda x: x[back], scored)
         found, values, ref_hidden, trunk = scored
     return Scored(tokens, token_mask, mask, found, values, trunk, ref_hidden)
 
