@@ -34,7 +34,7 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"mlp/(up|gate)/bias$", P(None, "tensor")),  # [L, F]
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
     (r"^batch\b", P(BATCH)),  # rows first: tokens, masks, log-probs, rewards
-    (r"^cache/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, G, S, K]
+    (r"^(cache|slots/(store|held|rows))/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, G, S, K]
     (r"^cache/mask_BxS$", P(BATCH)),  # [B, S]
 )
 
@@ -67,6 +67,11 @@ def make_mesh(
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
     )
+
+
+def ways(mesh: Mesh) -> int:
+    """Over how many devices a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def spec_for(path: str, shape: Sequence[int], mesh: Any) -> P:

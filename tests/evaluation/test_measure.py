@@ -12,7 +12,8 @@ from vbon_jax.evaluation import exact, measure
 from vbon_jax.models import decoder
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import decode
-from vbon_jax.sampling.sampler import Batch, Prompts, Request, Response, Sampler, Sampling
+from vbon_jax.sampling.requests import Prompts, Request
+from vbon_jax.sampling.sampler import Batch, Response, Sampler, Sampling
 
 T = 3
 TEMPERATURE = 0.7

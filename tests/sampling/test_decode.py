@@ -7,6 +7,7 @@ from vbon_jax.models import log_probs as score
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import decode
 from vbon_jax.sampling import sampler as engine
+from vbon_jax.sampling.requests import Request
 
 T = 8
 EOS = 3
@@ -21,7 +22,7 @@ def sampling(**changes):
 def requests(count, samples=1):
     rng = np.random.default_rng(1)
     prompts = [tuple(int(t) for t in rng.integers(4, 37, size=1 + i % 6)) for i in range(count)]
-    return [engine.Request(i, s, p) for i, p in enumerate(prompts) for s in range(samples)]
+    return [Request(i, s, p) for i, p in enumerate(prompts) for s in range(samples)]
 
 
 def sampler(params, config, mesh, **changes):
@@ -80,7 +81,7 @@ def test_a_response_does_not_depend_on_the_batch(params, config, mesh, drawn):
 
 def test_identity_decides_the_response(params, config, mesh, drawn):
     prompt = requests(64)[5].tokens
-    wanted = [engine.Request(i, s, prompt) for i in range(8) for s in range(8)]
+    wanted = [Request(i, s, prompt) for i in range(8) for s in range(8)]
     found = rows(params, config, mesh, wanted, 64)
     assert len({tuple(v[0]) for v in found.values()}) > 32
 
@@ -104,7 +105,7 @@ def test_eos_as_the_first_token(params, config, mesh):
 
 
 def test_eos_inside_the_prompt_does_not_end_it(params, config, mesh):
-    found = rows(params, config, mesh, [engine.Request(0, s, (EOS, 9, EOS)) for s in range(8)], 8)
+    found = rows(params, config, mesh, [Request(0, s, (EOS, 9, EOS)) for s in range(8)], 8)
     assert any(len(v[0]) > 1 for v in found.values())
 
 
@@ -122,10 +123,17 @@ def test_top_k_one_is_greedy_and_log_probs_stay_unfiltered(params, config, mesh)
         assert np.all(log_probs < -1e-4)  # a filtered distribution would say 0
 
 
-def test_one_compile_serves_all_batches(params, config, mesh):
-    before = decode.rollout._cache_size()
-    rows(params, config, mesh, requests(20), 5, temperature=0.5)
-    assert decode.rollout._cache_size() - before <= 1
-    between = decode.rollout._cache_size()
-    rows(params, config, mesh, requests(11), 5, temperature=1.5)
-    assert decode.rollout._cache_size() == between
+def test_a_prompt_of_several_rows_is_run_once_and_says_the_same(params, config, mesh):
+    """Rows of one prompt in one draw, against each row in a draw of its own."""
+    wanted = requests(6, samples=4)
+    together = sampler(params, config, mesh).draw(jax.random.key(5), 0, wanted).rollout
+    for i in range(0, len(wanted), 5):
+        alone = sampler(params, config, mesh).draw(jax.random.key(5), 0, wanted[i : i + 1]).rollout
+        np.testing.assert_array_equal(together.tokens_BxT[i], alone.tokens_BxT[0])
+        np.testing.assert_allclose(together.log_probs_BxT[i], alone.log_probs_BxT[0], atol=1e-5)
+    lowered = decode.rollout.lower(
+        params, jnp.zeros((6, 16), jnp.int32), jnp.ones((6, 16), bool),
+        decode.identity_keys(jax.random.key(0), 0, jnp.arange(24), jnp.arange(24)), 1.0,
+        config=config, limits=sampling().limits,
+    ).as_text()  # fmt: skip
+    assert f"6x{config.heads}x16x" in lowered and f"24x{config.heads}x16x" not in lowered

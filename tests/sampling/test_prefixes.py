@@ -10,6 +10,7 @@ from vbon_jax.models import log_probs
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import prefixes
 from vbon_jax.sampling import sampler as engine
+from vbon_jax.sampling.requests import pad_left, requests_for
 
 
 class Vocabulary:
@@ -38,7 +39,7 @@ def prompts():
 
 
 def test_a_prefix_has_the_reward_of_a_response_that_ends_there(drawing, prompts):
-    requests = engine.requests_for(prompts, 1)
+    requests = requests_for(prompts, 1)
     batch = drawing.draw(jax.random.key(2), 0, requests)
 
     def ids(of, prompt, prompt_mask, tokens, mask):
@@ -61,7 +62,7 @@ def test_of_a_long_response_every_other_prefix_is_scored(drawing, prompts, monke
         return np.asarray(mask).sum(axis=1)
 
     tokens, mask = np.ones((3, 6), np.int32), np.ones((3, 6), bool)
-    rows = engine.pad_left([p.tokens for p in prompts], 8, 0)
+    rows = pad_left([p.tokens for p in prompts], 8, 0)
     found = prefixes.rewards(drawing, count, prompts, rows, tokens, mask)
     np.testing.assert_array_equal(found, [[0, 0, 2, 2, 4, 4]] * 3)
     assert seen == [0, 2, 4]
@@ -79,7 +80,7 @@ def test_a_reward_that_knows_all_prefixes_is_asked_once(drawing, prompts):
             return np.cumsum(tokens, axis=1, dtype=np.float32)
 
     tokens, mask = np.arange(24).reshape(4, 6).astype(np.int32), np.ones((4, 6), bool)
-    rows = engine.pad_left([p.tokens for p in [*prompts, prompts[0]]], 8, 0)
+    rows = pad_left([p.tokens for p in [*prompts, prompts[0]]], 8, 0)
     found = prefixes.rewards(drawing, AtOnce(), prompts, rows, tokens, mask)
     np.testing.assert_array_equal(found, np.cumsum(tokens[:3], axis=1))  # the last only fills up
     assert calls == [3]
@@ -90,13 +91,13 @@ def test_a_prefix_whose_reward_is_not_finite_is_named(drawing, prompts):
         return np.where(np.asarray(mask).sum(axis=1) == 2, np.inf, 0.0)
 
     tokens, mask = np.full((3, 6), 7, np.int32), np.ones((3, 6), bool)
-    rows = engine.pad_left([p.tokens for p in prompts], 8, 0)
+    rows = pad_left([p.tokens for p in prompts], 8, 0)
     with pytest.raises(InputError, match=r"reward of a prefix is inf for prompt='p0' .*'7 7 '"):
         prefixes.rewards(drawing, reward, prompts, rows, tokens, mask)
 
 
 def test_the_likeliest_tokens_are_those_of_a_full_forward(drawing, config, prompts):
-    requests = engine.requests_for(prompts, 8)
+    requests = requests_for(prompts, 8)
     batch = drawing.draw(jax.random.key(2), 0, requests)
     tokens, mask = (np.concatenate(x, axis=1) for x in zip(batch.prompts, batch.rollout[:2]))
     found, T = batch.rollout.likeliest, 6
@@ -138,7 +139,7 @@ def test_a_reward_that_knows_all_candidates_is_asked_once(drawing, prompts):
             found = np.asarray(ids, np.float32)
             return found if self.bad is None else np.where(found == self.bad, np.nan, found)
 
-    batch, reward = drawing.draw(jax.random.key(2), 0, engine.requests_for(prompts, 1)), AtOnce()
+    batch, reward = drawing.draw(jax.random.key(2), 0, requests_for(prompts, 1)), AtOnce()
     found = prefixes.of_candidates(drawing, reward, prompts, batch.prompts, batch.rollout)
     ids = np.asarray(batch.rollout.likeliest.ids_BxTxK)
     np.testing.assert_array_equal(found, ids)
@@ -148,7 +149,7 @@ def test_a_reward_that_knows_all_candidates_is_asked_once(drawing, prompts):
 
 
 def test_a_candidate_has_the_reward_of_the_prefix_and_itself(drawing, prompts):
-    batch = drawing.draw(jax.random.key(2), 0, engine.requests_for(prompts, 1))
+    batch = drawing.draw(jax.random.key(2), 0, requests_for(prompts, 1))
     seen = []
 
     def number(of, prompt, prompt_mask, tokens, mask):
@@ -171,7 +172,7 @@ def test_a_candidate_has_the_reward_of_the_prefix_and_itself(drawing, prompts):
 
 
 def test_a_candidate_whose_reward_is_not_finite_is_named(drawing, prompts):
-    batch = drawing.draw(jax.random.key(2), 0, engine.requests_for(prompts, 1))
+    batch = drawing.draw(jax.random.key(2), 0, requests_for(prompts, 1))
     first = batch.rollout.likeliest.ids_BxTxK[1, 0, 2]
 
     def reward(of, prompt, prompt_mask, tokens, mask):

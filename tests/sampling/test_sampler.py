@@ -9,24 +9,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.models import decoder, trainable
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import sampler as engine
-
-
-def test_pad_left_puts_prompts_at_the_right_end():
-    out = engine.pad_left([[5], [6, 7, 8]], 4, 9)
-    np.testing.assert_array_equal(out.tokens_BxP, [[9, 9, 9, 5], [9, 6, 7, 8]])
-    np.testing.assert_array_equal(out.mask_BxP, [[0, 0, 0, 1], [0, 1, 1, 1]])
-
-
-def test_pad_left_refuses_an_empty_prompt():
-    with pytest.raises(InputError, match="prompt 1 of the batch has no tokens"):
-        engine.pad_left([[5], []], 4, 9)
-
-
-@pytest.mark.parametrize(
-    ("length", "bucket"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (17, 24)]
-)
-def test_buckets(length, bucket):
-    assert engine.bucket_length(length) == bucket
+from vbon_jax.sampling.requests import requests_for
 
 
 class Vocabulary:
@@ -63,7 +46,7 @@ def test_responses_are_scored_in_order_by_their_own_prompt(drawing, prompts):
         seen.append([p.id for p in of])
         return lengths(of, *rows)
 
-    requests = engine.requests_for(prompts, 3)
+    requests = requests_for(prompts, 3)
     key = jax.random.key(1)
     found = [r for group in drawing.responses(key, prompts, requests, 4, reward) for r in group]
     assert [(r.request.prompt_id, r.request.sample) for r in found] == [
@@ -80,7 +63,7 @@ def test_a_second_score_is_measured_beside(drawing, prompts):
     def twice(*batch):
         return 2 * lengths(*batch)
 
-    requests = engine.requests_for(prompts, 2)
+    requests = requests_for(prompts, 2)
     also = drawing.measure(twice, prompts, "evaluator")
     groups = drawing.responses(jax.random.key(1), prompts, requests, 4, lengths, also)
     for r in (r for group in groups for r in group):
@@ -95,7 +78,7 @@ def test_a_reward_that_is_not_finite_is_refused_with_its_response(drawing, promp
         values[1] = value
         return values
 
-    requests = engine.requests_for(prompts, 1)
+    requests = requests_for(prompts, 1)
     shown = "NaN" if np.isnan(value) else f"{value}"
     message = rf"the {name} gave {shown} for prompt='p1' response='\d.*1 of 3 .*; clip it"
     also = drawing.measure(reward, prompts, "evaluator") if name == "evaluator" else None

@@ -28,7 +28,8 @@ from vbon_jax.models import decoder, heads, trainable
 from vbon_jax.models.decoder import DecoderConfig, Rotary
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.models.trainable import Trainable
-from vbon_jax.sampling.sampler import Batch, Request, Sampler, Sampling, ScoredRollout
+from vbon_jax.sampling.requests import Request
+from vbon_jax.sampling.sampler import Batch, Sampler, Sampling, ScoredRollout
 from vbon_jax.training import scoring, state
 from vbon_jax.training.options import Memory, Train
 from vbon_jax.training.state import TrainState

@@ -15,15 +15,8 @@ from vbon_jax.data.samples import PromptSamples
 from vbon_jax.evaluation import measure
 from vbon_jax.progress import reporting
 from vbon_jax.rewards.base import Reward, counts_of
-from vbon_jax.sampling.sampler import (
-    Batch,
-    Request,
-    Response,
-    Sampler,
-    index,
-    named_key,
-    requests_for,
-)
+from vbon_jax.sampling.requests import Request, index, requests_for
+from vbon_jax.sampling.sampler import Batch, Response, Sampler, named_key
 from vbon_jax.training.references import orders, response_orders
 
 

@@ -88,7 +88,7 @@ class View(NamedTuple):
     """What the queries of a layer attend to, and their rotary angles.
 
     Attributes:
-      mask_BxTxS: bool, True where query t may attend to key s.
+      mask_BxTxS: bool, True where query t may attend to key s, those of a `Shared` first.
       cos_BxTxN: cosines of the rotary angles at the positions of this call's tokens, N being half
         of the rotated dimensions; None with learned positions. Keys are rotated before they are
         cached.
@@ -144,28 +144,98 @@ def _rotate(x_BxHxTxK: jax.Array, view: View) -> jax.Array:
     return turned.astype(x_BxHxTxK.dtype)
 
 
+class Shared(NamedTuple):
+    """Keys and values of prompts, which several adjacent rows go on from.
+
+    k_NxGxSxK: of prompt b // (B / N) for row b, or of J prompts side by side, S = J * P.
+    v_NxGxSxK: likewise.
+    slot_B: int32, which of the J each row goes on from; None where J is 1.
+    """
+
+    k_NxGxSxK: jax.Array
+    v_NxGxSxK: jax.Array
+    slot_B: jax.Array | None
+
+
+def _together(x_BxHxTxY: jax.Array, prompts: int, groups: int) -> jax.Array:
+    """Brings the queries of all heads and rows that share keys together, as rows of one product."""
+    width = x_BxHxTxY.shape[-1]
+    x = x_BxHxTxY.reshape(prompts, x_BxHxTxY.shape[0] // prompts, groups, -1, width)
+    return x.swapaxes(1, 2).reshape(prompts, groups, -1, width)
+
+
+def _apart(x_NxGxMxY: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_together`: [B, H, T, Y] with B, H, T of ``shape``."""
+    prompts, groups, _, width = x_NxGxMxY.shape
+    x = x_NxGxMxY.reshape(prompts, groups, shape[0] // prompts, -1, width)
+    return x.swapaxes(1, 2).reshape(*shape[:3], width)
+
+
+def _scores(q_BxHxTxK: jax.Array, k_NxGxSxK: jax.Array) -> jax.Array:
+    """Products of queries and keys, float32 [B, H, T, S]; row b reads keys b // (B / N)."""
+    prompts, groups = k_NxGxSxK.shape[:2]
+    q_NxGxMxK = _together(q_BxHxTxK, prompts, groups)
+    scores = jnp.einsum("NGMK,NGSK->NGMS", q_NxGxMxK, k_NxGxSxK, preferred_element_type=jnp.float32)
+    return _apart(scores, q_BxHxTxK.shape)
+
+
+def _read(weights_BxHxTxS: jax.Array, v_NxGxSxK: jax.Array) -> jax.Array:
+    """The values that the weights of queries take, [B, H, T, K]."""
+    weights_NxGxMxS = _together(weights_BxHxTxS, *v_NxGxSxK.shape[:2])
+    read = jnp.einsum("NGMS,NGSK->NGMK", weights_NxGxMxS, v_NxGxSxK)
+    return _apart(read, weights_BxHxTxS.shape)
+
+
 def _attend(
     config: DecoderConfig,
     q_BxHxTxK: jax.Array,
-    k_BxGxSxK: jax.Array,
-    v_BxGxSxK: jax.Array,
+    own: tuple[jax.Array, jax.Array],
+    shared: Shared | None,
     mask_BxTxS: jax.Array,
 ) -> jax.Array:
-    """Computes softmax attention; a query that may see no key averages all, so stays finite."""
-    batch, heads, length, width = q_BxHxTxK.shape
-    groups, slots = k_BxGxSxK.shape[1:3]
-    # The R heads that share keys are rows of one product.
-    q_BxGxNxK = q_BxHxTxK.reshape(batch, groups, -1, width)
-    scores = jnp.einsum("BGNK,BGSK->BGNS", q_BxGxNxK, k_BxGxSxK, preferred_element_type=jnp.float32)
-    scores *= config.query_scale or width**-0.5
+    """Computes softmax attention; a query that may see no key averages all, so stays finite.
+
+    Args:
+      config: the decoder's configuration.
+      q_BxHxTxK: queries.
+      own: keys and values of each row.
+      shared: those of prompts before them, of which a row reads one; None without.
+      mask_BxTxS: of the slots of one shared prompt and of the row's own, in this order.
+
+    Returns:
+      What the queries read, [B, H, T, K].
+    """
+    scores_BxHxTxS = _scores(q_BxHxTxK, own[0])
+    before = mask_BxTxS.shape[-1] - scores_BxHxTxS.shape[-1]
+    if shared is not None:
+        scores = _scores(q_BxHxTxK, shared.k_NxGxSxK)
+        scores_BxHxTxJxP = scores.reshape(*scores.shape[:-1], -1, before)
+        J = scores_BxHxTxJxP.shape[-2]
+        # What a row reads does not depend on where its prompt stands: the same to the last bit.
+        here_Bx1x1xJx1 = jnp.ones((1, 1, 1, 1, 1), bool)
+        if shared.slot_B is not None:
+            here_Bx1x1xJx1 = (shared.slot_B[:, None] == jnp.arange(J))[:, None, None, :, None]
+        scores = jnp.sum(scores_BxHxTxJxP, axis=-2, where=here_Bx1x1xJx1)
+        scores_BxHxTxS = jnp.concatenate([scores, scores_BxHxTxS], axis=-1)
+    scores_BxHxTxS *= config.query_scale or q_BxHxTxK.shape[-1] ** -0.5
     if config.attention_cap is not None:
-        scores = config.attention_cap * jnp.tanh(scores / config.attention_cap)
+        scores_BxHxTxS = config.attention_cap * jnp.tanh(scores_BxHxTxS / config.attention_cap)
     lowest = jnp.finfo(jnp.float32).min  # finite: -inf would make a fully masked row NaN
-    scores_BxHxTxS = scores.reshape(batch, heads, length, slots)
     scores_BxHxTxS = jnp.where(mask_BxTxS[:, None], scores_BxHxTxS, lowest)
-    weights = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(v_BxGxSxK.dtype)
-    out = jnp.einsum("BGNS,BGSK->BGNK", weights.reshape(scores.shape), v_BxGxSxK)
-    return out.reshape(q_BxHxTxK.shape)
+    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS, axis=-1).astype(own[1].dtype)
+    out_BxHxTxK = _read(weights_BxHxTxS[..., before:], own[1])
+    if shared is None:
+        return out_BxHxTxK
+    weights = jnp.where(here_Bx1x1xJx1, weights_BxHxTxS[..., None, :before], 0)
+    weights = weights.reshape(*weights.shape[:-2], J * before)
+    return _read(weights, shared.v_NxGxSxK) + out_BxHxTxK
+
+
+def _written(kept_BxGxSxK: jax.Array, new_BxGxTxK: jax.Array, index: jax.Array) -> jax.Array:
+    """New keys or values at slot ``index`` of all rows, or at one of its own of each ([B], T=1)."""
+    if not index.ndim:
+        return jax.lax.dynamic_update_slice(kept_BxGxSxK, new_BxGxTxK, (0, 0, index, 0))
+    return kept_BxGxSxK.at[jnp.arange(len(index)), :, index].set(new_BxGxTxK[:, :, 0])
 
 
 class _Attention(nn.Module):
@@ -174,7 +244,7 @@ class _Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, view, kv=None, index=None):
+    def __call__(self, x_BxTxD, view, kv=None, index=None, shared=None):
         c = self.config
         batch, length, _ = x_BxTxD.shape
         rows_NxD = rows(x_BxTxD)
@@ -190,12 +260,14 @@ class _Attention(nn.Module):
         q_BxHxTxK = _rotate(project("q", c.heads), view)
         k_BxGxSxK, v_BxGxSxK = _rotate(project("k", c.key_heads), view), project("v", c.key_heads)
         if kv is not None:
-            k_BxGxSxK = jax.lax.dynamic_update_slice(kv[0], k_BxGxSxK, (0, 0, index, 0))
-            v_BxGxSxK = jax.lax.dynamic_update_slice(kv[1], v_BxGxSxK, (0, 0, index, 0))
-        out_BxHxTxK = _attend(c, q_BxHxTxK, k_BxGxSxK, v_BxGxSxK, view.mask_BxTxS)
+            k_BxGxSxK, v_BxGxSxK = (
+                _written(kept, new, index) for kept, new in zip(kv, (k_BxGxSxK, v_BxGxSxK))
+            )
+        own = (k_BxGxSxK, v_BxGxSxK)
+        out_BxHxTxK = _attend(c, q_BxHxTxK, own, shared, view.mask_BxTxS)
         out_NxHxK = out_BxHxTxK.swapaxes(1, 2).reshape(-1, c.heads, c.key_width)
         out_NxD = Dense(c, (c.width,), c.out_bias, _residual_stddev(c), name="out")(out_NxHxK)
-        return out_NxD.reshape(x_BxTxD.shape), (k_BxGxSxK, v_BxGxSxK)
+        return out_NxD.reshape(x_BxTxD.shape), own
 
 
 class _MLP(nn.Module):
@@ -223,7 +295,7 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, view, kv=None, index=None):
+    def __call__(self, x_BxTxD, view, kv=None, index=None, shared=None):
         """Applies the block.
 
         Args:
@@ -231,15 +303,20 @@ class Block(nn.Module):
           view: what this layer attends to.
           kv: cached keys and values of this layer, [B, G, S, K] each; None attends to the input
             itself.
-          index: int32 scalar, the cache slot at which the keys and values of the input are written.
+          index: int32, the cache slot at which the keys and values of the input are written: a
+            scalar, or one of each row, [B], where T is 1.
+          shared: keys and values of prompts that come before those, a `Shared`; None without.
 
         Returns:
-          The output x_BxTxD, and the (k, v), [B, G, S, K] each, that were attended to.
+          The output x_BxTxD, and the (k, v), [B, G, S, K] each, that were attended to beside
+          ``shared``.
         """
         c = self.config
         with jax.named_scope("attention"):
             normed_BxTxD = Norm(c, name="ln_1")(x_BxTxD)
-            attended_BxTxD, kv = _Attention(c, name="attention")(normed_BxTxD, view, kv, index)
+            attended_BxTxD, kv = _Attention(c, name="attention")(
+                normed_BxTxD, view, kv, index, shared
+            )
             if c.place == "sandwich":
                 attended_BxTxD = Norm(c, name="post_attention")(attended_BxTxD)
             before_BxTxD = x_BxTxD

@@ -1,7 +1,6 @@
 """The key-value cache of a decoder, an explicit argument and an explicit result.
 
-All rows of a batch are written at the same slot, which left-padded prompts allow: slot s holds the
-s-th column of the padded batch, and the mask says which slots hold a real token of a row.
+The mask says which slots hold a real token of a row, and the positions which of its tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +23,15 @@ class KVCache:
         slots, or every step would transpose the whole cache for its matrix products.
       v: values, likewise.
       mask_BxS: bool, True at slots that hold a token to attend to.
-      index: int32 scalar, the slot that the next step writes; S when the cache is full.
+      position_BxS: int32, the position id of each slot's token.
+      index: int32, the slot that the next step writes, S when the cache is full: a scalar, or one
+        of each row, [B].
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     mask_BxS: jax.Array
+    position_BxS: jax.Array
     index: jax.Array
 
     @property
@@ -38,13 +40,34 @@ class KVCache:
         return self.mask_BxS.shape[1]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Keys and values of prompts, held once for the B / N adjacent rows that go on from them.
+
+    Attributes:
+      k: keys, a tuple of ``layers`` arrays [N, G, J * P, K] in the compute dtype: J prompts side by
+        side.
+      v: values, likewise.
+      mask_BxP: bool, True at the tokens of a row's prompt.
+      position_BxP: int32, their position ids.
+      slot_B: int32, which of the J prompts each row goes on from; None where J is 1.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    mask_BxP: jax.Array
+    position_BxP: jax.Array
+    slot_B: jax.Array | None = None
+
+
 def init(config: DecoderConfig, batch: int, length: int) -> KVCache:
     """Creates an empty cache.
 
     Args:
       config: the decoder's configuration.
       batch: B, the number of rows.
-      length: S, the number of slots: prompt columns plus new tokens.
+      length: S, the number of slots.
 
     Returns:
       A cache of zeros in the compute dtype, with index 0.
@@ -65,5 +88,6 @@ def init(config: DecoderConfig, batch: int, length: int) -> KVCache:
         k=zeros(),
         v=zeros(),
         mask_BxS=jnp.zeros((batch, length), bool),
+        position_BxS=jnp.zeros((batch, length), jnp.int32),
         index=jnp.zeros((), jnp.int32),
     )

@@ -31,13 +31,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vbon_jax.models.blocks import Block, Norm, rows, views
+from vbon_jax.models.blocks import Block, Norm, Shared, rows, views
 from vbon_jax.models.config import REMAT, Params
 from vbon_jax.models.config import DecoderConfig as DecoderConfig
 from vbon_jax.models.config import Rotary as Rotary
 
 if TYPE_CHECKING:
-    from vbon_jax.models.cache import KVCache
+    from vbon_jax.models.cache import KVCache, Prefix
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
@@ -289,8 +289,7 @@ def prefill(
       params: the decoder's tree.
       config: its configuration.
       tokens_BxP: int32 token ids.
-      mask_BxP: bool, True at real tokens. Padding is on the left, so that the next token of every
-        row belongs in slot P.
+      mask_BxP: bool, True at real tokens. Padding is on the left.
       cache: overwritten from slot 0 on, whatever it holds.
 
     Returns:
@@ -320,10 +319,13 @@ def prefill(
             k[i] = jax.lax.dynamic_update_slice(k[i], k_BxGxPxK, (0, 0, 0, 0))
             v[i] = jax.lax.dynamic_update_slice(v[i], v_BxGxPxK, (0, 0, 0, 0))
         hidden_BxPxD = _final_norm(params, config, x_BxPxD)
-    mask_BxS = jnp.zeros_like(cache.mask_BxS).at[:, :prompt_length].set(mask_BxP)
-    index = jnp.full_like(cache.index, prompt_length)
     return hidden_BxPxD, dataclasses.replace(
-        cache, k=tuple(k), v=tuple(v), mask_BxS=mask_BxS, index=index
+        cache,
+        k=tuple(k),
+        v=tuple(v),
+        mask_BxS=jnp.zeros_like(cache.mask_BxS).at[:, :prompt_length].set(mask_BxP),
+        position_BxS=jnp.zeros_like(cache.position_BxS).at[:, :prompt_length].set(position_BxP),
+        index=jnp.full_like(cache.index, prompt_length),
     )
 
 
@@ -333,8 +335,9 @@ def step(
     token_B: jax.Array,
     position_B: jax.Array,
     cache: KVCache,
+    prefix: Prefix | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Runs one new token of every row, writing its keys and values at slot ``cache.index``.
+    """Runs one new token of every row, writing its keys and values at slots ``cache.index``.
 
     Layers are unrolled: a scan would carry the cache as xs and ys and copy it at each step.
 
@@ -344,14 +347,20 @@ def step(
       token_B: int32 token ids.
       position_B: int32 position ids: the number of real tokens before this one in its row.
       cache: from ``prefill`` or an earlier step.
+      prefix: what the rows attend to beside their cache; None for nothing.
 
     Returns:
       (hidden_BxD in the compute dtype, the cache with ``index`` increased by 1). A position of
       ``config.positions`` or more, or a cache that is already full, gives NaN.
     """
-    seen_Bx1 = jnp.ones((token_B.shape[0], 1), bool)
-    mask_BxS = jax.lax.dynamic_update_slice(cache.mask_BxS, seen_Bx1, (0, cache.index))
-    seen = views(config, mask_BxS[:, None, :], position_B[:, None], _positions(mask_BxS))
+    rows_B, index_B = jnp.arange(len(token_B)), jnp.broadcast_to(cache.index, token_B.shape)
+    mask_BxS = cache.mask_BxS.at[rows_B, index_B].set(True)
+    position_BxS = cache.position_BxS.at[rows_B, index_B].set(position_B)
+    read_BxS, position_of_BxS = mask_BxS, position_BxS
+    if prefix is not None:
+        read_BxS = jnp.concatenate([prefix.mask_BxP, mask_BxS], axis=1)
+        position_of_BxS = jnp.concatenate([prefix.position_BxP, position_BxS], axis=1)
+    seen = views(config, read_BxS[:, None, :], position_B[:, None], position_of_BxS)
     block = Block(config)
     k, v = list(cache.k), list(cache.v)
     with jax.named_scope("step"):
@@ -364,13 +373,15 @@ def step(
                     seen[config.is_windowed(i)],
                     (k[i], v[i]),
                     cache.index,
+                    None if prefix is None else Shared(prefix.k[i], prefix.v[i], prefix.slot_B),
                 )
         hidden_BxD = _final_norm(params, config, x_Bx1xD)[:, 0]
-    # A write past the end is clamped onto the last slot; say so in the only way jit has.
-    hidden_BxD = jnp.where(cache.index < cache.length, hidden_BxD, jnp.nan)
+    # A write past the end is clamped or dropped; say so in the only way jit has.
+    hidden_BxD = jnp.where((index_B < cache.length)[:, None], hidden_BxD, jnp.nan)
     return hidden_BxD, dataclasses.replace(
-        cache, k=tuple(k), v=tuple(v), mask_BxS=mask_BxS, index=cache.index + 1
-    )
+        cache, k=tuple(k), v=tuple(v), mask_BxS=mask_BxS, position_BxS=position_BxS,
+        index=cache.index + 1,
+    )  # fmt: skip
 
 
 def instead(

@@ -78,7 +78,7 @@ class Limits:
     likeliest: int = 0
 
 
-class _Picked(NamedTuple):
+class Picked(NamedTuple):
     """What one slot of each row has: the token, its log-prob, the likeliest beside it."""
 
     token: jax.Array
@@ -86,11 +86,44 @@ class _Picked(NamedTuple):
     likeliest: Likeliest | None
 
 
+def pick(
+    params: Any,
+    hidden_BxD: jax.Array,
+    uniform_B: jax.Array,
+    temperature: jax.Array | float,
+    config: decoder.DecoderConfig,
+    limits: Limits,
+) -> Picked:
+    """Draws the next token of each row.
+
+    Args:
+      params: decoder parameters.
+      hidden_BxD: hidden states that predict the tokens.
+      uniform_B: numbers in [0, 1) that decide them.
+      temperature: > 0, divides the logits.
+      config: the decoder's configuration.
+      limits: filters of the distribution drawn from, and how many likeliest tokens to tell.
+
+    Returns:
+      Picked.
+    """
+    tempered = temper(decoder.logits(params, config, hidden_BxD), temperature)
+    filtered = lg.filter_top_p(lg.filter_top_k(tempered, limits.top_k), limits.top_p)
+    token = lg.sample(uniform_B, filtered)
+    chosen = log_prob(tempered, token)
+    if not limits.likeliest:
+        return Picked(token, chosen, None)
+    logits, ids = jax.lax.top_k(tempered, limits.likeliest)
+    log_z = jnp.take_along_axis(tempered, token[:, None], axis=-1) - chosen[:, None]
+    others = Likeliest(ids, logits - log_z, lm.is_end(ids, limits.end_ids))
+    return Picked(token, chosen, others)
+
+
 @partial(jax.jit, static_argnames=("config", "limits", "together"))
 def rollout(
     params: Any,
-    prompt_BxP: jax.Array,
-    prompt_mask_BxP: jax.Array,
+    prompt_NxP: jax.Array,
+    prompt_mask_NxP: jax.Array,
     keys_B: jax.Array,
     temperature: jax.Array | float,
     *,
@@ -98,13 +131,16 @@ def rollout(
     limits: Limits,
     together: str | None = None,
 ) -> Rollout:
-    """Samples one response a row: prefill and decode loop in one program.
+    """Samples B / N responses to each of N prompts: prefill and decode loop in one program.
+
+    A prompt runs once, and its keys and values are held once, for all of its rows.
 
     Args:
       params: decoder parameters.
-      prompt_BxP: int32 ids, padded on the left.
-      prompt_mask_BxP: bool, True on prompt tokens.
-      keys_B: one key a row (``identity_keys``): a row's response does not depend on the others.
+      prompt_NxP: int32 ids, padded on the left.
+      prompt_mask_NxP: bool, True on prompt tokens.
+      keys_B: one key a row (``identity_keys``), those of a prompt adjacent: a row's response does
+        not depend on the others.
       temperature: > 0, divides the logits; data, so another value needs no compile.
       config: the decoder's shape.
       limits: length, end and filters of the responses.
@@ -112,38 +148,20 @@ def rollout(
         together. A loop that each left by itself would copy every cache at every step.
 
     Returns:
-      Rollout with T = ``limits.max_new_tokens`` slots a row.
+      Rollout of B rows with T = ``limits.max_new_tokens`` slots each.
     """
-    max_new_tokens, pad_id = limits.max_new_tokens, limits.pad_id
+    T, pad_id = limits.max_new_tokens, limits.pad_id
     params = decoder.unstacked(params)
-    batch, prompt_len = prompt_BxP.shape
+    each = len(keys_B) // len(prompt_NxP)
     uniform_TxB = jax.vmap(
         lambda t: jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys_B)
-    )(jnp.arange(max_new_tokens))
+    )(jnp.arange(T))
 
-    def pick(hidden_BxD: jax.Array, t: jax.Array) -> _Picked:
-        tempered = temper(decoder.logits(params, config, hidden_BxD), temperature)
-        filtered = lg.filter_top_p(lg.filter_top_k(tempered, limits.top_k), limits.top_p)
-        token = lg.sample(uniform_TxB[t], filtered)
-        chosen = log_prob(tempered, token)
-        if not limits.likeliest:
-            return _Picked(token, chosen, None)
-        logits, ids = jax.lax.top_k(tempered, limits.likeliest)
-        log_z = jnp.take_along_axis(tempered, token[:, None], axis=-1) - chosen[:, None]
-        others = Likeliest(ids, logits - log_z, lm.is_end(ids, limits.end_ids))
-        return _Picked(token, chosen, others)
-
-    cache = kv_cache.init(config, batch, prompt_len + max_new_tokens)
-    cache = sharding.constrain(cache, "cache")
-    hidden, cache = decoder.prefill(params, config, prompt_BxP, prompt_mask_BxP, cache)
-    first = pick(hidden[:, -1], jnp.int32(0))
-    prompt_lengths = jnp.sum(prompt_mask_BxP, axis=-1, dtype=jnp.int32)
-
-    picked = jax.tree.map(
-        lambda x: jnp.zeros((max_new_tokens, *x.shape), x.dtype).at[0].set(x), first
-    )
-    picked = picked._replace(token=jnp.full_like(picked.token, pad_id).at[0].set(first.token))
-    mask = jnp.zeros((max_new_tokens, batch), bool).at[0].set(True)
+    # The last token of each prompt is the first that its rows run by themselves.
+    prefix = prompts_before(params, config, prompt_NxP, prompt_mask_NxP, each)
+    token_B = jnp.repeat(prompt_NxP[:, -1], each)
+    before_B = jnp.repeat(jnp.sum(prompt_mask_NxP, axis=-1, dtype=jnp.int32) - 1, each)
+    cache = sharding.constrain(kv_cache.init(config, len(keys_B), T), "cache")
 
     def someone_goes_on(done_B: jax.Array) -> jax.Array:
         here = ~jnp.all(done_B)
@@ -151,12 +169,12 @@ def rollout(
 
     def cond(carry):
         t, goes_on, *_ = carry
-        return (t < max_new_tokens) & goes_on
+        return (t < T) & goes_on
 
     def body(carry):
         t, _, token, done, cache, picked, mask = carry
-        hidden, cache = decoder.step(params, config, token, prompt_lengths + t - 1, cache)
-        found = pick(hidden, t)
+        hidden, cache = decoder.step(params, config, token, before_B + t, cache, prefix)
+        found = pick(params, hidden, uniform_TxB[t], temperature, config, limits)
         token = found.token
         found = found._replace(
             token=jnp.where(done, pad_id, token), log_prob=jnp.where(done, 0.0, found.log_prob)
@@ -166,8 +184,43 @@ def rollout(
         done |= lm.is_end(token, limits.end_ids)
         return t + 1, someone_goes_on(done), token, done, cache, picked, mask
 
-    done = lm.is_end(first.token, limits.end_ids)
-    carry = (jnp.int32(1), someone_goes_on(done), first.token, done, cache, picked, mask)
+    shapes = jax.eval_shape(
+        lambda: pick(
+            params, jnp.zeros((len(keys_B), config.width)), uniform_TxB[0], temperature, config,
+            limits,
+        )
+    )  # fmt: skip
+    picked = jax.tree.map(lambda x: jnp.zeros((T, *x.shape), x.dtype), shapes)
+    picked = picked._replace(token=jnp.full_like(picked.token, pad_id))
+    mask = jnp.zeros((T, len(keys_B)), bool)
+    done = jnp.zeros_like(mask[0])
+    carry = (jnp.int32(0), someone_goes_on(done), token_B, done, cache, picked, mask)
     _, _, _, done, _, picked, mask = jax.lax.while_loop(cond, body, carry)
     tokens, log_probs, likeliest = jax.tree.map(lambda x: x.swapaxes(0, 1), picked)
     return sharding.constrain(Rollout(tokens, mask.T, log_probs, done, likeliest), "batch")
+
+
+def prompts_before(
+    params: Any,
+    config: decoder.DecoderConfig,
+    tokens_NxP: jax.Array,
+    mask_NxP: jax.Array,
+    each: int,
+) -> kv_cache.Prefix | None:
+    """Runs all tokens of prompts but the last, for ``each`` adjacent rows that go on from one.
+
+    Returns:
+      Their keys and values in P slots: with an empty one in place of the last token they remain a
+      multiple of 8 for long prompts, which products on all kinds of devices are fastest for, and
+      on CPU give the same bits at any place of a batch. None for prompts of one token.
+    """
+    prompts, length = tokens_NxP.shape
+    if length == 1:
+        return None
+    tokens, mask = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (tokens_NxP, mask_NxP))
+    cache = sharding.constrain(kv_cache.init(config, prompts, length), "cache")
+    _, kept = decoder.prefill(params, config, tokens, mask, cache)
+    mask_BxP, position_BxP = (
+        jnp.repeat(x, each, axis=0) for x in (kept.mask_BxS, kept.position_BxS)
+    )
+    return kv_cache.Prefix(kept.k, kept.v, mask_BxP, position_BxP)

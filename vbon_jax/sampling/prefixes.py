@@ -12,7 +12,8 @@ import numpy as np
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.rewards.base import Reward, checked, counts_of
 from vbon_jax.sampling.decode import Rollout
-from vbon_jax.sampling.sampler import Prompts, Sampler
+from vbon_jax.sampling.requests import Prompts
+from vbon_jax.sampling.sampler import Sampler
 
 PREFIXES = 32  # of a response, at most, whose rewards stand for those of all its prefixes
 

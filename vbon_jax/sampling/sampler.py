@@ -18,15 +18,21 @@ from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, response_ids
 from vbon_jax.data.sources import chat
-from vbon_jax.errors import InputError
 from vbon_jax.models import lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.progress import log
 from vbon_jax.rewards.base import Reward, checked
-from vbon_jax.sampling import decode
-
-BUCKET = 8  # longer prompts are padded up to a multiple of this: one compile a bucket
+from vbon_jax.sampling import decode, slots
+from vbon_jax.sampling.requests import (
+    Prompts,
+    Request,
+    adjacent,
+    bucket_length,
+    index,
+    pad_left,
+    requests_for,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +63,6 @@ class Sampling:
         return decode.Limits(
             self.max_new_tokens, self.end_ids, self.pad_id, self.top_k, self.top_p, self.likeliest
         )
-
-
-class Prompts(NamedTuple):
-    """A left-padded batch of prompts: int32 ids and a bool mask, both [B, P], of NumPy or JAX."""
-
-    tokens_BxP: Any
-    mask_BxP: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One response to draw: the ``sample``-th of prompt ``prompt_id``."""
-
-    prompt_id: int
-    sample: int
-    tokens: tuple[int, ...]
 
 
 class Batch(NamedTuple):
@@ -168,39 +158,6 @@ def named_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def bucket_length(length: int) -> int:
-    """``length`` rounded up: to a power of two below BUCKET, to a multiple of it above."""
-    return 1 << (length - 1).bit_length() if length < BUCKET else -(-length // BUCKET) * BUCKET
-
-
-def pad_left(prompts: Sequence[Sequence[int]], length: int, pad_id: int) -> Prompts:
-    """Pads prompts on the left to ``length`` tokens.
-
-    Raises:
-      InputError: an empty prompt; a decoder needs one token to predict the next from.
-    """
-    tokens = np.full((len(prompts), length), pad_id, np.int32)
-    mask = np.zeros((len(prompts), length), bool)
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise InputError(
-                f"prompt {row} of the batch has no tokens: give every prompt at least one"
-            )
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
-    return Prompts(tokens, mask)
-
-
-def requests_for(prompts: Sequence[Prompt], count: int) -> list[Request]:
-    """``count`` responses to each prompt, in the order of the prompts."""
-    return [Request(p.id, i, p.tokens) for p in prompts for i in range(count)]
-
-
-def index(prompts: Sequence[Prompt]) -> tuple[dict[int, Prompt], dict[int, int]]:
-    """Each prompt, and its row, by its id."""
-    return {p.id: p for p in prompts}, {p.id: i for i, p in enumerate(prompts)}
-
-
 def respond(
     params: Any,
     prompts: Prompts,
@@ -209,11 +166,11 @@ def respond(
     sampling: Sampling,
     together: str | None = None,
 ) -> decode.Rollout:
-    """Draws one response a row; the only caller of the jitted rollout.
+    """Draws one response a key; the only caller of the jitted rollout.
 
     Args:
       params: decoder parameters.
-      prompts: padded prompts [B, P] on the device.
+      prompts: padded prompts [N, P] on the device, each of B / N rows.
       keys_B: one key a row, see ``decode.identity_keys``.
       config: the decoder's configuration.
       sampling: how to draw.
@@ -274,38 +231,70 @@ class Sampler:
         if length is None:
             length = bucket_length(max(len(r.tokens) for r in requests))
         prompts = pad_left([r.tokens for r in requests], length, self.settings.pad_id)
+        each = adjacent(requests, sharding.ways(self.mesh))
+        own = Prompts(*(x[::each] for x in prompts))
         ids = np.array([r.prompt_id for r in requests], np.int32)
         samples = np.array([r.sample for r in requests], np.int32)
-        prompts, ids, samples = sharding.place((prompts, ids, samples), self.mesh, "batch")
+        prompts, own, ids, samples = sharding.place(
+            (prompts, own, ids, samples), self.mesh, "batch"
+        )
         keys = decode.identity_keys(key, step, ids, samples)
-        rollout = respond(self.model.params, prompts, keys, self.model.config, self.settings)
+        rollout = respond(self.model.params, own, keys, self.model.config, self.settings)
         return Batch(requests, prompts, rollout, self.settings.temperature)
 
     def batches(
-        self, key: jax.Array, requests: Sequence[Request], batch_size: int
+        self, key: jax.Array, requests: Sequence[Request], batch_size: int, skip: int = 0
     ) -> Iterator[Batch]:
-        """Draws responses to all requests in order, ``batch_size`` rows at a time.
+        """Draws responses to requests in order, in ``batch_size`` rows (see ``slots``).
 
-        The last batch is filled up with copies of its first row, so every batch has one shape, and
-        prompts share one padded length. The next batch is dispatched before the last is handed out:
-        the host's work on one (scoring, writing) overlaps the device's on the other.
+        Args:
+          key: with (prompt id, sample) it fixes a response.
+          requests: all there are to draw: they decide the compiled shape.
+          batch_size: rows drawn at once.
+          skip: how many of them, the first, were drawn before.
+
+        Batches have one shape, the last one too, and prompts share one padded length. The next
+        page is dispatched before the last is handed out: the host's work on one (scoring, writing)
+        overlaps the device's on the other.
 
         Yields:
-          Batch with arrays still on the device; only its first ``batch.size`` rows are real.
+          Batch of ``batch_size`` rows with arrays still on the device; only its first
+          ``batch.size`` rows are real.
         """
-        if not requests:
+        if skip >= len(requests):
             return
         length = bucket_length(max(len(r.tokens) for r in requests))
-        ahead: Batch | None = None
-        for start in range(0, len(requests), batch_size):
-            rows = requests[start : start + batch_size]
-            filled = [*rows, *[rows[0]] * (batch_size - len(rows))]
-            batch = self.draw(key, 0, filled, length)._replace(requests=rows)
-            if ahead is not None:
-                yield ahead
-            ahead = batch
-        assert ahead is not None
-        yield ahead
+        each = adjacent(requests)
+        T = self.settings.max_new_tokens
+        shape = slots.shape_for(batch_size, len(requests) // each, each, length, T)
+        setup = slots.Setup(self.model.config, shape, self.settings.limits)
+        ahead: list[Batch] = []
+        for rows, rollout in slots.pages(
+            self.model.params, key, requests[skip:], self.mesh, self.settings.temperature, setup
+        ):
+            yield from ahead
+            ahead = self._batches_of(rows, rollout, shape)
+        yield from ahead
+
+    def _batches_of(
+        self, requests: Sequence[Request], rollout: decode.Rollout, shape: slots.Shape
+    ) -> list[Batch]:
+        """A page as batches of R rows."""
+        found = []
+        for first in range(0, len(requests), shape.rows):
+            rows = requests[first : first + shape.rows]
+            tokens = [r.tokens for r in rows]
+            filled = [*tokens, *tokens[:1] * (shape.rows - len(tokens))]
+            prompts = pad_left(filled, shape.length, self.settings.pad_id)
+            found.append(
+                Batch(
+                    rows,
+                    sharding.place(prompts, self.mesh, "batch"),
+                    jax.tree.map(lambda x, i=first: x[i : i + shape.rows], rollout),
+                    self.settings.temperature,
+                )
+            )
+        return found
 
     # --- Stored responses -----------------------------------------------------------------------
 
@@ -359,8 +348,9 @@ class Sampler:
         batch_size: int,
         reward: Reward,
         also: Measure | None = None,
+        skip: int = 0,
     ) -> Iterator[list[Response]]:
-        """Draws and scores every request, in order, a batch at a time.
+        """Draws and scores requests, in order, a batch at a time.
 
         Args:
           key: of the draws.
@@ -369,12 +359,14 @@ class Sampler:
           batch_size: rows drawn at once.
           reward: scores them.
           also: measures more on a batch; ends up in ``Response.extra``.
+          skip: how many requests, the first, were drawn before; a response is the same, to the last
+            bit of its log-prob, as if they were drawn again.
 
         Raises:
           InputError: a reward is not finite.
         """
         by_id, _ = index(prompts)
-        for batch in self.batches(key, requests, batch_size):
+        for batch in self.batches(key, requests, batch_size, skip):
             of = [by_id[r.prompt_id] for r in batch.requests]
             rewards = self.rewards(reward, of, batch.prompts, batch.rollout)
             rollout, extra = jax.device_get((batch.rollout, also(batch) if also else {}))

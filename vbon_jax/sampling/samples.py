@@ -9,7 +9,8 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, SampleWriter
 from vbon_jax.progress import Reporter, reporting
 from vbon_jax.rewards.base import Reward, counts_line, counts_of
-from vbon_jax.sampling.sampler import Response, Sampler, requests_for
+from vbon_jax.sampling.requests import requests_for
+from vbon_jax.sampling.sampler import Response, Sampler
 from vbon_jax.signals import Interrupted, Stopped, StopSignal
 
 
@@ -21,13 +22,18 @@ def _grouped(
     batch_size: int,
     reward: Reward,
     evaluator: Reward | None,
+    done: int = 0,
 ) -> Iterator[tuple[int, list[PromptSamples]]]:
-    """Yields, a batch at a time, how many responses it drew and the prompts it completed."""
+    """Yields, a batch at a time, how many responses it drew and the prompts it completed.
+
+    The first ``done`` prompts are passed over.
+    """
     by_id = {p.id: p for p in prompts}
     also = None if evaluator is None else sampler.measure(evaluator, prompts, "evaluator")
     requests = requests_for(prompts, m)
     pending: list[Response] = []
-    for responses in sampler.responses(key, prompts, requests, batch_size, reward, also):
+    skip = done * m
+    for responses in sampler.responses(key, prompts, requests, batch_size, reward, also, skip):
         pending += responses
         whole = []
         while len(pending) >= m:
@@ -104,14 +110,17 @@ def write(
     """
     reward, evaluator = rewards
     with SampleWriter(path) as writer:
-        done = set(writer.done)
-        todo = [p for p in prompts if p.id not in done]
-        drawn = (len(prompts) - len(todo)) * m
+        written = set(writer.done)
+        prompts = sorted(prompts, key=lambda p: p.id not in written)  # those first that are
+        done = sum(p.id in written for p in prompts)
+        drawn = done * m
         with reporting(title, len(prompts) * m, drawn) as report, StopSignal() as stop:
             if writer.recovery:
                 report.say(writer.recovery)
             try:
-                for count, whole in _grouped(sampler, key, todo, m, batch_size, reward, evaluator):
+                for count, whole in _grouped(
+                    sampler, key, prompts, m, batch_size, reward, evaluator, done
+                ):
                     for samples in whole:
                         writer.append(samples)
                     drawn += count

@@ -19,7 +19,8 @@ from vbon_jax.errors import InputError
 from vbon_jax.progress import log
 from vbon_jax.rewards.base import Reward, counts_of
 from vbon_jax.rewards.text import CHAT
-from vbon_jax.sampling.sampler import Sampler, pad_left
+from vbon_jax.sampling.requests import pad_left
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages import sources
 from vbon_jax.stages.base import Run
 from vbon_jax.stages.workdir import Workdir

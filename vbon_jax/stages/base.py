@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from vbon_jax import sharding
 from vbon_jax.config import Config, as_dict
 from vbon_jax.errors import InputError
 from vbon_jax.progress import log
@@ -92,7 +93,7 @@ def perform(run: Run, stage: Stage, again: bool) -> None:
 
 def refuse_uneven(config: Config, mesh: Mesh) -> None:
     """Raises InputError for a batch that the devices cannot share: each would do all of it."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = sharding.ways(mesh)
     train = config.train
     for key, rows in (
         ("sampling.batch_size", config.sampling.batch_size),

@@ -11,7 +11,8 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare, measure
-from vbon_jax.sampling.sampler import Response, Sampler, requests_for
+from vbon_jax.sampling.requests import requests_for
+from vbon_jax.sampling.sampler import Response, Sampler
 from vbon_jax.stages import loading, sources
 from vbon_jax.stages.base import Run
 

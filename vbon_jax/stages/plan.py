@@ -40,7 +40,8 @@ from vbon_jax.models.encoder import EncoderConfig
 from vbon_jax.models.hf import config_files, hub
 from vbon_jax.rewards import classifier, text
 from vbon_jax.sampling import decode
-from vbon_jax.sampling.sampler import ScoredRollout, bucket_length
+from vbon_jax.sampling.requests import bucket_length
+from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.stages import adoption, loading
 from vbon_jax.stages.base import refuse_uneven
 from vbon_jax.stages.fitting import LABELS, decoder_config
@@ -276,7 +277,7 @@ def _sampling(w: _World, held: dict[str, int]) -> int:
             held[name] = bytes_of(found[1])
             on_top.append(0 if s.samples.path else _score_bytes(w, r, *found, rows))
     if not s.samples.path:  # samples made elsewhere are only copied
-        on_top.append(_rollout_bytes(w, w.reference["decoder"], rows)[0])
+        on_top.append(_rollout_bytes(w, w.reference["decoder"], rows, 1)[0])
     return sum(held.values()) + max(on_top)
 
 
@@ -293,10 +294,12 @@ def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, ro
     return _new_bytes(lowered)
 
 
-def _rollout_bytes(w: _World, params: Any, rows: int, likeliest: int = 0) -> tuple[int, int]:
-    """A rollout; and of that the cache of keys and values."""
-    s = w.settings
-    shapes = (_shape(rows, w.prompt), _shape(rows, w.prompt, dtype=bool))
+def _rollout_bytes(
+    w: _World, params: Any, rows: int, each: int, likeliest: int = 0
+) -> tuple[int, int]:
+    """A rollout of ``each`` rows a prompt; and of that the cache of keys and values."""
+    s, prompts = w.settings, rows // each
+    shapes = (_shape(prompts, w.prompt), _shape(prompts, w.prompt, dtype=bool))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     batch = _abstract((*shapes, keys), w.mesh, "batch")
     ends = (0,) if s.sampling.stop_at_eos else ()
@@ -304,8 +307,13 @@ def _rollout_bytes(w: _World, params: Any, rows: int, likeliest: int = 0) -> tup
         params, *batch, np.float32(s.sampling.temperature), config=w.config,
         limits=decode.Limits(s.sampling.max_new_tokens, ends, pad_id=0, likeliest=likeliest),
     )  # fmt: skip
-    slots = jax.eval_shape(partial(cache.init, w.config, rows, w.columns))
-    return _new_bytes(lowered), bytes_of(_abstract(slots, w.mesh, "cache"))
+    slots = jax.eval_shape(
+        lambda: (
+            cache.init(w.config, prompts, w.prompt),
+            cache.init(w.config, rows, s.sampling.max_new_tokens),
+        )
+    )
+    return _new_bytes(lowered), sum(bytes_of(_abstract(x, w.mesh, "cache")) for x in slots)
 
 
 def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
@@ -340,7 +348,7 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
             phases[f"score by {name}"] = _score_bytes(w, r, *found, rows)
     own = job.program()
     policy = trainable.join(w.reference["decoder"], state.params["decoder"])
-    rollout, kv = _rollout_bytes(w, policy, rows, own.lookahead)
+    rollout, kv = _rollout_bytes(w, policy, rows, own.group, own.lookahead)
     batch = _abstract(_batch(w, rows, own), w.mesh, "batch")
     batches = tuple(batch for _ in own.sources)
     phases["rollout"] = rollout + bytes_of(batches[1:])

@@ -17,7 +17,8 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError, writing
 from vbon_jax.progress import Reporter, log, reporting
 from vbon_jax.rewards.base import Reward
-from vbon_jax.sampling.sampler import Request, Sampler
+from vbon_jax.sampling.requests import Request
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.signals import Interrupted, Stopped, StopSignal
 from vbon_jax.training.checkpoint import Checkpointer
 from vbon_jax.training.metrics import MetricsWriter

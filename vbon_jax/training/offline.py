@@ -22,7 +22,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.models import log_probs, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.rl import kl
-from vbon_jax.sampling.sampler import pad_left
+from vbon_jax.sampling.requests import pad_left
 from vbon_jax.training.state import TrainState
 
 

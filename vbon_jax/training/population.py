@@ -5,6 +5,7 @@ vmapped side by side and the others follow in the same program; several devices 
 out among themselves and never talk to each other.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,16 +21,8 @@ from vbon_jax.models import trainable
 from vbon_jax.rewards.base import counts_of
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.decode import Rollout
-from vbon_jax.sampling.sampler import (
-    Prompts,
-    Request,
-    Sampler,
-    ScoredRollout,
-    index,
-    named_key,
-    pad_left,
-    respond,
-)
+from vbon_jax.sampling.requests import Prompts, Request, adjacent, index, pad_left
+from vbon_jax.sampling.sampler import Sampler, ScoredRollout, named_key, respond
 from vbon_jax.training import state
 from vbon_jax.training.learner import (
     Clock,
@@ -50,8 +43,7 @@ AXIS = "population"
 
 def padded(members: Sequence[Member], mesh: Mesh) -> list[Member]:
     """The members, the last repeated until the devices can share them evenly."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return [*members, *[members[-1]] * (-len(members) % ways)]
+    return [*members, *[members[-1]] * (-len(members) % sharding.ways(mesh))]
 
 
 def repeated(one: state.TrainState, keys_K: jax.Array, mesh: Mesh) -> state.TrainState:
@@ -197,8 +189,10 @@ class PopulationLearner:
         for i, source in enumerate(program.sources):
             requests = [requests_of(rows, i, program) for rows in base]
             prompts, *identity = self._rows(requests)
+            each = math.gcd(*map(adjacent, requests))
+            own = (x[:, ::each] for x in prompts)
             rollout = self._draw(
-                (np.int32(step), frozen), state.params[source], self._keys_K, *prompts, *identity
+                (np.int32(step), frozen), state.params[source], self._keys_K, *own, *identity
             )
             drawn.append((requests, prompts, rollout))
         tokens = sum(int(jnp.sum(rollout.mask_BxT)) for *_, rollout in drawn)  # waits for them
@@ -293,10 +287,10 @@ def _draw(
 ) -> Rollout:
     """Responses of one member: ``rows`` are prompts, mask, prompt ids and sample numbers."""
     step, base = shared
-    tokens_BxP, mask_BxP, ids_B, samples_B = rows
+    tokens_NxP, mask_NxP, ids_B, samples_B = rows
     return respond(
         trainable.join(base, params),
-        Prompts(tokens_BxP, mask_BxP),
+        Prompts(tokens_NxP, mask_NxP),
         decode.identity_keys(key, step, ids_B, samples_B),
         sampler.model.config,
         sampler.settings,

@@ -131,6 +131,35 @@ def test_a_cached_step_equals_the_whole_forward(loaded):
         np.testing.assert_allclose(got, whole[:, t], rtol=0, atol=2e-5)
 
 
+def test_rows_on_a_shared_prompt_equal_their_whole_forward(loaded):
+    """Two prompts side by side, three rows on one or the other, each at a slot of its own."""
+    _, _, config, params = loaded
+    tokens, mask = padded_rows()
+    _, kept = decoder.prefill(
+        params, config, tokens[:2, :6], mask[:2, :6], cache.init(config, 2, 6)
+    )
+    of = np.array([0, 1, 0])
+    side_by_side = (
+        tuple(x.swapaxes(0, 1).reshape(1, x.shape[1], 12, -1) for x in both)
+        for both in (kept.k, kept.v)
+    )
+    prefix = cache.Prefix(
+        *side_by_side, kept.mask_BxS[of], kept.position_BxS[of], jnp.array(of, jnp.int32)
+    )
+    after = np.random.default_rng(4).integers(3, 131, (3, 5)).astype(np.int32)
+    seen = np.concatenate([mask[of, :6], np.ones((3, 5), bool)], axis=1)
+    whole = decoder.hidden(params, config, np.concatenate([tokens[of, :6], after], axis=1), seen)
+    own = cache.init(config, 3, 7)
+    first = jnp.array([0, 2, 1])  # the slots before are those of another response, not attended to
+    own = dataclasses.replace(own, index=first, k=tuple(x + 9.0 for x in own.k))
+    step = jax.jit(decoder.step, static_argnums=1)
+    for t in range(5):
+        position = jnp.sum(seen[:, : 6 + t], axis=1)
+        got, own = step(params, config, after[:, t], position, own, prefix)
+        np.testing.assert_allclose(got, whole[:, 6 + t], rtol=0, atol=2e-5)
+    assert own.index.tolist() == [5, 7, 6]
+
+
 def test_another_token_in_place_equals_the_whole_forward_with_it(loaded):
     """Of the last 7 tokens; rows with padding on either side, and one that ends within them."""
     _, _, config, params = loaded
