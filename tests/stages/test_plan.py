@@ -160,7 +160,8 @@ def test_smaller_batches_make_smaller_rollouts(root, monkeypatch):
     assert usual.cache < usual.phases["rollout"] < usual.sample - usual.held["reference"]
     assert usual.peak == max(usual.sample, usual.train)
     slots = 32 * (8 + 24)  # a prompt's columns are a power of two up to 8
-    assert usual.cache == slots * (2 * POLICY.layers * POLICY.width * 4 + 1) + 4
+    a_slot = 2 * POLICY.layers * POLICY.width * 4 + 1 + 4  # keys and values, mask, position
+    assert usual.cache == slots * a_slot + 2 * 4  # an index for prompts and one for responses
 
 
 def test_an_update_reads_the_rows_and_candidates_that_training_gives_it(root, monkeypatch):

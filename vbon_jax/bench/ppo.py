@@ -58,6 +58,23 @@ def pythia(layers: int, width: int, heads: int) -> DecoderConfig:
 
 MODELS = {
     "gpt2": GPT2_SMALL,
+    "smollm2-135m": DecoderConfig(
+        vocab_size=49_152,
+        positions=8_192,
+        layers=30,
+        width=576,
+        heads=9,
+        kv_heads=3,
+        mlp_width=1_536,
+        norm="rms",
+        norm_eps=1e-5,
+        rotary=Rotary(theta=1e5),
+        activation="silu",
+        gated=True,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+    ),
     "pythia-410m": pythia(24, 1_024, 16),
     "pythia-1.4b": pythia(24, 2_048, 16),
 }

@@ -186,8 +186,9 @@ class Sampling:
                                       "for the `eos_token_id` of generation_config.json and the "
                                       "tokenizer's EOS.")  # fmt: skip
     batch_size: int = key(
-        64, "Responses sampled at once outside training.", least=1, most=MOST_ROWS
-    )
+        64, "Responses sampled at once outside training; where one ends, the next takes its row.",
+        least=1, most=MOST_ROWS,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

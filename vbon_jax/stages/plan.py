@@ -39,7 +39,7 @@ from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.encoder import EncoderConfig
 from vbon_jax.models.hf import config_files, hub
 from vbon_jax.rewards import classifier, text
-from vbon_jax.sampling import decode
+from vbon_jax.sampling import decode, slots
 from vbon_jax.sampling.requests import bucket_length
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.stages import adoption, loading
@@ -277,7 +277,7 @@ def _sampling(w: _World, held: dict[str, int]) -> int:
             held[name] = bytes_of(found[1])
             on_top.append(0 if s.samples.path else _score_bytes(w, r, *found, rows))
     if not s.samples.path:  # samples made elsewhere are only copied
-        on_top.append(_rollout_bytes(w, w.reference["decoder"], rows, 1)[0])
+        on_top.append(_slots_bytes(w, rows))
     return sum(held.values()) + max(on_top)
 
 
@@ -294,6 +294,24 @@ def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, ro
     return _new_bytes(lowered)
 
 
+def _slots_bytes(w: _World, rows: int) -> int:
+    """The slots of stage ``sample``, and a page of responses."""
+    s = w.settings
+    new, ends = s.sampling.max_new_tokens, (0,) if s.sampling.stop_at_eos else ()
+    shape = slots.shape_for(rows, w.prompts, s.samples.m, w.prompt, new)
+    setup = slots.Setup(w.config, shape, decode.Limits(new, ends, pad_id=0))
+    state = _abstract(jax.eval_shape(partial(slots.empty, setup)), w.mesh, "slots")
+    page = (_shape(shape.prompts, w.prompt), _shape(shape.prompts, w.prompt, dtype=bool))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shape.responses))
+    prompts, keys = _abstract((page, keys), w.mesh, "batch")
+    params, one = w.reference["decoder"], np.int32(1)
+    lowered = (
+        slots.supply.lower(state, params, prompts, keys, one, one, setup=setup),
+        slots.draw.lower(state, params, np.float32(1), one, setup=setup),
+    )
+    return bytes_of(state) + max(map(_new_bytes, lowered))
+
+
 def _rollout_bytes(
     w: _World, params: Any, rows: int, each: int, likeliest: int = 0
 ) -> tuple[int, int]:
@@ -307,13 +325,13 @@ def _rollout_bytes(
         params, *batch, np.float32(s.sampling.temperature), config=w.config,
         limits=decode.Limits(s.sampling.max_new_tokens, ends, pad_id=0, likeliest=likeliest),
     )  # fmt: skip
-    slots = jax.eval_shape(
+    kept = jax.eval_shape(
         lambda: (
             cache.init(w.config, prompts, w.prompt),
             cache.init(w.config, rows, s.sampling.max_new_tokens),
         )
     )
-    return _new_bytes(lowered), sum(bytes_of(_abstract(x, w.mesh, "cache")) for x in slots)
+    return _new_bytes(lowered), sum(bytes_of(_abstract(x, w.mesh, "cache")) for x in kept)
 
 
 def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
