@@ -56,6 +56,11 @@ def identity_keys(
     )
 
 
+def uniforms(keys_B: jax.Array, t_B: jax.Array) -> jax.Array:
+    """The number in [0, 1) that decides token t of each response."""
+    return jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys_B, t_B)
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a rollout is compiled for beside the model; hashes by value.
@@ -153,9 +158,7 @@ def rollout(
     T, pad_id = limits.max_new_tokens, limits.pad_id
     params = decoder.unstacked(params)
     each = len(keys_B) // len(prompt_NxP)
-    uniform_TxB = jax.vmap(
-        lambda t: jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys_B)
-    )(jnp.arange(T))
+    uniform_TxB = jax.vmap(lambda t: uniforms(keys_B, jnp.full(len(keys_B), t)))(jnp.arange(T))
 
     # The last token of each prompt is the first that its rows run by themselves.
     prefix = prompts_before(params, config, prompt_NxP, prompt_mask_NxP, each)

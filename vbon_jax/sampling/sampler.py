@@ -247,15 +247,15 @@ class Sampler:
     ) -> Iterator[Batch]:
         """Draws responses to requests in order, in ``batch_size`` rows (see ``slots``).
 
+        Batches have one shape, the last one too, and prompts share one padded length. The next
+        page is dispatched before the last is handed out: the host's work on one (scoring, writing)
+        overlaps the device's on the other.
+
         Args:
           key: with (prompt id, sample) it fixes a response.
           requests: all there are to draw: they decide the compiled shape.
           batch_size: rows drawn at once.
-          skip: how many of them, the first, were drawn before.
-
-        Batches have one shape, the last one too, and prompts share one padded length. The next
-        page is dispatched before the last is handed out: the host's work on one (scoring, writing)
-        overlaps the device's on the other.
+          skip: how many of the requests, the first, were drawn before.
 
         Yields:
           Batch of ``batch_size`` rows with arrays still on the device; only its first

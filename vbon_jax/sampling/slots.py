@@ -32,7 +32,9 @@ from vbon_jax.models import decoder, lm
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.requests import Request, pad_left
 
-PAGES = 4  # responses of a page for each row, about: more than the longest response is of the mean
+# Responses of a page for each row, about. Rows run dry if the longest response of one page outlasts
+# all of the next: with 4, if it is more than 4 times as long as the mean.
+PAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,9 +403,7 @@ def draw(
         )  # fmt: skip
         hidden, own = decoder.step(params, config, rows.token_R, position_R, own, prefix)
         keys = jax.random.wrap_key_data(store.keys_C2[jnp.minimum(rows.response_R, 2 * C - 1)])
-        uniform_R = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))(
-            keys, rows.t_R
-        )
+        uniform_R = decode.uniforms(keys, rows.t_R)
         found = decode.pick(params, hidden, uniform_R, temperature, config, limits)
         stops_R = lm.is_end(found.token, limits.end_ids)
         ends_R = active_R & (stops_R | (rows.t_R == T - 1))
