@@ -35,7 +35,7 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
     (r"^batch\b", P(BATCH)),  # rows first: tokens, masks, log-probs, rewards
     (r"^(cache|slots/(store|held|rows))/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, G, S, K]
-    (r"^cache/mask_BxS$", P(BATCH)),  # [B, S]
+    (r"^cache/(mask_BxS|trunk_BxSxD)$", P(BATCH)),  # [B, S, ...]
 )
 
 

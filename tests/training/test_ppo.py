@@ -52,7 +52,7 @@ def test_the_group_baseline_reaches_the_experience_and_teaches_no_values(world, 
     exp, _ = world.experience(mesh, batch, baseline="group", group=2, whiten=False)
     first = np.asarray(exp.advantages_BxT[:, 0])  # a whole return less that of the only other
     np.testing.assert_allclose(first[::2], -first[1::2], atol=1e-5)
-    assert np.abs(first).min() > 1e-3
+    assert np.median(np.abs(first)) > 1e-2
     for baseline in ("group", "both"):
         setup = tiny.changed(world.setup, baseline=baseline, group=2)
         grads = tiny.gradients(world.fresh(mesh).params, world.reference(mesh), exp, setup=setup)[0]

@@ -102,19 +102,19 @@ class World:
         )
 
     def draw(self, mesh, params, step=0, temperature=TEMPERATURE):
-        """Responses of a policy, two to each prompt."""
+        """Responses of a policy, two to each prompt beside each other."""
         model = sampler(
             self.config, params, mesh, temperature=temperature, max_new_tokens=T, end_ids=(3,),
             pad_id=0,
         )  # fmt: skip
-        requests = [Request(p.id, s, p.tokens) for s in range(BATCH // 8) for p in self.prompts]
+        requests = [Request(p.id, s, p.tokens) for p in self.prompts for s in range(BATCH // 8)]
         return model.draw(jax.random.key(9), step, requests)
 
     def rollout_batch(self, mesh, train_state, step=0, temperature=TEMPERATURE):
         """A scored rollout of the state's policy."""
         batch = self.draw(mesh, train_state.params["decoder"], step, temperature)
         rewards = token_reward(None, *batch.prompts, *batch.rollout[:2])
-        placed = sharding.place((rewards, np.arange(BATCH, dtype=np.int32) % 8), mesh, "batch")
+        placed = sharding.place((rewards, np.arange(BATCH, dtype=np.int32) // 2), mesh, "batch")
         return ScoredRollout(*batch.prompts, batch.rollout, *placed, batch.temperature)
 
     def arguments(self, mesh, train_state, batch, n=N):

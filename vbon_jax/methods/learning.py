@@ -143,6 +143,14 @@ class Job:
         return self.method.learns.objective(self.options)
 
     @property
+    def trunk_layers(self) -> int:
+        """Frozen lower layers that a rollout runs for its update too; stored samples lack them."""
+        unfrozen = self.training.trained.layers
+        frozen = unfrozen > 0 and not self.training.trained.rank
+        drawn = bool(self.objective) and not self.training.train.replay and not self.from_store
+        return max(0, self.config.layers - unfrozen) if frozen and drawn else 0
+
+    @property
     def reads_prefixes(self) -> bool:
         """Whether its values are those of a table by the rewards of prefixes."""
         train = self.training.train
@@ -218,6 +226,7 @@ class Job:
             prefixes=self.reads_prefixes,
             lookahead=t.lookahead if self.reads_prefixes else 0,
             replay=t.replay if self.objective else 0,
+            trunk_layers=self.trunk_layers,
             from_store=self.prompts - self.held_out if self.from_store else 0,
         )
 

@@ -231,8 +231,14 @@ def _attend(
     return _read(weights, shared.v_NxGxSxK) + out_BxHxTxK
 
 
-def _written(kept_BxGxSxK: jax.Array, new_BxGxTxK: jax.Array, index: jax.Array) -> jax.Array:
-    """New keys or values at slot ``index`` of all rows, or at one of its own of each ([B], T=1)."""
+def written(kept_BxGxSxK: jax.Array, new_BxGxTxK: jax.Array, index: jax.Array) -> jax.Array:
+    """Puts new keys or values at slot ``index`` of all rows, or at one of its own of each.
+
+    Args:
+      kept_BxGxSxK: those that are there.
+      new_BxGxTxK: the new ones; T is 1 where each row has a slot of its own.
+      index: int32, the first slot: a scalar, or [B].
+    """
     if not index.ndim:
         return jax.lax.dynamic_update_slice(kept_BxGxSxK, new_BxGxTxK, (0, 0, index, 0))
     return kept_BxGxSxK.at[jnp.arange(len(index)), :, index].set(new_BxGxTxK[:, :, 0])
@@ -261,7 +267,7 @@ class _Attention(nn.Module):
         k_BxGxSxK, v_BxGxSxK = _rotate(project("k", c.key_heads), view), project("v", c.key_heads)
         if kv is not None:
             k_BxGxSxK, v_BxGxSxK = (
-                _written(kept, new, index) for kept, new in zip(kv, (k_BxGxSxK, v_BxGxSxK))
+                written(kept, new, index) for kept, new in zip(kv, (k_BxGxSxK, v_BxGxSxK))
             )
         own = (k_BxGxSxK, v_BxGxSxK)
         out_BxHxTxK = _attend(c, q_BxHxTxK, own, shared, view.mask_BxTxS)

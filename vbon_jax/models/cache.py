@@ -26,6 +26,9 @@ class KVCache:
       position_BxS: int32, the position id of each slot's token.
       index: int32, the slot that the next step writes, S when the cache is full: a scalar, or one
         of each row, [B].
+      trunk_BxSxD: in the compute dtype, what the first ``trunk_layers`` layers make of each slot's
+        token, the input of ``decoder.top`` where these are the trunk; None where no one asks.
+      trunk_layers: how many; static.
     """
 
     k: tuple[jax.Array, ...]
@@ -33,6 +36,8 @@ class KVCache:
     mask_BxS: jax.Array
     position_BxS: jax.Array
     index: jax.Array
+    trunk_BxSxD: jax.Array | None = None
+    trunk_layers: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def length(self) -> int:
@@ -52,6 +57,7 @@ class Prefix:
       mask_BxP: bool, True at the tokens of a row's prompt.
       position_BxP: int32, their position ids.
       slot_B: int32, which of the J prompts each row goes on from; None where J is 1.
+      trunk_NxPxD: as in ``KVCache``.
     """
 
     k: tuple[jax.Array, ...]
@@ -59,15 +65,17 @@ class Prefix:
     mask_BxP: jax.Array
     position_BxP: jax.Array
     slot_B: jax.Array | None = None
+    trunk_NxPxD: jax.Array | None = None
 
 
-def init(config: DecoderConfig, batch: int, length: int) -> KVCache:
+def init(config: DecoderConfig, batch: int, length: int, trunk_layers: int = 0) -> KVCache:
     """Creates an empty cache.
 
     Args:
       config: the decoder's configuration.
       batch: B, the number of rows.
       length: S, the number of slots.
+      trunk_layers: of which the output is kept as well, less than all; 0 for none.
 
     Returns:
       A cache of zeros in the compute dtype, with index 0.
@@ -90,4 +98,8 @@ def init(config: DecoderConfig, batch: int, length: int) -> KVCache:
         mask_BxS=jnp.zeros((batch, length), bool),
         position_BxS=jnp.zeros((batch, length), jnp.int32),
         index=jnp.zeros((), jnp.int32),
+        trunk_BxSxD=jnp.zeros((batch, length, config.width), config.compute_dtype)
+        if trunk_layers
+        else None,
+        trunk_layers=trunk_layers,
     )

@@ -25,13 +25,13 @@ Activations are in ``config.compute_dtype``; norms, the softmax of attention and
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vbon_jax.models.blocks import Block, Norm, Shared, rows, views
+from vbon_jax.models.blocks import Block, Norm, Shared, rows, views, written
 from vbon_jax.models.config import REMAT, Params
 from vbon_jax.models.config import DecoderConfig as DecoderConfig
 from vbon_jax.models.config import Rotary as Rotary
@@ -124,31 +124,65 @@ def _layer(params: Params, index: int) -> Params:
     raise IndexError(f"layer {index} past the last")
 
 
+class Adjacent(NamedTuple):
+    """Which rows of a batch begin with the same prompt, so that it is run once for all of them.
+
+    Attributes:
+      rows: k; rows 0 to k - 1 share a prompt, the next k another one. It divides B.
+      columns: P, of the prompt: the tokens and mask of the first P columns are the same in all k.
+    """
+
+    rows: int
+    columns: int
+
+
 def _run(
-    config: DecoderConfig, blocks: Params, first: int, x_BxTxD: jax.Array, mask_BxT: jax.Array
+    config: DecoderConfig,
+    blocks: Params,
+    first: int,
+    x_BxTxD: jax.Array,
+    mask_BxT: jax.Array,
+    same: Adjacent | None,
 ) -> jax.Array:
     """Applies a stack of blocks, of which the first is layer ``first``, by a scan over layers."""
     position_BxT = _positions(mask_BxT)
-    whole, windowed = views(config, _causal(mask_BxT), position_BxT, position_BxT)
+    mask_BxTxT = _causal(mask_BxT)
+    k, P = same or Adjacent(1, 0)
+    if k > 1:
+        position, mask = position_BxT[::k, :P], mask_BxTxT[::k, :P, :P]
+        parts = [x_BxTxD[::k, :P], x_BxTxD[:, P:]]
+        seen = [
+            views(config, mask, position, position),
+            views(config, mask_BxTxT[:, P:], position_BxT[:, P:], position_BxT),
+        ]
+    else:
+        parts, seen = [x_BxTxD], [views(config, mask_BxTxT, position_BxT, position_BxT)]
     block = Block(config)
     layers = range(first, first + _depth(blocks))
     in_window = [config.is_windowed(i) for i in layers]
 
-    def apply_block(x_BxTxD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+    def apply_block(parts: list[jax.Array], layer: Any) -> tuple[list[jax.Array], None]:
         params, here = layer
-        if len(set(in_window)) > 1:
-            view = jax.tree.map(lambda a, b: jnp.where(here, a, b), windowed, whole)
-        else:
-            view = windowed if in_window[0] else whole
-        with jax.named_scope("block"):
-            x_BxTxD, _ = block.apply({"params": params}, x_BxTxD, view)
-        return x_BxTxD, None
+        out: list[jax.Array] = []
+        before = None  # a response attends to its prompt's keys and to its own
+        for x, (whole, windowed) in zip(parts, seen, strict=True):
+            if len(set(in_window)) > 1:
+                view = jax.tree.map(lambda a, b: jnp.where(here, a, b), windowed, whole)
+            else:
+                view = windowed if in_window[0] else whole
+            with jax.named_scope("block"):
+                x, kv = block.apply({"params": params}, x, view, shared=before)
+            before = Shared(kv[0], kv[1], None)
+            out.append(x)
+        return out, None
 
     if config.remat != "none":
         # prevent_cse: scan already keeps the forward and the backward pass apart.
         apply_block = jax.checkpoint(apply_block, policy=REMAT[config.remat], prevent_cse=False)
-    x_BxTxD, _ = jax.lax.scan(apply_block, x_BxTxD, (blocks, jnp.array(in_window)))
-    return x_BxTxD
+    parts, _ = jax.lax.scan(apply_block, parts, (blocks, jnp.array(in_window)))
+    if k == 1:
+        return parts[0]
+    return jnp.concatenate([jnp.repeat(parts[0], k, axis=0), parts[1]], axis=1)
 
 
 def unstacked(params: Params) -> Params:
@@ -170,7 +204,11 @@ def unstacked(params: Params) -> Params:
 
 
 def trunk(
-    params: Params, config: DecoderConfig, tokens_BxT: jax.Array, mask_BxT: jax.Array
+    params: Params,
+    config: DecoderConfig,
+    tokens_BxT: jax.Array,
+    mask_BxT: jax.Array,
+    same: Adjacent | None = None,
 ) -> jax.Array:
     """Runs the embeddings and all segments of ``blocks`` but the last.
 
@@ -179,6 +217,7 @@ def trunk(
       config: its configuration.
       tokens_BxT: int32 token ids, as in ``hidden``.
       mask_BxT: bool, True at real tokens, as in ``hidden``.
+      same: which rows share a prompt, as in ``hidden``.
 
     Returns:
       x_BxTxD in the compute dtype, the input of ``top``.
@@ -188,13 +227,17 @@ def trunk(
         x_BxTxD = _embed(params, config, tokens_BxT, _positions(mask_BxT))
         first = 0
         for blocks in _segments(params)[:-1]:
-            x_BxTxD = _run(config, blocks, first, x_BxTxD, mask_BxT)
+            x_BxTxD = _run(config, blocks, first, x_BxTxD, mask_BxT, same)
             first += _depth(blocks)
     return x_BxTxD
 
 
 def top(
-    params: Params, config: DecoderConfig, x_BxTxD: jax.Array, mask_BxT: jax.Array
+    params: Params,
+    config: DecoderConfig,
+    x_BxTxD: jax.Array,
+    mask_BxT: jax.Array,
+    same: Adjacent | None = None,
 ) -> jax.Array:
     """Runs the last segment of ``blocks`` and the final norm on the output of ``trunk``.
 
@@ -203,6 +246,7 @@ def top(
       config: its configuration.
       x_BxTxD: output of ``trunk``.
       mask_BxT: bool, True at real tokens, as in ``hidden``.
+      same: which rows share a prompt, as in ``hidden``.
 
     Returns:
       hidden_BxTxD, as ``hidden`` returns it.
@@ -210,12 +254,16 @@ def top(
     with jax.named_scope("top"):
         blocks = _segments(params)[-1]
         first = config.layers - _depth(blocks)
-        x_BxTxD = _run(config, blocks, first, x_BxTxD, mask_BxT.astype(bool))
+        x_BxTxD = _run(config, blocks, first, x_BxTxD, mask_BxT.astype(bool), same)
         return _final_norm(params, config, x_BxTxD)
 
 
 def hidden(
-    params: Params, config: DecoderConfig, tokens_BxT: jax.Array, mask_BxT: jax.Array
+    params: Params,
+    config: DecoderConfig,
+    tokens_BxT: jax.Array,
+    mask_BxT: jax.Array,
+    same: Adjacent | None = None,
 ) -> jax.Array:
     """Runs the whole decoder on a padded batch, by a scan over layers.
 
@@ -225,13 +273,16 @@ def hidden(
       tokens_BxT: int32 token ids; the padding may hold any id of the vocabulary.
       mask_BxT: bool, True at real tokens. Padding may be on the left, the right, or both; position
         ids count real tokens only, and no query attends to padding.
+      same: which rows share a prompt: their keys and values, and gradients, are computed once for
+        all of them. None where none do.
 
     Returns:
       hidden_BxTxD after the final norm, in the compute dtype. At padding it is finite but
       meaningless. A token id outside the vocabulary, or a real token at a position of
       ``config.positions`` or more, gives NaN.
     """
-    return top(params, config, trunk(params, config, tokens_BxT, mask_BxT), mask_BxT)
+    x_BxTxD = trunk(params, config, tokens_BxT, mask_BxT, same)
+    return top(params, config, x_BxTxD, mask_BxT, same)
 
 
 def head(params: Params) -> jax.Array:
@@ -308,10 +359,12 @@ def prefill(
     position_BxP = _positions(mask_BxP)
     seen = views(config, _causal(mask_BxP), position_BxP, position_BxP)
     block = Block(config)
-    k, v = list(cache.k), list(cache.v)
+    k, v, trunk_BxSxD = list(cache.k), list(cache.v), cache.trunk_BxSxD
     with jax.named_scope("prefill"):
         x_BxPxD = _embed(params, config, tokens_BxP, position_BxP)
         for i in range(config.layers):
+            if trunk_BxSxD is not None and i == cache.trunk_layers:
+                trunk_BxSxD = jax.lax.dynamic_update_slice(trunk_BxSxD, x_BxPxD, (0, 0, 0))
             with jax.named_scope(f"block_{i}"):
                 x_BxPxD, (k_BxGxPxK, v_BxGxPxK) = block.apply(
                     {"params": _layer(params, i)}, x_BxPxD, seen[config.is_windowed(i)]
@@ -326,6 +379,7 @@ def prefill(
         mask_BxS=jnp.zeros_like(cache.mask_BxS).at[:, :prompt_length].set(mask_BxP),
         position_BxS=jnp.zeros_like(cache.position_BxS).at[:, :prompt_length].set(position_BxP),
         index=jnp.full_like(cache.index, prompt_length),
+        trunk_BxSxD=trunk_BxSxD,
     )
 
 
@@ -362,10 +416,12 @@ def step(
         position_of_BxS = jnp.concatenate([prefix.position_BxP, position_BxS], axis=1)
     seen = views(config, read_BxS[:, None, :], position_B[:, None], position_of_BxS)
     block = Block(config)
-    k, v = list(cache.k), list(cache.v)
+    k, v, trunk_BxSxD = list(cache.k), list(cache.v), cache.trunk_BxSxD
     with jax.named_scope("step"):
         x_Bx1xD = _embed(params, config, token_B[:, None], position_B[:, None])
         for i in range(config.layers):
+            if trunk_BxSxD is not None and i == cache.trunk_layers:
+                trunk_BxSxD = written(trunk_BxSxD[:, None], x_Bx1xD[:, None], cache.index)[:, 0]
             with jax.named_scope(f"block_{i}"):
                 x_Bx1xD, (k[i], v[i]) = block.apply(
                     {"params": _layer(params, i)},
@@ -380,7 +436,7 @@ def step(
     hidden_BxD = jnp.where((index_B < cache.length)[:, None], hidden_BxD, jnp.nan)
     return hidden_BxD, dataclasses.replace(
         cache, k=tuple(k), v=tuple(v), mask_BxS=mask_BxS, position_BxS=position_BxS,
-        index=cache.index + 1,
+        index=cache.index + 1, trunk_BxSxD=trunk_BxSxD,
     )  # fmt: skip
 
 

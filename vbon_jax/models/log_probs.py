@@ -23,6 +23,7 @@ def hidden(
     tokens_BxS: jax.Array,
     mask_BxS: jax.Array,
     response_len: int,
+    same: decoder.Adjacent | None = None,
 ) -> jax.Array:
     """Computes the hidden states that predict the response tokens.
 
@@ -33,11 +34,12 @@ def hidden(
         response, padded on the right to ``response_len`` tokens.
       mask_BxS: bool, True at real tokens of both.
       response_len: T, the number of columns of the response.
+      same: which rows share a prompt; see ``decoder.hidden``.
 
     Returns:
       Hidden states [B, T, D] after the final norm, in the compute dtype.
     """
-    return before(decoder.hidden(params, config, tokens_BxS, mask_BxS), response_len)
+    return before(decoder.hidden(params, config, tokens_BxS, mask_BxS, same), response_len)
 
 
 def before(hidden_BxSxD: jax.Array, response_len: int) -> jax.Array:

@@ -36,6 +36,9 @@ class Rollout(NamedTuple):
       0 outside the mask.
     finished_B: bool, True where EOS came before the length limit.
     likeliest: the likeliest tokens at each slot; None where no one asks for them.
+    trunk_BxSxD: what the lower layers made of prompt and response, S = P + T columns, in the
+      compute dtype, as ``decoder.trunk`` gives it but for rounding. The last column is 0: nothing
+      is predicted from it. None where no one asks for it.
     """
 
     tokens_BxT: jax.Array
@@ -43,6 +46,7 @@ class Rollout(NamedTuple):
     log_probs_BxT: jax.Array
     finished_B: jax.Array
     likeliest: Likeliest | None = None
+    trunk_BxSxD: jax.Array | None = None
 
 
 @jax.jit
@@ -73,6 +77,7 @@ class Limits:
         from, while ``log_probs_BxT`` stays that of the unfiltered one; 0 keeps all.
       top_p: likewise keeps the smallest set of tokens of this mass; 1.0 keeps all.
       likeliest: how many of the likeliest tokens at each slot are told beside the one drawn.
+      trunk_layers: lower layers whose output is told as well; 0 for none.
     """
 
     max_new_tokens: int
@@ -81,6 +86,7 @@ class Limits:
     top_k: int = 0
     top_p: float = 1.0
     likeliest: int = 0
+    trunk_layers: int = 0
 
 
 class Picked(NamedTuple):
@@ -161,10 +167,11 @@ def rollout(
     uniform_TxB = jax.vmap(lambda t: uniforms(keys_B, jnp.full(len(keys_B), t)))(jnp.arange(T))
 
     # The last token of each prompt is the first that its rows run by themselves.
-    prefix = prompts_before(params, config, prompt_NxP, prompt_mask_NxP, each)
+    kept = limits.trunk_layers
+    prefix = prompts_before(params, config, prompt_NxP, prompt_mask_NxP, each, kept)
     token_B = jnp.repeat(prompt_NxP[:, -1], each)
     before_B = jnp.repeat(jnp.sum(prompt_mask_NxP, axis=-1, dtype=jnp.int32) - 1, each)
-    cache = sharding.constrain(kv_cache.init(config, len(keys_B), T), "cache")
+    cache = sharding.constrain(kv_cache.init(config, len(keys_B), T, kept), "cache")
 
     def someone_goes_on(done_B: jax.Array) -> jax.Array:
         here = ~jnp.all(done_B)
@@ -198,9 +205,22 @@ def rollout(
     mask = jnp.zeros((T, len(keys_B)), bool)
     done = jnp.zeros_like(mask[0])
     carry = (jnp.int32(0), someone_goes_on(done), token_B, done, cache, picked, mask)
-    _, _, _, done, _, picked, mask = jax.lax.while_loop(cond, body, carry)
+    _, _, _, done, cache, picked, mask = jax.lax.while_loop(cond, body, carry)
     tokens, log_probs, likeliest = jax.tree.map(lambda x: x.swapaxes(0, 1), picked)
-    return sharding.constrain(Rollout(tokens, mask.T, log_probs, done, likeliest), "batch")
+    trunk = _trunk(prefix, cache.trunk_BxSxD, each)
+    return sharding.constrain(Rollout(tokens, mask.T, log_probs, done, likeliest, trunk), "batch")
+
+
+def _trunk(
+    prefix: kv_cache.Prefix | None, own_BxTxD: jax.Array | None, each: int
+) -> jax.Array | None:
+    """Of whole rows: all prompt tokens but the last, then it and the response, but its last."""
+    if own_BxTxD is None:
+        return None
+    columns = [own_BxTxD, jnp.zeros_like(own_BxTxD[:, :1])]
+    if prefix is not None and prefix.trunk_NxPxD is not None:
+        columns.insert(0, jnp.repeat(prefix.trunk_NxPxD[:, 1:], each, axis=0))
+    return jnp.concatenate(columns, axis=1)
 
 
 def prompts_before(
@@ -209,8 +229,11 @@ def prompts_before(
     tokens_NxP: jax.Array,
     mask_NxP: jax.Array,
     each: int,
+    trunk_layers: int = 0,
 ) -> kv_cache.Prefix | None:
     """Runs all tokens of prompts but the last, for ``each`` adjacent rows that go on from one.
+
+    The output of the first ``trunk_layers`` layers is kept beside keys and values.
 
     Returns:
       Their keys and values in P slots: with an empty one in place of the last token they remain a
@@ -221,9 +244,9 @@ def prompts_before(
     if length == 1:
         return None
     tokens, mask = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in (tokens_NxP, mask_NxP))
-    cache = sharding.constrain(kv_cache.init(config, prompts, length), "cache")
+    cache = sharding.constrain(kv_cache.init(config, prompts, length, trunk_layers), "cache")
     _, kept = decoder.prefill(params, config, tokens, mask, cache)
     mask_BxP, position_BxP = (
         jnp.repeat(x, each, axis=0) for x in (kept.mask_BxS, kept.position_BxS)
     )
-    return kv_cache.Prefix(kept.k, kept.v, mask_BxP, position_BxP)
+    return kv_cache.Prefix(kept.k, kept.v, mask_BxP, position_BxP, trunk_NxPxD=kept.trunk_BxSxD)

@@ -47,6 +47,7 @@ class Sampling:
       top_k: keeps the k likeliest tokens, for generation only; 0 keeps all.
       top_p: keeps the smallest set of tokens of this mass, for generation only; 1.0 keeps all.
       likeliest: how many of the likeliest tokens at each slot are told beside the one drawn.
+      trunk_layers: lower layers whose output is told as well, by ``draw``; 0 for none.
     """
 
     temperature: float
@@ -56,13 +57,15 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     likeliest: int = 0
+    trunk_layers: int = 0
 
     @property
     def limits(self) -> decode.Limits:
         """All but the temperature: what a rollout is compiled for."""
         return decode.Limits(
-            self.max_new_tokens, self.end_ids, self.pad_id, self.top_k, self.top_p, self.likeliest
-        )
+            self.max_new_tokens, self.end_ids, self.pad_id, self.top_k, self.top_p,
+            self.likeliest, self.trunk_layers,
+        )  # fmt: skip
 
 
 class Batch(NamedTuple):

@@ -313,7 +313,7 @@ def _slots_bytes(w: _World, rows: int) -> int:
 
 
 def _rollout_bytes(
-    w: _World, params: Any, rows: int, each: int, likeliest: int = 0
+    w: _World, params: Any, rows: int, each: int, likeliest: int = 0, trunk_layers: int = 0
 ) -> tuple[int, int]:
     """A rollout of ``each`` rows a prompt; and of that the cache of keys and values."""
     s, prompts = w.settings, rows // each
@@ -323,7 +323,10 @@ def _rollout_bytes(
     ends = (0,) if s.sampling.stop_at_eos else ()
     lowered = decode.rollout.lower(
         params, *batch, np.float32(s.sampling.temperature), config=w.config,
-        limits=decode.Limits(s.sampling.max_new_tokens, ends, pad_id=0, likeliest=likeliest),
+        limits=decode.Limits(
+            s.sampling.max_new_tokens, ends, pad_id=0, likeliest=likeliest,
+            trunk_layers=trunk_layers,
+        ),
     )  # fmt: skip
     kept = jax.eval_shape(
         lambda: (
@@ -366,7 +369,8 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
             phases[f"score by {name}"] = _score_bytes(w, r, *found, rows)
     own = job.program()
     policy = trainable.join(w.reference["decoder"], state.params["decoder"])
-    rollout, kv = _rollout_bytes(w, policy, rows, own.group, own.lookahead)
+    told = (own.lookahead, own.trunk_layers)
+    rollout, kv = _rollout_bytes(w, policy, rows, own.group, *told)
     batch = _abstract(_batch(w, rows, own), w.mesh, "batch")
     batches = tuple(batch for _ in own.sources)
     phases["rollout"] = rollout + bytes_of(batches[1:])
@@ -411,13 +415,14 @@ def _batch(w: _World, rows: int, program: Program) -> ScoredRollout:
     """A scored rollout, in shapes, with the stored samples beside it."""
     new, K = w.settings.sampling.max_new_tokens, program.lookahead
 
-    def scored(rows: int, likeliest: decode.Likeliest | None) -> ScoredRollout:
+    def scored(rows: int, likeliest: decode.Likeliest | None, trunk: Any = None) -> ScoredRollout:
         def of(*shape: int, dtype: Any = jnp.int32) -> Any:
             return _shape(rows, *shape, dtype=dtype)
 
         rollout = decode.Rollout(
-            of(new), of(new, dtype=bool), of(new, dtype=jnp.float32), of(dtype=bool), likeliest
-        )
+            of(new), of(new, dtype=bool), of(new, dtype=jnp.float32), of(dtype=bool), likeliest,
+            trunk,
+        )  # fmt: skip
         return ScoredRollout(
             of(w.prompt), of(w.prompt, dtype=bool), rollout, of(dtype=jnp.float32), of(),
             w.settings.sampling.temperature,
@@ -425,13 +430,16 @@ def _batch(w: _World, rows: int, program: Program) -> ScoredRollout:
             None if likeliest is None else of(new, K, dtype=jnp.float32),
         )  # fmt: skip
 
-    likeliest = None
+    likeliest = trunk = None
+    if program.trunk_layers:
+        columns = w.prompt + new
+        trunk = _shape(rows, columns, w.config.width, dtype=w.config.compute_dtype)
     if K:
         dtypes = (jnp.int32, jnp.float32, bool)
         likeliest = decode.Likeliest(*(_shape(rows, new, K, dtype=x) for x in dtypes))
     beside = rows // program.group * program.replay
     stored = scored(beside, None) if beside else None
-    return dataclasses.replace(scored(rows, likeliest), stored=stored)
+    return dataclasses.replace(scored(rows, likeliest, trunk), stored=stored)
 
 
 def _start(w: _World, job: Job, after: int) -> int:

@@ -38,6 +38,7 @@ class Program:
       prefixes: whether the update reads the rewards of prefixes.
       lookahead: of how many of the likeliest next tokens it does as well.
       replay: stored samples of each prompt beside the responses to it.
+      trunk_layers: of a frozen trunk, whose output the update takes from the rollout; 0 for none.
       from_store: prompts, the first, whose stored samples take the place of responses; 0 where
         responses are drawn.
     """
@@ -50,6 +51,7 @@ class Program:
     prefixes: bool = False
     lookahead: int = 0
     replay: int = 0
+    trunk_layers: int = 0
     from_store: int = 0
 
 
@@ -85,7 +87,9 @@ class Learner:
         mesh = task.sampler.mesh
         self.task, self.program, self.member = task, program, member
         self._samples = samples
-        self._sampler = task.sampler.at(likeliest=program.lookahead)
+        self._sampler = task.sampler.at(
+            likeliest=program.lookahead, trunk_layers=program.trunk_layers
+        )
         self._key = named_key(member.seed, "rollout")
         self._length = prompt_length(task)
         self._references = sharding.place(task.references, mesh)

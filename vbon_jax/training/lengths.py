@@ -11,19 +11,26 @@ import jax
 import jax.numpy as jnp
 
 
-def order(mask_BxT: jax.Array, parts: int) -> jax.Array:
+def order(mask_BxT: jax.Array, parts: int, together: int = 1) -> jax.Array:
     """The order of rows in which those of `scoring.in_parts` have responses of like length.
 
     Args:
       mask_BxT: True on the responses' tokens.
       parts: into how many B is divided.
+      together: adjacent rows that stay so; the longest of them counts.
 
     Returns:
-      int32 [B], a permutation: part p, every ``parts``-th row from p on, holds rows that follow one
-      another by length.
+      int32 [B], a permutation: part p, every ``parts``-th row (or so many together) from p on,
+      holds rows that follow one another by length.
     """
-    by_length_B = jnp.argsort(jnp.sum(mask_BxT, axis=1))
-    return by_length_B.reshape(parts, -1).swapaxes(0, 1).reshape(-1)
+    length_G = jnp.max(jnp.sum(mask_BxT, axis=1).reshape(-1, together), axis=1)
+    by_length_G = jnp.argsort(length_G).reshape(parts, -1).swapaxes(0, 1).reshape(-1)
+    return rows_of(by_length_G, together)
+
+
+def rows_of(group_G: jax.Array, together: int) -> jax.Array:
+    """Indices [G * together] of the rows of groups of adjacent ones, in the groups' order."""
+    return (group_G[:, None] * together + jnp.arange(together)).reshape(-1)
 
 
 def at_shortest(f: Callable[[Any], Any], rows: Any, mask_BxT: jax.Array, lengths: int) -> Any:

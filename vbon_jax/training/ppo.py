@@ -45,13 +45,13 @@ def loss(
     """
     config, train, full = setup.config, setup.train, setup.full_penalty
     mask = exp.response_mask_BxT
-    response_len = mask.shape[1]
+    response_len, same = mask.shape[1], setup.same(exp.tokens_BxS, mask)
     base = ref_params["decoder"]
     policy = trainable.join(base, params["decoder"])
     if exp.trunk_BxSxD is not None:
-        hidden = decoder.top(policy, config, exp.trunk_BxSxD, exp.mask_BxS)
+        hidden = decoder.top(policy, config, exp.trunk_BxSxD, exp.mask_BxS, same)
     else:
-        hidden = decoder.hidden(policy, config, exp.tokens_BxS, exp.mask_BxS)
+        hidden = decoder.hidden(policy, config, exp.tokens_BxS, exp.mask_BxS, same)
     hidden = log_probs.before(hidden, response_len)
 
     def project(head: jax.Array, states: jax.Array) -> jax.Array:
@@ -129,7 +129,7 @@ def gradients(
 
     if setup.microbatches == 1:
         return of(minibatch)
-    parts = in_parts(minibatch, setup.microbatches)
+    parts = in_parts(minibatch, setup.microbatches, setup.together)
 
     def add(total: Any, part: Experience) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of(sharding.constrain(part, "batch"))), None
@@ -143,6 +143,8 @@ def epochs(
     state: TrainState, ref_params: Any, exp: Experience, setup: Setup
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Passes over the experience in shuffled minibatches, ``train.ppo_epochs`` of them.
+
+    Adjacent responses to one prompt, ``setup.together`` of them, stay in one minibatch.
 
     They end early once the policy is further than ``train.kl_target`` from that of the rollout:
     KL(rollout policy || policy) in nats a response, the mean over the minibatches of a pass, each
@@ -160,7 +162,8 @@ def epochs(
         params, opt_state = carry
         if setup.memory.lengths > 1:
             here = exp.response_mask_BxT[rows_of_step]
-            rows_of_step = rows_of_step[lengths.order(here, setup.microbatches)]
+            order = lengths.order(here, setup.microbatches, setup.together)
+            rows_of_step = rows_of_step[order]
         # Gathered rows would be whole on every device: each would do all of the minibatch.
         minibatch = sharding.constrain(jax.tree.map(lambda x: x[rows_of_step], exp), "batch")
         grads, info = gradients(params, ref_params, minibatch, setup)
@@ -172,7 +175,8 @@ def epochs(
 
     def one_pass(epoch: jax.Array, carry: Any) -> tuple[Any, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), epoch)
-        order = jax.random.permutation(key, rows).reshape(minibatches, train.minibatch_size)
+        order = jax.random.permutation(key, rows // setup.together)
+        order = lengths.rows_of(order, setup.together).reshape(minibatches, train.minibatch_size)
         return jax.lax.scan(gradient_step, carry, order)
 
     def another(loop: Any) -> Any:

@@ -1,6 +1,7 @@
 """A rollout as the epochs of PPO read it: scored by policy and reference, with its advantages."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,10 @@ from vbon_jax.rl.prefix import Lookahead
 from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import lengths
 from vbon_jax.training.options import PREFIX, Memory, Train, microbatches
+
+# Adjacent rows of a prompt that shuffling keeps together: its forward pass is an eighth of theirs
+# each, and a minibatch still has many prompts.
+MOST_TOGETHER = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,16 @@ class Setup:
     def microbatch(self) -> int:
         """Rows whose activations are held at once."""
         return self.train.minibatch_size // self.microbatches
+
+    @property
+    def together(self) -> int:
+        """Adjacent rows that respond to one prompt, which is run once for them; of a microbatch."""
+        most = math.gcd(self.train.group, self.train.replay, self.microbatch)
+        return next(k for k in range(min(most, MOST_TOGETHER), 0, -1) if most % k == 0)
+
+    def same(self, rows: Any, mask_BxT: jax.Array) -> decoder.Adjacent:
+        """Which of an update's rows [B, S] of prompt and response share a prompt."""
+        return decoder.Adjacent(self.together, rows.shape[1] - mask_BxT.shape[1])
 
 
 class Target(NamedTuple):
@@ -179,30 +194,34 @@ def values_of(
         return jnp.zeros(hidden_BxTxD.shape[:2], jnp.float32)
     if setup.value_config is not None:
         hidden_BxTxD = log_probs.hidden(
-            params["decoder"], setup.value_config, tokens_BxS, mask_BxS, hidden_BxTxD.shape[1]
-        )
+            params["decoder"], setup.value_config, tokens_BxS, mask_BxS, hidden_BxTxD.shape[1],
+            setup.same(tokens_BxS, hidden_BxTxD),
+        )  # fmt: skip
     return heads.value(params["head"], hidden_BxTxD)
 
 
 def _forward(
     params: Any,
     ref_params: Any,
-    rows: tuple[jax.Array, jax.Array, jax.Array],
+    rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
     setup: Setup,
     temperature: float,
 ) -> tuple[NextToken, jax.Array, jax.Array | None, jax.Array | None]:
-    """One pass of policy and reference over a rollout. A frozen trunk runs once for both."""
-    config, (tokens_BxS, mask_BxS, mask) = setup.config, rows
-    response_len = mask.shape[1]
+    """One pass of policy and reference over a rollout.
+
+    A frozen trunk runs once for both, or, where the rollout has told its output, not at all.
+    """
+    config, (tokens_BxS, mask_BxS, mask, trunk) = setup.config, rows
+    response_len, same = mask.shape[1], setup.same(tokens_BxS, mask)
     base = ref_params["decoder"]
     policy = trainable.join(base, params["decoder"])
-    trunk = None
     if trainable.divided(base):
-        trunk = decoder.trunk(base, config, tokens_BxS, mask_BxS)
-        hidden, ref_hidden = (decoder.top(x, config, trunk, mask_BxS) for x in (policy, base))
+        if trunk is None:
+            trunk = decoder.trunk(base, config, tokens_BxS, mask_BxS, same)
+        hidden, ref_hidden = (decoder.top(x, config, trunk, mask_BxS, same) for x in (policy, base))
     else:
         hidden, ref_hidden = (
-            decoder.hidden(x, config, tokens_BxS, mask_BxS) for x in (policy, base)
+            decoder.hidden(x, config, tokens_BxS, mask_BxS, same) for x in (policy, base)
         )
     hidden, ref_hidden = (log_probs.before(x, response_len) for x in (hidden, ref_hidden))
     values = values_of(params.get("value"), hidden, tokens_BxS, mask_BxS, setup)
@@ -218,21 +237,32 @@ def _forward(
     )
 
 
-def in_microbatches(f: Any, rows: Any, size: int) -> Any:
+def in_microbatches(f: Any, rows: Any, size: int, together: int = 1) -> Any:
     """Applies f to ``size`` rows at a time, so that it holds the activations of no more."""
     count = jax.tree.leaves(rows)[0].shape[0]
     if count <= size:
         return f(rows)
-    out = jax.lax.map(
-        lambda part: f(sharding.constrain(part, "batch")), in_parts(rows, count // size)
-    )
-    together = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), out)
-    return sharding.constrain(together, "batch")
+    parts = in_parts(rows, count // size, together)
+    out = jax.lax.map(lambda part: f(sharding.constrain(part, "batch")), parts)
+
+    def back(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], -1, together, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(count, *x.shape[3:])
+
+    return sharding.constrain(jax.tree.map(back, out), "batch")
 
 
-def in_parts(rows: Any, count: int) -> Any:
-    """Row i goes to part i % count, so that rows sharded over devices stay so in each part."""
-    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), rows)
+def in_parts(rows: Any, count: int, together: int = 1) -> Any:
+    """Row i goes to part i % count, so that rows sharded over devices stay so in each part.
+
+    Rows are single ones, or ``together`` adjacent ones that stay so.
+    """
+
+    def divided(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, count, together, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(count, -1, *x.shape[3:])
+
+    return jax.tree.map(divided, rows)
 
 
 def score(params: Any, ref_params: Any, batch: ScoredRollout, setup: Setup) -> Scored:
@@ -255,15 +285,15 @@ def score(params: Any, ref_params: Any, batch: ScoredRollout, setup: Setup) -> S
         return *whole, None if trunk is None else lengths.padded(trunk, S)
 
     def part(rows: Any) -> Any:
-        return lengths.at_shortest(forward, rows, rows[-1], setup.memory.lengths)
+        return lengths.at_shortest(forward, rows, rows[2], setup.memory.lengths)
 
     with jax.named_scope("score"):
-        rows = (tokens, token_mask, mask)
+        rows = (tokens, token_mask, mask, rollout.trunk_BxSxD)
         parts = max(1, mask.shape[0] // setup.microbatch)
         if setup.memory.lengths > 1:
-            order = lengths.order(mask, parts)
+            order = lengths.order(mask, parts, setup.together)
             rows = jax.tree.map(lambda x: x[order], rows)
-        scored = in_microbatches(part, rows, setup.microbatch)
+        scored = in_microbatches(part, rows, setup.microbatch, setup.together)
         if setup.memory.lengths > 1:
             back = jnp.argsort(order)
             scored = jax.tree.map(lambda x: x[back], scored)

@@ -1,6 +1,7 @@
 """Each family against transformers' own torch model, every parameter random, in odd shapes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,33 @@ def test_rows_on_a_shared_prompt_equal_their_whole_forward(loaded):
         got, own = step(params, config, after[:, t], position, own, prefix)
         np.testing.assert_allclose(got, whole[:, 6 + t], rtol=0, atol=2e-5)
     assert own.index.tolist() == [5, 7, 6]
+
+
+def test_rows_that_share_a_prompt_equal_each_run_alone_with_its_gradients(loaded):
+    """Two prompts, one padded on the left, of two responses each, of which one ends early."""
+    _, _, config, params = loaded
+    tokens, mask = padded_rows()
+    of = np.array([0, 0, 1, 1])
+    after = np.random.default_rng(4).integers(3, 131, (4, 5)).astype(np.int32)
+    tokens = np.concatenate([tokens[of, :6], after], axis=1)
+    mask = np.concatenate([mask[of, :6], np.arange(5) < np.array([5, 2, 4, 5])[:, None]], axis=1)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def found(params, same):
+        def total(params):
+            hidden = decoder.hidden(params, config, tokens, mask, same)[:, 5:]
+            hidden = jnp.where(mask[:, 5:, None], hidden, 0.0)
+            return jnp.sum(jnp.sin(hidden)), hidden
+
+        (_, hidden), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return hidden, grads
+
+    got, expected = found(params, decoder.Adjacent(2, 6)), found(params, None)
+    np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=2e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[1]))
+    assert largest > 0.1
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
 def test_another_token_in_place_equals_the_whole_forward_with_it(loaded):
