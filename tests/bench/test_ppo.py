@@ -88,14 +88,32 @@ def test_operations_of_a_model_that_is_all_trained():
 
 
 def test_operations_above_a_frozen_trunk():
-    """Its block runs once for policy and reference, and not at all in the epochs."""
+    """Its block runs in the rollout alone."""
     blocks, head = kernels(CONFIG)
     block, tokens, drawn = blocks // 2, 8 * 7, 8 * 3
     sampled, full = (bench.operations(CONFIG, WORK, 1, x) for x in ("sampled", "full"))
-    assert sampled["score"] == 2 * tokens * 3 * block + 2 * drawn * 2 * head
+    assert sampled["score"] == 2 * tokens * 2 * block + 2 * drawn * 2 * head
     assert sampled["epochs"] == 2 * (2 * tokens * 3 * block + 2 * drawn * 2 * head)
     assert full["epochs"] - sampled["epochs"] == 2 * 2 * drawn * head  # the reference's logits
     assert full["rollout"] == sampled["rollout"]
+
+
+def test_a_prompt_is_counted_once_for_its_group():
+    blocks, head = kernels(CONFIG)
+    work = dataclasses.replace(WORK, group=4)
+    found = bench.operations(CONFIG, work, -1, "sampled")
+    assert found["rollout"] == 2 * (8 * 3 + 2 * 4) * blocks + 2 * 8 * 3 * head
+    assert found["epochs"] == 2 * 3 * found["rollout"] and found["score"] == 2 * found["rollout"]
+
+
+def test_the_responses_to_a_prompt_stand_beside_each_other(measured):
+    _, setup, _ = measured
+    given = bench.arguments(setup, dataclasses.replace(WORK, group=4), "float32")
+    assert [(r.prompt_id, r.sample) for r in given.requests] == [
+        (p, s) for p in range(2) for s in range(4)
+    ]
+    assert given.row_B.tolist() == [0] * 4 + [1] * 4 and given.table.rewards_PxM.shape[0] == 2
+    assert len({r.tokens for r in given.requests}) == 2
 
 
 def test_the_matrix_rate_is_the_best_one(monkeypatch):
@@ -108,14 +126,14 @@ def test_the_command_prints_a_table_for_each_unfrozen(monkeypatch, capsys):
     asked = []
 
     def times(config, work, *rest):
-        asked.append((config, work.rows, *rest))
+        asked.append((config, work, *rest))
         return {"rollout": ROW}
 
     monkeypatch.setattr(bench, "iteration_times", times)
     monkeypatch.setattr(bench, "matrix_rate", lambda dtype: 3e12)
-    bench.main(["--model=pythia-410m", "--unfrozen=3", "--penalty=full", "--rows=16"])
+    bench.main(["--model=pythia-410m", "--unfrozen=3", "--penalty=full", "--rows=16", "--group=4"])
     model = bench.MODELS["pythia-410m"]
-    assert asked == [(model, 16, 3, "full", 1_024, "none", "bfloat16", 3)]
+    assert asked == [(model, bench.Work(rows=16, group=4), 3, "full", 1_024, "none", "bfloat16", 3)]
     assert "matrix rate, bfloat16: 3000 GFLOP/s" in capsys.readouterr().out
     bench.main([])
     assert [unfrozen for _, _, unfrozen, *_ in asked[1:]] == [2, -1]

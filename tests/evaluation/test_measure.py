@@ -101,7 +101,9 @@ def test_exact_equals_brute_force(small, by_order):
     def kl(a, b):
         return np.sum(a * np.log(a / b))
 
+    kept = np.minimum(p, bon / 2)
     expected = {
+        "corrected_kl_bon": kl(kept / kept.sum(), bon), "corrected_proposals": 1 / kept.sum(),
         "kl_bon": kl(p, bon), "kl_ref": kl(p, ref), "bon_kl": kl(bon, ref),
         "reference_kl_bon": kl(ref, bon), "win_rate": p @ beats @ ref,
         "bon_win_rate": bon @ beats @ ref,

@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -303,6 +304,27 @@ def test_generate_prints_json_lines(tabular, capfd):
     assert len(capfd.readouterr().out.splitlines()) == 1
     assert vbon("generate", tabular) == 2
     assert "no --prompt" in capfd.readouterr().err
+
+
+def test_generate_corrects_the_policy_by_reference_samples_that_it_keeps(tabular, capfd):
+    flags = ["--config.generate.model=corrected", "--config.generate.count=8"]
+    before = set((tabular / "samples").iterdir())
+    assert vbon("generate", tabular, *flags, "--prompt=a") == 0
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 8
+    assert re.search(r"generate: \d\.\d\d proposals and \d+\.\d tokens a response, where", err)
+    (kept,) = set((tabular / "samples").iterdir()) - before
+    written = kept.read_bytes()
+    kept.write_bytes(written[:40])  # a write that was cut
+    assert vbon("generate", tabular, *flags, "--prompt=b", "--prompt=a") == 0
+    again, _ = capfd.readouterr()
+    assert again.splitlines()[8:] == out.splitlines()  # whatever stands beside it
+    assert kept.read_bytes() == written and again.splitlines()[:8] != out.splitlines()
+    assert len(set((tabular / "samples").iterdir()) - before) == 2
+    assert vbon("generate", tabular, *flags, "--prompt=a", "--config.generate.tries=1") == 0
+    assert "none of generate.tries=1" in capfd.readouterr().err
+    assert vbon("generate", tabular, *flags, "--prompt=a", "--config.generate.top_k=3") == 2
+    assert "generate.top_k=3: generate.model=corrected needs" in capfd.readouterr().err
 
 
 def test_rewards_that_are_nan_stop_with_one_line(tmp_path, capfd):

@@ -91,6 +91,7 @@ class Work:
       new: tokens per response; none ends before.
       epochs: PPO epochs.
       minibatch: responses per gradient step.
+      group: responses to each prompt.
     """
 
     rows: int = 128
@@ -98,6 +99,7 @@ class Work:
     new: int = 40
     epochs: int = 4
     minibatch: int = 32
+    group: int = 1
 
 
 class Arguments(NamedTuple):
@@ -106,7 +108,7 @@ class Arguments(NamedTuple):
     Attributes:
       sampler: the reference model under the sampling settings.
       state: the first state of training.
-      requests: the responses to draw, one to each prompt.
+      requests: the responses to draw, those to a prompt beside each other.
       reward_B: float32 rewards, whatever the responses are.
       row_B: int32 rows of the prompts in ``table``.
       table: reference rewards of the prompts.
@@ -171,7 +173,7 @@ def operations(config: DecoderConfig, work: Work, unfrozen: int, penalty: str) -
 
     Returns:
       Multiplications and additions of products with weights, attention scores left out, of
-      "rollout", "score" and "epochs" (all gradient steps).
+      "rollout", "score" and "epochs" (all gradient steps). A prompt is run once for its group.
     """
     c = config
     block = c.width * c.key_width * (2 * c.heads + 2 * c.key_heads)
@@ -179,10 +181,10 @@ def operations(config: DecoderConfig, work: Work, unfrozen: int, penalty: str) -
     vocabulary = c.width * c.vocab_size
     whole = unfrozen == -1
     top = c.layers if whole else unfrozen
-    drawn, all_tokens = work.rows * work.new, work.rows * (work.prompt + work.new)
-    trunk = (c.layers - top) * block
-    # Forward pass of policy and reference, whose frozen trunk runs once for both.
-    score = 2 * all_tokens * (trunk + 2 * top * block) + 2 * drawn * 2 * vocabulary
+    drawn = work.rows * work.new
+    all_tokens = drawn + work.rows // work.group * work.prompt
+    # Forward pass of policy and reference on what the rollout tells of their frozen trunk.
+    score = 2 * all_tokens * 2 * top * block + 2 * drawn * 2 * vocabulary
     # Of the policy's logits: forward, and backward into hidden states and, where it is trained,
     # the head. The full penalty computes the reference's logits again in each epoch.
     head_products = (3 if whole else 2) + (1 if penalty == "full" else 0)
@@ -215,18 +217,22 @@ def arguments(setup: scoring.Setup, work: Work, dtype: str) -> Arguments:
     params = {"decoder": own, "value": {"head": heads.init_value(config, jax.random.key(1))}}
     first = state.create(params, setup.optimizer, jax.random.key(2))
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, config.vocab_size, (work.rows, work.prompt))
-    table = references.references(rng.normal(size=(work.rows, 64)).astype(np.float32), "interval")
+    prompts = work.rows // work.group
+    ids = rng.integers(0, config.vocab_size, (prompts, work.prompt)).tolist()
+    table = references.references(rng.normal(size=(prompts, 64)).astype(np.float32), "interval")
     rewards = rng.normal(size=work.rows).astype(np.float32)
     mesh = sharding.make_mesh()
     model = LanguageModel(  # nothing here is text
         config, sharding.place(base, mesh, "decoder"), tokenizer=None
     )
+    frozen = 0 if what.layers == -1 else config.layers - what.layers
+    sampling = Sampling(1.0, work.new, end_ids=(), pad_id=0, trunk_layers=frozen)
+    of_row = np.arange(work.rows, dtype=np.int32) // work.group
     return Arguments(
-        Sampler(model, mesh, Sampling(1.0, work.new, end_ids=(), pad_id=0)),
+        Sampler(model, mesh, sampling),
         sharding.place(first, mesh),  # as the update leaves it, or its second call would compile
-        [Request(i, 0, tuple(row)) for i, row in enumerate(ids.tolist())],
-        *sharding.place((rewards, np.arange(work.rows, dtype=np.int32)), mesh, "batch"),
+        [Request(int(i), s % work.group, tuple(ids[i])) for s, i in enumerate(of_row)],
+        *sharding.place((rewards, of_row), mesh, "batch"),
         *sharding.place((table, jnp.float32(N), jnp.float32(BETA)), mesh),
     )
 
@@ -274,7 +280,7 @@ def iteration_times(
         state.adamw(lambda step: 1e-5, 1e-5, 0.0, 1.0),
         Train(
             batch_size=work.rows, minibatch_size=work.minibatch, ppo_epochs=work.epochs,
-            penalty=penalty, num_layers_unfrozen=unfrozen,
+            penalty=penalty, num_layers_unfrozen=unfrozen, group=work.group,
         ),
         Memory(chunk=chunk),
     )  # fmt: skip
@@ -363,18 +369,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--chunk", type=int, default=1_024, help="memory.chunk")
     parser.add_argument("--rows", type=int, default=Work.rows, help="responses per rollout")
+    parser.add_argument("--prompt", type=int, default=Work.prompt, help="tokens per prompt")
+    parser.add_argument("--group", type=int, default=1, help="train.group")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions; the median counts")
     given = parser.parse_args(argv)
     config = MODELS[given.model]
+    work = Work(rows=given.rows, prompt=given.prompt, group=given.group)
     peak = matrix_rate(config.compute_dtype)
     console = Console()
     console.print(f"matrix rate, {config.compute_dtype}: {peak / 1e9:.0f} GFLOP/s")
     for unfrozen in getattr(given, "unfrozen", (2, -1)):
         results = iteration_times(
-            config, Work(rows=given.rows), unfrozen, given.penalty, given.chunk, given.remat,
+            config, work, unfrozen, given.penalty, given.chunk, given.remat,
             config.compute_dtype, given.repeats,
         )  # fmt: skip
         title = f"{given.model}, {unfrozen} layers unfrozen, {given.penalty} penalty"
+        title += f", {work.group} responses to each prompt of {work.prompt} tokens"
         console.print(table(results, title, peak))
 
 

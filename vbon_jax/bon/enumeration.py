@@ -13,7 +13,19 @@ from vbon_jax.bon.checks import check_n
 _NORMALISED_WITHIN = 1e-3
 
 
-def _log_probs(name: str, log_p_S: ArrayLike) -> np.ndarray:
+def normalized(name: str, log_p_S: ArrayLike) -> np.ndarray:
+    """Checks a distribution over all S strings.
+
+    Args:
+      name: of the argument, for the message.
+      log_p_S: its log-probabilities, nats.
+
+    Returns:
+      The same, float64.
+
+    Raises:
+      ValueError: if it is not a vector, or does not add up to 1.
+    """
     log_p_S = np.asarray(log_p_S, np.float64)
     if log_p_S.ndim != 1 or log_p_S.size == 0:
         raise ValueError(f"{name} must be a vector of log-probabilities, got shape {log_p_S.shape}")
@@ -53,7 +65,7 @@ def log_f_and_mass(log_ref_S: ArrayLike, rewards_S: ArrayLike) -> tuple[np.ndarr
       ValueError: if log_ref_S is not normalized, shapes differ, or a reward is NaN (the message
         counts them).
     """
-    log_ref_S = _log_probs("log_ref_S", log_ref_S)
+    log_ref_S = normalized("log_ref_S", log_ref_S)
     _, group_S = np.unique(_rewards(rewards_S, log_ref_S.size), return_inverse=True)
     log_mass_G = np.full(group_S.max() + 1, -np.inf)
     np.logaddexp.at(log_mass_G, group_S, log_ref_S)
@@ -116,8 +128,8 @@ def kl(log_p_S: ArrayLike, log_q_S: ArrayLike) -> float:
     Raises:
       ValueError: if an argument is not normalized, or shapes differ.
     """
-    log_p_S = _log_probs("log_p_S", log_p_S)
-    log_q_S = _log_probs("log_q_S", log_q_S)
+    log_p_S = normalized("log_p_S", log_p_S)
+    log_q_S = normalized("log_q_S", log_q_S)
     if log_p_S.shape != log_q_S.shape:
         raise ValueError(
             f"log_p_S and log_q_S must list the same strings, got {log_p_S.size} and {log_q_S.size}"
@@ -144,7 +156,7 @@ def win_rate(log_p_S: ArrayLike, log_ref_S: ArrayLike, rewards_S: ArrayLike) -> 
       ValueError: if a distribution is not normalized, shapes differ, or a reward is NaN (the
         message counts them).
     """
-    log_p_S = _log_probs("log_p_S", log_p_S)
+    log_p_S = normalized("log_p_S", log_p_S)
     log_f_S, log_mass_S = log_f_and_mass(log_ref_S, rewards_S)
     if log_p_S.shape != log_f_S.shape:
         raise ValueError(

@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vbon_jax import methods, stages
+from vbon_jax.bon.correction import BOUND
 from vbon_jax.data import tokenizer
 from vbon_jax.keys import Size, group, key, named
 from vbon_jax.methods.base import beta_key
@@ -290,9 +291,16 @@ else:
 class Generate:
     """What `vbon generate` prints."""
 
-    model: str = key("policy", "Model to sample from; bon is best-of-n of the reference.",
-                     choices=("policy", "reference", "bon"))  # fmt: skip
+    model: str = key("policy", "Model to sample from; bon is best-of-n of the reference; corrected "
+                     "is best-of-n by the policy, whose responses are kept or drawn again by what "
+                     "`samples.m` reference samples of each prompt say of them.",
+                     choices=("policy", "reference", "bon", "corrected"))  # fmt: skip
     count: int = key(1, "Responses per prompt.", least=1, most=MOST_ROWS)
+    bound: float = key(BOUND, "Of generate.model=corrected: a proposal y is kept with probability "
+                       "min(1, pi_bon(y) / policy(y) / bound). Larger: nearer best-of-n, and about "
+                       "this many proposals a response.", least=1)  # fmt: skip
+    tries: int = key(32, "Of generate.model=corrected: proposals after which one is taken of those "
+                     "that were not kept.", least=1, most=10_000)  # fmt: skip
     temperature: float = key(1.0, "Sampling temperature.", above=0)
     top_k: int = key(0, "Sample among the k likeliest tokens; 0 for all.", least=0)
     top_p: float = key(1.0, "Sample from the smallest set of tokens with this probability mass; 1 "

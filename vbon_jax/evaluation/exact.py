@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vbon_jax.bon import enumeration
+from vbon_jax.bon import correction, enumeration
 from vbon_jax.models import log_probs
 from vbon_jax.models.lm import LanguageModel
 
@@ -54,14 +54,26 @@ def string_log_probs(
 
 
 def figures(
-    policy: LanguageModel, reference: LanguageModel, world: World, n: float
+    policy: LanguageModel,
+    reference: LanguageModel,
+    world: World,
+    n: float,
+    bound: float = correction.BOUND,
 ) -> dict[str, float]:
     """Exact figures of a policy, averaged over the prompts; nats.
+
+    Args:
+      policy: a model of the world.
+      reference: likewise.
+      world: its prompts, responses and rewards.
+      n: of best-of-n.
+      bound: of ``bon.correction``.
 
     Returns:
       "kl_bon" KL(policy || bon), "kl_ref" KL(policy || ref), "win_rate" of the policy over the
       reference, "bon_win_rate" of best-of-n, "bon_kl" KL(bon || ref), "reference_kl_bon"
-      KL(ref || bon), where training starts.
+      KL(ref || bon), where training starts; "corrected_kl_bon" KL(kept proposals || bon) and
+      "corrected_proposals" a response, of the policy's responses as ``bon.correction`` keeps them.
     """
     sums: dict[str, float] = {}
     for tokens, rewards in zip(world.prompts, world.rewards_PxS, strict=True):
@@ -72,7 +84,10 @@ def figures(
         order_S = world.order_S
         ranked = rewards if order_S is None else np.argsort(np.lexsort((order_S, rewards)))
         log_bon = enumeration.log_bon(log_ref, ranked, n)
+        log_kept, proposals = correction.exact(log_p, log_bon, bound)
         for name, value in {
+            "corrected_kl_bon": enumeration.kl(log_kept, log_bon),
+            "corrected_proposals": proposals,
             "kl_bon": enumeration.kl(log_p, log_bon),
             "kl_ref": enumeration.kl(log_p, log_ref),
             "win_rate": enumeration.win_rate(log_p, log_ref, rewards),

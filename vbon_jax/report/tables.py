@@ -31,6 +31,8 @@ EXACT_LABELS = {
     "bon_kl": "KL(BoN‖ref), nats",
     "win_rate": "win rate of the policy",
     "bon_win_rate": "win rate of BoN",
+    "corrected_kl_bon": "KL(corrected‖BoN), nats",
+    "corrected_proposals": "proposals a corrected response",
 }
 
 

@@ -1,20 +1,30 @@
 """``vbon generate``: responses to prompts of the command line."""
 
+import dataclasses
 import json
+import zlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from vbon_jax.bon.references import references
 from vbon_jax.data import prompts as prompt_files
+from vbon_jax.data import samples as sample_files
 from vbon_jax.data.prompts import Prompt
+from vbon_jax.data.samples import PromptSamples
 from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import compare, measure
+from vbon_jax.evaluation.corrected import Corrected
+from vbon_jax.progress import log
+from vbon_jax.rewards.base import Reward
+from vbon_jax.sampling import samples
 from vbon_jax.sampling.requests import requests_for
 from vbon_jax.sampling.sampler import Response, Sampler
 from vbon_jax.stages import loading, sources
 from vbon_jax.stages.base import Run
+from vbon_jax.training.references import orders
 
 
 def run(run: Run, texts: Sequence[str]) -> None:
@@ -36,14 +46,68 @@ def _prompts(run: Run, texts: Sequence[str], model: Sampler) -> list[Prompt]:
     return chat.prompts(found, model.tokenizer, rendering, run.config.prompts.longest)
 
 
+def _corrected(
+    run: Run, policy: Sampler, prompts: Sequence[Prompt], reward: Reward
+) -> list[list[Response]]:
+    """Responses of best-of-n, drawn by the policy; the reference samples they need are kept."""
+    s = run.config
+    g, m = s.generate, s.samples.m
+    for key, value, default in (("top_k", g.top_k, 0), ("top_p", g.top_p, 1.0)):
+        if value != default:
+            raise InputError(
+                f"generate.{key}={value}: generate.model=corrected needs the density of what it "
+                f"draws, that of the whole distribution; set {key}={default}"
+            )
+    reference = loading.reference(run).at(temperature=g.temperature)
+    prompts = [dataclasses.replace(p, id=_id(p)) for p in prompts]
+    found: list[PromptSamples] = []
+    for prompt in prompts:
+        path = run.workdir.given(prompt.tokens, g.temperature, m)
+        if not path.exists() or not path.read_bytes().endswith(b"\n"):
+            with run.workdir.locked():
+                samples.write(
+                    path, reference, run.key("given"), [prompt], m, min(s.sampling.batch_size, m),
+                    (reward, None), f"reference samples of {prompt.text!r}",
+                )  # fmt: skip
+        found += sample_files.samples_of(path, [prompt], m)
+    by_order = s.method.ties == "order"
+    table = references(
+        sample_files.rewards(found, m), s.method.estimator,
+        orders(found, m, reference) if by_order else None,
+    )  # fmt: skip
+    served, cost = Corrected(
+        policy.at(temperature=g.temperature), reference, reward, table, s.method.n,
+        s.method.estimator, g.bound, g.tries, s.sampling.batch_size,
+    ).responses(run.key("generate"), prompts, g.count)  # fmt: skip
+    each = cost.proposals / cost.responses
+    log(
+        f"generate: {each:.2f} proposals and {cost.tokens / cost.responses:.1f} tokens a response, "
+        f"where best-of-n draws {s.method.n:g}; {cost.spare} more were drawn in free rows"
+    )
+    if cost.fallbacks:
+        log(
+            f"generate: of {cost.fallbacks} of {cost.responses} responses none of generate.tries="
+            f"{g.tries} proposals was kept, so one of them was taken by its weight"
+        )
+    return served
+
+
+def _id(prompt: Prompt) -> int:
+    """Of its tokens alone, so that it has the same samples and responses in any call."""
+    return zlib.crc32(np.array(prompt.tokens, np.int32).tobytes()) & 0x7FFFFFFF
+
+
 def _generated(run: Run, texts: Sequence[str]) -> list[list[Response]]:
     """``generate.count`` responses to each prompt, from the model the config names."""
     s = run.config
     g = s.generate
-    model = loading.policy(run) if g.model == "policy" else loading.reference(run)
+    of_policy = g.model in ("policy", "corrected")
+    model = loading.policy(run) if of_policy else loading.reference(run)
     prompts = _prompts(run, texts, model)
     score = loading.reward(run, model.tokenizer)
     loading.check_lengths(run, prompts, model, score)
+    if g.model == "corrected":
+        return _corrected(run, model, prompts, score)
     bon = g.model == "bon"
     if bon and not float(s.method.n).is_integer():
         raise InputError(f"method.n={s.method.n}: generate.model=bon needs a whole number")

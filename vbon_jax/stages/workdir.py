@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,6 +84,13 @@ class Workdir:
     def train_samples(self) -> Path:
         """The scored reference responses to the training prompts."""
         return self.root / "samples" / "train.jsonl"
+
+    def given(self, tokens: Sequence[int], temperature: float, m: int) -> Path:
+        """The reference samples of a prompt of the command line."""
+        follows = self.relevant("sample")
+        known = self.settled(follows) | self.contents(follows)
+        digest = self.digest(known | {"tokens": list(tokens)})
+        return self.root / "samples" / f"given_t{temperature:g}_m{m}_{digest}.jsonl"
 
     def held_out(self, role: str, split: str, temperature: float, m: int) -> Path:
         """The reference samples of a split at a temperature: "opponents" or "pool".
