@@ -40,7 +40,8 @@ class PromptSamples:
     Attributes:
       prompt: the text of the prompt.
       responses: m texts, without EOS.
-      rewards: m rewards; float32 values keep all their bits on disk.
+      rewards: m rewards; float32 values keep all their bits on disk. Empty where a file made by
+        other code is read to be scored.
       prompt_id: the id of the prompt.
       prompt_tokens: the token ids of the prompt.
       response_tokens: the sampled token ids of each response, EOS included where it was sampled.
@@ -158,12 +159,13 @@ def _drawn_how(record: dict[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def parse_record(record: dict[str, Any], where: str) -> PromptSamples:
+def parse_record(record: dict[str, Any], where: str, scored: bool = True) -> PromptSamples:
     """Parses a line of the layout with one prompt a line.
 
     Args:
       record: the JSON object of the line.
       where: "file:line", for the message.
+      scored: whether it must have rewards; without them it may have none at all.
 
     Returns:
       The samples of the prompt.
@@ -174,10 +176,11 @@ def parse_record(record: dict[str, Any], where: str) -> PromptSamples:
     """
     prompt, messages = _prompt(record, where)
     responses = _list(record, "responses", where)
-    rewards = _list(record, "rewards", where)
+    given = scored or record.get("rewards") is not None
+    rewards = _list(record, "rewards", where) if given else []
     if not all(isinstance(response, str) for response in responses):
         raise InputError(f"{where}: 'responses' must hold strings only")
-    if len(responses) != len(rewards):
+    if given and len(responses) != len(rewards):
         raise InputError(
             f"{where}: {len(responses)} responses but {len(rewards)} rewards; each needs one"
         )

@@ -25,7 +25,7 @@ from vbon_jax.data.sample_lines import (
 from vbon_jax.errors import InputError, writing
 
 
-def read(path: str | os.PathLike[str]) -> list[PromptSamples]:
+def read(path: str | os.PathLike[str], scored: bool = True) -> list[PromptSamples]:
     """Reads a samples file, made here or by other code.
 
     The first line decides which of the two layouts of `sample_lines` the file has: one prompt a
@@ -33,6 +33,7 @@ def read(path: str | os.PathLike[str]) -> list[PromptSamples]:
 
     Args:
       path: the file.
+      scored: whether lines of the first layout must have rewards.
 
     Returns:
       The samples of each prompt, in order of (first) appearance.
@@ -47,7 +48,7 @@ def read(path: str | os.PathLike[str]) -> list[PromptSamples]:
     first = lines[0][1]
     if "responses" not in first and "text" in first:
         return group_responses(lines)
-    samples = [parse_record(record, where) for where, record in lines]
+    samples = [parse_record(record, where, scored) for where, record in lines]
     line_of_id: dict[int, str] = {}
     for (where, _), sample in zip(lines, samples, strict=True):
         if sample.prompt_id is not None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from vbon_jax import sharding
 from vbon_jax.config import Config
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import tokenizer as tokenizers
@@ -16,10 +18,11 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, SampleWriter, sorted_rewards
 from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
-from vbon_jax.progress import log
+from vbon_jax.progress import log, reporting
 from vbon_jax.rewards.base import Reward, counts_of
 from vbon_jax.rewards.text import CHAT
-from vbon_jax.sampling.requests import pad_left
+from vbon_jax.sampling import decode
+from vbon_jax.sampling.requests import Prompts, bucket_length, pad_left
 from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages import sources
 from vbon_jax.stages.base import Run
@@ -51,10 +54,10 @@ def adopt(
 
     Raises:
       InputError: fewer than ``samples.m`` samples of a prompt, or drawn at another temperature or
-        under a filter.
+        under a filter; or some prompts have rewards and some have none.
     """
     path = run.config.samples.path
-    sorted_rewards(found, run.config.samples.m)  # refuses fewer than m samples a prompt
+    _check_counts(path, found, run.config.samples.m)
     _check_sampling(path, found, run.config.sampling.temperature)
     prompts, samples, foreign = [], [], 0
     for number, of_prompt in enumerate(found):
@@ -84,6 +87,76 @@ def prompts_of(
 ) -> list[Prompt]:
     """The prompts of samples made elsewhere, as `adopt` makes them."""
     return [_prompt(config, workdir, i, x, tokenizer)[0] for i, x in enumerate(found)]
+
+
+def _check_counts(path: str, found: Sequence[PromptSamples], m: int) -> None:
+    with_rewards = [bool(x.rewards) for x in found]
+    if all(with_rewards):
+        sorted_rewards(found, m)  # refuses fewer than m
+        return
+    if any(with_rewards):
+        raise InputError(
+            f"samples.path={path!r}: prompt {with_rewards.index(False)} has no 'rewards', prompt "
+            f"{with_rewards.index(True)} has: give rewards to all, or to none and they are made"
+        )
+    for number, samples in enumerate(found):
+        if len(samples.responses) < m:
+            raise InputError(
+                f"samples.path={path!r}: prompt {number} ({samples.prompt!r}) has "
+                f"{len(samples.responses)} responses, samples.m={m} are needed: sample more or "
+                "lower samples.m"
+            )
+
+
+def scored(
+    prompts: Sequence[Prompt],
+    samples: Sequence[PromptSamples],
+    reference: Sampler,
+    reward: Reward,
+    batch_size: int,
+) -> list[PromptSamples]:
+    """Samples with their rewards: the file's, or, of a file without, those of the run's reward.
+
+    Args:
+      prompts: P prompts.
+      samples: of each.
+      reference: whose tokenizer and limits they have.
+      reward: of the run.
+      batch_size: responses scored at once.
+
+    Raises:
+      InputError: a reward is not finite.
+    """
+    if all(x.rewards for x in samples):
+        return list(samples)
+    pairs = [
+        (prompt, reference.stored_ids(of, i, prompt.tokens))
+        for prompt, of in zip(prompts, samples, strict=True)
+        for i in range(len(of.responses))
+    ]
+    columns = bucket_length(max(len(p.tokens) for p in prompts))
+    found: list[float] = []
+    with reporting("score", len(pairs)) as report:
+        for first in range(0, len(pairs), batch_size):
+            part = pairs[first : first + batch_size]
+            filled = part + part[:1] * (batch_size - len(part))  # one shape for all
+            of, ids = zip(*filled, strict=True)
+            tokens, mask, *response = sharding.place(
+                _padded(reference, of, ids, columns), reference.mesh, "batch"
+            )
+            none = jnp.zeros(len(ids))  # rewards read tokens and mask alone
+            rollout = decode.Rollout(response[0], response[1], none, none)
+            found += reference.rewards(
+                reward, of[: len(part)], Prompts(tokens, mask), rollout
+            ).tolist()
+            report.update(len(found))
+    ends = np.cumsum([len(x.responses) for x in samples])
+    rows = np.split(np.array(found), ends[:-1])
+    counts_of(reward)  # these are no rollouts
+    return [
+        dataclasses.replace(x, rewards=tuple(row.tolist()))
+        for x, row in zip(samples, rows, strict=True)
+    ]
 
 
 def _check_sampling(path: str, found: Sequence[PromptSamples], temperature: float) -> None:
@@ -217,11 +290,15 @@ def _near(one: float, other: float, tolerance: float) -> bool:
 
 
 def _padded(
-    reference: Sampler, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]]
+    reference: Sampler,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Sequence[int]],
+    columns: int | None = None,
 ) -> tuple[np.ndarray, ...]:
     """Prompts padded on the left and responses on the right, with their masks."""
     pad = reference.settings.pad_id
-    left = pad_left([p.tokens for p in prompts], max(len(p.tokens) for p in prompts), pad)
+    columns = columns or max(len(p.tokens) for p in prompts)
+    left = pad_left([p.tokens for p in prompts], columns, pad)
     tokens = np.full((len(rows), reference.settings.max_new_tokens), pad, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, ids in enumerate(rows):

@@ -190,7 +190,7 @@ def _prompts(s: Config, workdir: Workdir) -> tuple[int, int]:
     if known:
         tokenizer = tokenizers.set_bos(tokenizers.load(hub.resolve(known)), s.tokenizer.add_bos)
     if s.samples.path:
-        found = sample_files.read(s.samples.path)
+        found = sample_files.read(s.samples.path, scored=False)
         if tokenizer is None:
             return len(found), p.longest
         return _counted(adoption.prompts_of(s, workdir, found, tokenizer))

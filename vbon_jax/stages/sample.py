@@ -15,13 +15,17 @@ def run(run: Run) -> None:
     score = loading.reward(run, reference.tokenizer)
     adopted, found = None, None
     if s.samples.path:
-        adopted, found = adoption.adopt(run, sample_files.read(s.samples.path), reference)
+        adopted, found = adoption.adopt(
+            run, sample_files.read(s.samples.path, scored=False), reference
+        )
     prompts = sources.make_prompts(run, reference.tokenizer, adopted)
     for split, chosen in prompts.items():
         loading.check_lengths(run, chosen, reference, score)
         workdir.prompts(split).parent.mkdir(parents=True, exist_ok=True)
         prompt_files.write_jsonl(workdir.prompts(split), chosen)
     if found is not None:
+        batch_size = s.sampling.batch_size
+        found = adoption.scored(prompts["train"], found, reference, score, batch_size)
         adoption.check_scores(s.samples.path, prompts["train"], found, reference, score)
         adoption.write(workdir.train_samples, found)
         log(f"sample: {len(found)} prompts with their samples from {s.samples.path}")
