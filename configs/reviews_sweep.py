@@ -71,4 +71,5 @@ def _own_texts(config: ml_collections.ConfigDict) -> None:
         dpo=(0.1, 0.3, 1.0, 3.0),
         bonbon=(2, 8, 32, 64),
         bon_sft=(8, 64),
+        qrpo=(0.05, 0.14, 0.5),
     )
