@@ -200,7 +200,15 @@ def test_a_prompt_that_is_run_once_for_its_responses_changes_nothing(world, mesh
 
 @pytest.mark.parametrize(
     ("group", "replay", "rows", "together"),
-    [(1, 0, 64, 1), (4, 0, 64, 4), (256, 256, 512, 8), (6, 4, 64, 2), (12, 0, 6, 6), (9, 0, 9, 3)],
+    [
+        (1, 0, 64, 1),
+        (4, 0, 64, 4),
+        (256, 256, 512, 8),
+        (6, 4, 64, 2),
+        (12, 0, 6, 1),
+        (9, 0, 27, 3),
+        (4, 0, 8, 2),
+    ],
 )
 def test_the_rows_kept_together_divide_a_group_and_a_microbatch(
     world, group, replay, rows, together

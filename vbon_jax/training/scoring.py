@@ -19,9 +19,9 @@ from vbon_jax.sampling.sampler import ScoredRollout
 from vbon_jax.training import lengths
 from vbon_jax.training.options import PREFIX, Memory, Train, microbatches
 
-# Adjacent rows of a prompt that shuffling keeps together: its forward pass is an eighth of theirs
-# each, and a minibatch still has many prompts.
+# Adjacent rows of a prompt that shuffling keeps together: each has an eighth of its forward pass.
 MOST_TOGETHER = 8
+LEAST_PROMPTS = 4  # of a minibatch, which learns less from rows that are more alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Setup:
     def together(self) -> int:
         """Adjacent rows that respond to one prompt, which is run once for them; of a microbatch."""
         most = math.gcd(self.train.group, self.train.replay, self.microbatch)
-        return next(k for k in range(min(most, MOST_TOGETHER), 0, -1) if most % k == 0)
+        fit = max(1, min(most, MOST_TOGETHER, self.train.minibatch_size // LEAST_PROMPTS))
+        return next(k for k in range(fit, 0, -1) if most % k == 0)
 
     def same(self, rows: Any, mask_BxT: jax.Array) -> decoder.Adjacent:
         """Which of an update's rows [B, S] of prompt and response share a prompt."""
