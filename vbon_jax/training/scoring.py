@@ -71,8 +71,13 @@ class Setup:
         return next(k for k in range(fit, 0, -1) if most % k == 0)
 
     def same(self, rows: Any, mask_BxT: jax.Array) -> decoder.Adjacent:
-        """Which of an update's rows [B, S] of prompt and response share a prompt."""
-        return decoder.Adjacent(self.together, rows.shape[1] - mask_BxT.shape[1])
+        """Which of an update's rows [B, S] of prompt and response share a prompt.
+
+        None where it is less than half as long as the response: there is little to save.
+        """
+        length = mask_BxT.shape[1]
+        columns = rows.shape[1] - length
+        return decoder.Adjacent(self.together if 2 * columns >= length else 1, columns)
 
 
 class Target(NamedTuple):
