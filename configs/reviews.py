@@ -5,9 +5,9 @@ r"""The embedded task: short movie reviews steered towards positive sentiment.
 A grammar writes labelled reviews; a small GPT-2 learns them (the reference), a small classifier
 learns their labels (the reward, its logit for POSITIVE), and prompts are the first 2 to 8 tokens of
 reviews, as in the paper's sentiment experiment: of training reviews to train on, of held-out ones
-to measure on. On 2 CPU cores it takes 6 to 17 minutes; expect a held-out win rate of 0.876 (true best-of-8:
-0.888) at a KL to the reference of 1.32 nats (best-of-8: 1.204). Seeds 1 and 2, which train other
-references and rewards, win 0.869 and 0.840 at 1.30 and 1.18 nats.
+to measure on. On 2 CPU cores it takes 6 to 17 minutes; expect a held-out win rate of 0.876 (true
+best-of-8: 0.888) at a KL to the reference of 1.32 nats (best-of-8: 1.204). Seeds 1 and 2, which
+train other references and rewards, win 0.869 and 0.840 at 1.30 and 1.18 nats.
 
     vbon run --config=configs/reviews.py:text --config.data.path=TRAIN.jsonl \
         --config.data.test_path=TEST.jsonl
