@@ -321,6 +321,8 @@ def test_generate_corrects_the_policy_by_reference_samples_that_it_keeps(tabular
     assert again.splitlines()[8:] == out.splitlines()  # whatever stands beside it
     assert kept.read_bytes() == written and again.splitlines()[:8] != out.splitlines()
     assert len(set((tabular / "samples").iterdir()) - before) == 2
+    assert vbon("generate", tabular, *flags, "--prompt=a", "--prompt=a") == 0
+    assert capfd.readouterr().out.splitlines() == 2 * out.splitlines()
     assert vbon("generate", tabular, *flags, "--prompt=a", "--config.generate.tries=1") == 0
     assert "none of generate.tries=1" in capfd.readouterr().err
     assert vbon("generate", tabular, *flags, "--prompt=a", "--config.generate.top_k=3") == 2

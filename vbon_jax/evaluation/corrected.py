@@ -74,7 +74,7 @@ class Corrected:
 
         Args:
           key: of the proposals, and of what keeps them.
-          prompts: in the order of the table's rows.
+          prompts: in the order of the table's rows; one that is given twice has the same responses.
           count: responses a prompt.
 
         Returns:
@@ -82,7 +82,7 @@ class Corrected:
           log(pi_bon / policy) in nats, and "proposals", how many it took.
         """
         by_id, _ = index(prompts)
-        wanted = [(p.id, i) for p in prompts for i in range(count)]
+        wanted = [(prompt_id, i) for prompt_id in by_id for i in range(count)]
         rows = min(self.batch_size, len(wanted))
         tried: dict[tuple[int, int], list[Response]] = {each: [] for each in wanted}
         served: dict[tuple[int, int], Response] = {}
