@@ -30,6 +30,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.train.update(iterations=60, ppo_epochs=2, learning_rate=5e-4, value_coef=1.0)
     config.offline.update(epochs=1, learning_rate=3e-4)
     config.sampling.batch_size = 512
+    config.memory.lengths = 4  # responses are half as long as the limit
     if variant == "text":
         _own_texts(config)
         return config
@@ -62,7 +63,7 @@ def _own_texts(config: ml_collections.ConfigDict) -> None:
     config.reward.model.update(layers=2, width=128, heads=4, positions=128)
     config.reward.fit.update(epochs=4, learning_rate=5e-4, weight_decay=0.1, max_tokens=80)
     config.sampling.max_new_tokens = 40
-    config.train.update(iterations=50, learning_rate=2e-4)
+    config.train.update(iterations=100, learning_rate=1e-4, average_half_life=10.0)
     config.offline.pairs = 6
     config.sweep.update(
         bon=(1, 2, 4, 8, 16, 32, 64),

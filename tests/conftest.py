@@ -69,6 +69,7 @@ def hub_asked_anew():
 # Files whose tests take more than a few seconds each. All others are marked `fast`.
 SLOW = (
     "bench/test_load.py", "bench/test_plan.py", "bench/test_population.py",
+    "bench/test_sampling.py",
     "bon/test_distribution.py", "bon/test_estimators.py", "bon/test_exponential.py",
     "bon/test_log_f.py", "bon/test_references.py", "data/sources/test_hub.py",
     "data/test_sample_writer.py", "evaluation/test_heldout.py", "evaluation/test_measure.py",

@@ -218,10 +218,10 @@ def _unknown_key(name: str) -> str:
 
 def execute(argv: Sequence[str]) -> None:
     """Parses and runs; raises what ``main`` turns into an exit code."""
-    if [word for word in argv if not word.startswith("-")] == ["bench"]:
-        from vbon_jax.bench import log_f as bench
+    if argv and argv[0] == "bench":  # its options are its own
+        from vbon_jax.bench import command as bench
 
-        bench.main()
+        bench.main(argv[1:])
         return
     command = parse(argv)
     logging.set_verbosity(logging.FATAL)  # libraries' remarks would stand between our own lines
@@ -256,7 +256,7 @@ def execute(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done; 2 bad input, told in one line; 128 + signal when stopped."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or {"-h", "--help", "help"} & set(argv):
+    if not argv or (argv[0] != "bench" and {"-h", "--help", "help"} & set(argv)):
         print(usage())
         return 0
     if "--version" in argv:

@@ -1,13 +1,11 @@
 """Loading measured at a small size: what is measured is there, and memory stays bounded."""
 
 import functools
-import io
 import sys
 
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from vbon_jax import sharding
 from vbon_jax.bench import load as bench_load
@@ -81,13 +79,15 @@ def test_a_random_checkpoint_loads(tmp_path):
     assert abs(np.corrcoef(up[0].ravel(), up[1].ravel())[0, 1]) < 0.1  # not the same layer twice
 
 
-def test_the_table_shows_every_figure():
+def test_every_figure_has_a_row(monkeypatch):
     row = {
         "arrays_bytes": 2e9, "largest_bytes": 100e6, "beyond_bytes": 150e6, "ratio": 1.5,
         "seconds": 3.21,
     }  # fmt: skip
-    out = io.StringIO()
-    what = "float32, fsdp 4, tensor 2"  # the longest of the command's, on a narrow terminal
-    Console(file=out, width=80).print(bench_load.table({what: row}))
-    assert what in out.getvalue()
-    assert all(x in out.getvalue() for x in ("2000", "100", "150", "1.50", "3.2"))
+    monkeypatch.setattr(bench_load, "random_checkpoint", lambda directory: None)
+    monkeypatch.setattr(bench_load, "measure", lambda directory, **how: row | how)
+    asked = dict(bench_load.results())
+    assert asked["float32, fsdp 4, tensor 2"] == row | {"devices": 8, "fsdp": 4, "tensor": 2}
+    beyond, seconds = bench_load.rows("float32", row)
+    assert (beyond.value, beyond.unit, beyond.ratio) == (150.0, "MB", 1.5)
+    assert (seconds.what, seconds.value, seconds.unit) == ("float32: 2000 MB", 3.21, "s")

@@ -1,13 +1,9 @@
 """Times of log F and KS tests at a small size: both sides agree, and every number is shown."""
 
-import io
-
 import numpy as np
 import pytest
-from rich.console import Console
 
 from vbon_jax.bench import log_f as bench
-from vbon_jax.bench import population
 from vbon_jax.bon import ks
 from vbon_jax.bon import log_f as lf
 
@@ -23,11 +19,8 @@ def test_times_are_measured_and_shown():
     for row in results.values():
         assert row["loop_s"] > 0 and row["ours_s"] > 0
         assert row["ratio"] == pytest.approx(row["loop_s"] / row["ours_s"])
-    out = io.StringIO()
-    Console(file=out, width=120).print(bench.table(results))
-    shown = out.getvalue()
-    assert all(what in shown for what in results)
-    assert f"{results['6 KS tests, 10 against 16']['ratio']:.1f}x" in shown
+    shown = {row.what: (row.value, row.ratio) for row in bench.rows(results)}
+    assert shown == {what: (row["ours_s"], row["ratio"]) for what, row in results.items()}
 
 
 def test_a_disagreement_is_an_error(monkeypatch):
@@ -47,13 +40,3 @@ def test_bad_sizes_are_refused():
         bench.log_f_times(prompts=3, m=0, lookups=3)
     with pytest.raises(ValueError, match="got prompts=0"):
         bench.ks_times(prompts=0)
-
-
-def test_the_command_prints_log_f_ks_tests_and_a_population(monkeypatch, capsys):
-    row = {"loop_s": 4.0, "ours_s": 2.0, "ratio": 2.0}
-    monkeypatch.setattr(bench, "log_f_times", lambda: {"tables": row})
-    monkeypatch.setattr(bench, "ks_times", lambda: {"tests": row})
-    monkeypatch.setattr(population, "population_times", lambda: {"population_s": 1.25})
-    bench.main()
-    shown = capsys.readouterr().out
-    assert all(words in shown for words in ("tables", "tests", "2.0x", "population_s", "1.25"))

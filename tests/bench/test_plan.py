@@ -1,12 +1,10 @@
 """The plan held against measured memory at a small size: what is measured, and when."""
 
-import io
 import json
 import sys
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import vbon_jax as vbon
 from vbon_jax.bench import plan as bench
@@ -38,11 +36,10 @@ def parameters():
     return embeddings + block + 2 * width
 
 
-def test_what_is_planned_is_held_once_a_device(root, capsys):
+def test_what_is_planned_is_held_once_a_device(root):
     """Reference, policy, two moments and 64 x 4 rewards; and the largest phase but for saving."""
     line = bench.flags(root, bench.Setting(DPO))
-    bench.main([json.dumps(["plan", str(root), line])])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = bench._plan_here(root, line)
     assert found.keys() == KEYS
     state = 3 * 4 * parameters()
     pool = (
@@ -120,10 +117,12 @@ def test_function_and_classifier_give_the_rewards_of_the_samples(root):
     np.testing.assert_array_equal(vbon.score(model, asked, said), line["rewards"])
 
 
-def test_the_table_shows_every_figure():
-    row = {"held": 1e6, "planned": 30e6, "measured": 20e6, "planned_saving": 12e6,
-           "measured_saving": 16e6, "phase": "update"}  # fmt: skip
-    out = io.StringIO()
-    Console(file=out, width=140).print(bench.table({"a setting": row}))
-    for words in ("a setting", "update", "1.50", "0.75", "30", "20", "12", "16"):
-        assert words in out.getvalue()
+def test_every_figure_has_a_row(tmp_path, monkeypatch):
+    result = {"held": 1e6, "planned": 30e6, "measured": 20e6, "planned_saving": 12e6,
+              "measured_saving": 16e6, "phase": "update"}  # fmt: skip
+    monkeypatch.setattr(bench, "make_models", lambda root: None)
+    monkeypatch.setattr(bench, "compare", lambda root, setting, config: result)
+    assert dict(bench.results()) == dict.fromkeys(bench.SETTINGS, result)
+    peak, saving = bench.rows("a setting", result)
+    assert (peak.what, peak.value, peak.ratio) == ("a setting, update, planned", 30.0, 1.5)
+    assert (saving.what, saving.value, saving.ratio) == ("a setting, saving, planned", 12.0, 0.75)

@@ -1,9 +1,6 @@
 """A population measured at a small size: it trains what single runs train."""
 
-import io
-
 import pytest
-from rich.console import Console
 
 from vbon_jax.bench import population
 
@@ -15,14 +12,10 @@ def test_a_population_does_what_its_single_runs_do():
     assert times["difference"] < 1e-4
     assert times["ratio"] == pytest.approx(times["singles_s"] / times["population_s"])
     assert all(times[f"{of}_compile_s"] > times[f"{of}_s"] for of in ("singles", "population"))
-    out = io.StringIO()
-    Console(file=out, width=100).print(population.table(times, members=2))
-    assert all(name in out.getvalue() for name in times)
-
-
-def test_the_table_shows_every_figure():
-    out = io.StringIO()
-    shown = population.table({"ratio": 1.234, "population_compile_s": 20.0}, members=3)
-    Console(file=out, width=100).print(shown)
-    for words in ("3 policies against 3 single runs", "1.23", "population_compile_s", "20"):
-        assert words in out.getvalue()
+    found = {row.what: row for row in population.rows(times, members=2)}
+    together = found["2 policies as one population"]
+    assert together.value == times["population_s"] and together.against == "2 single runs"
+    assert together.ratio == pytest.approx(times["population_s"] / times["singles_s"])
+    assert found["compilation of a single run"].value == times["singles_compile_s"]
+    assert found["compilation of the population"].value == times["population_compile_s"]
+    assert found["largest difference of a log-prob"].value == times["difference"]

@@ -1,12 +1,10 @@
 """A vBoN iteration measured at a small size: phases add up, and operations are counted right."""
 
 import dataclasses
-import io
 
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from vbon_jax import sharding
 from vbon_jax.bench import ppo as bench
@@ -116,30 +114,6 @@ def test_the_responses_to_a_prompt_stand_beside_each_other(measured):
     assert len({r.tokens for r in given.requests}) == 2
 
 
-def test_the_matrix_rate_is_the_best_one(monkeypatch):
-    clock = iter([0.0, 4.0, 4.0, 6.0, 6.0, 9.0, 9.0, 12.0, 12.0, 15.0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench.matrix_rate(size=8) == 2 * 8**3 / 2.0
-
-
-def test_the_command_prints_a_table_for_each_unfrozen(monkeypatch, capsys):
-    asked = []
-
-    def times(config, work, *rest):
-        asked.append((config, work, *rest))
-        return {"rollout": ROW}
-
-    monkeypatch.setattr(bench, "iteration_times", times)
-    monkeypatch.setattr(bench, "matrix_rate", lambda dtype: 3e12)
-    bench.main(["--model=pythia-410m", "--unfrozen=3", "--penalty=full", "--rows=16", "--group=4"])
-    model = bench.MODELS["pythia-410m"]
-    assert asked == [(model, bench.Work(rows=16, group=4), 3, "full", 1_024, "none", "bfloat16", 3)]
-    assert "matrix rate, bfloat16: 3000 GFLOP/s" in capsys.readouterr().out
-    bench.main([])
-    assert [unfrozen for _, _, unfrozen, *_ in asked[1:]] == [2, -1]
-
-
-def test_the_table_shows_every_figure():
-    out = io.StringIO()
-    Console(file=out, width=100).print(bench.table({"score": ROW}, "a title", peak=3e12))
-    assert all(x in out.getvalue() for x in ("a title", "score", "2.00", "3.00", "1500", "50%"))
+def test_every_phase_has_a_row():
+    (row,) = bench.rows({"score": ROW}, "2 blocks", peak=3e12)
+    assert (row.what, row.value, row.unit, row.ratio) == ("2 blocks: score", 2.0, "s", 0.5)

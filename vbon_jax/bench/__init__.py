@@ -1,19 +1,14 @@
-"""Benchmarks of time and memory, each with what it is compared against.
+"""What ``vbon bench`` measures, each figure with what it is compared against.
 
-``vbon bench`` prints the first two, a minute or two on two CPU cores:
+* ``sampling``: a policy against best-of-n and corrected sampling, many responses to a prompt, rows
+  that end early; and ``engines``, transformers and vLLM on the same weights.
+* ``ppo``: seconds and floating-point rate of a vBoN iteration by phase.
+* ``log_f``: tables of log F, look-ups in them and Kolmogorov-Smirnov tests of all prompts, against
+  loops over prompts in NumPy and SciPy. The results must agree.
+* ``population``: 8 policies trained as one population, against 8 single runs.
+* ``load``: host memory and seconds of loading a checkpoint of 1.8 GB. Linux only.
+* ``plan``: the memory that ``vbon plan`` predicts, against the measured peak. Linux only.
 
-* ``log_f``: seconds of the tables of log F, of look-ups in them and of Kolmogorov-Smirnov tests of
-  all prompts, against loops over prompts in NumPy and SciPy. The results must agree.
-* ``population``: seconds of training 8 policies as one population, against 8 single runs.
-
-The others are commands of their own:
-
-* ``python -m vbon_jax.bench.ppo``: seconds and floating-point rate of a vBoN iteration by phase
-  (rollout, score, gradient steps), against the machine's rate of matrix products. ``--help`` lists
-  its options.
-* ``python -m vbon_jax.bench.load``: host memory and seconds of loading a checkpoint of 1.8 GB,
-  against the size of its arrays. Linux only.
-* ``python -m vbon_jax.bench.plan``: the memory that ``vbon plan`` predicts for stage ``train``,
-  against the measured peak. Linux only; run from the root of the repository. ``--help`` lists its
-  options.
+``machine`` has the ceilings, matrix products and memory, that shares are taken of; ``command`` the
+table, ``bench.json`` and the figure.
 """

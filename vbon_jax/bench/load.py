@@ -1,12 +1,9 @@
 """Host memory and seconds of loading a checkpoint, measured in a process of its own.
 
-    python -m vbon_jax.bench.load
-
-writes a random checkpoint of 1.8 GB to a temporary directory, loads it in several dtypes and
-meshes, prints the table and removes it. Linux only: it reads /proc.
+A random checkpoint of 1.8 GB is written to a temporary directory and loaded in several dtypes and
+meshes. Linux only: it reads /proc.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -14,17 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from vbon_jax import sharding
+from vbon_jax.bench.machine import Row
 from vbon_jax.models import decoder, hf
 from vbon_jax.models.config import DecoderConfig
 
@@ -174,51 +170,38 @@ def _measure_here(directory: str, dtype: str, fsdp: int, tensor: int) -> dict[st
     }
 
 
-def table(results: Mapping[str, Mapping[str, float]]) -> Table:
-    """Makes the table of results for the screen.
+def results() -> Iterator[tuple[str, dict[str, float]]]:
+    """Measures `measure` on a checkpoint of 1.8 GB, which is removed at the end.
 
-    Args:
-      results: what `measure` returned, by the name of the row.
-
-    Returns:
-      One row per result, sizes in MB.
+    Yields:
+      How it was loaded, and what `measure` returned.
     """
-    shown = Table(title="Loading a checkpoint: host memory beyond the arrays")
-    shown.add_column("load", no_wrap=True)
-    for column in ("arrays, MB", "largest tensor, MB", "beyond, MB", "beyond / largest", "s"):
-        shown.add_column(column, justify="right")
-    for what, row in results.items():
-        megabytes = (row[k] / 1e6 for k in ("arrays_bytes", "largest_bytes", "beyond_bytes"))
-        shown.add_row(
-            what, *(f"{x:.0f}" for x in megabytes), f"{row['ratio']:.2f}", f"{row['seconds']:.1f}"
-        )
-    return shown
-
-
-def main(argv: Sequence[str]) -> None:
-    """Prints the whole table; in the measuring process, one measurement as JSON.
-
-    Args:
-      argv: the command line's arguments; for the measuring process, one JSON object.
-    """
-    if len(argv) == 1 and argv[0].startswith("{"):
-        print(json.dumps(_measure_here(**json.loads(argv[0]))))
-        return
-    argparse.ArgumentParser(
-        prog="python -m vbon_jax.bench.load",
-        description=(__doc__ or "").split("\n", maxsplit=1)[0],
-    ).parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         random_checkpoint(directory)
-        Console().print(
-            table({
-                "float32": measure(directory),
-                "float32 to bfloat16": measure(directory, dtype="bfloat16"),
-                "float32, fsdp 8": measure(directory, devices=8, fsdp=8),
-                "float32, fsdp 4, tensor 2": measure(directory, devices=8, fsdp=4, tensor=2),
-            })
-        )  # fmt: skip
+        yield "float32", measure(directory)
+        yield "float32 to bfloat16", measure(directory, dtype="bfloat16")
+        yield "float32, fsdp 8", measure(directory, devices=8, fsdp=8)
+        yield "float32, fsdp 4, tensor 2", measure(directory, devices=8, fsdp=4, tensor=2)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def rows(how: str, result: Mapping[str, float]) -> list[Row]:
+    """Makes the lines of the table.
+
+    Args:
+      how: the checkpoint was loaded.
+      result: what `measure` returned.
+
+    Returns:
+      Host memory beyond the arrays, and seconds.
+    """
+    return [
+        Row(
+            "loading", f"{how}: memory beyond the arrays", result["beyond_bytes"] / 1e6, "MB",
+            result["ratio"], "the largest tensor",
+        ),
+        Row("loading", f"{how}: {result['arrays_bytes'] / 1e6:.0f} MB", result["seconds"], "s"),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":  # the process of `measure`
+    print(json.dumps(_measure_here(**json.loads(sys.argv[1]))))

@@ -12,10 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from vbon_jax.bench import population
+from vbon_jax.bench.machine import Row
 from vbon_jax.bon import ks
 from vbon_jax.bon import log_f as lf
 
@@ -164,25 +162,16 @@ def _row(loop_s: float, ours_s: float) -> dict[str, float]:
     return {"loop_s": loop_s, "ours_s": ours_s, "ratio": loop_s / ours_s}
 
 
-def table(results: Mapping[str, Mapping[str, float]]) -> Table:
-    """Makes the table of results for the screen.
+def rows(results: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """Makes the lines of the table.
 
     Args:
       results: what `log_f_times` or `ks_times` returns, or both merged.
 
     Returns:
-      One row per result: seconds of the loop, of vbon_jax, and their ratio.
+      One a result, its ratio being how many times as long the loop takes.
     """
-    shown = Table("what", title="median seconds, one process")
-    for column in ("loop", "vbon_jax", "ratio"):
-        shown.add_column(column, justify="right")
-    for what, row in results.items():
-        shown.add_row(what, f"{row['loop_s']:.4f}", f"{row['ours_s']:.4f}", f"{row['ratio']:.1f}x")
-    return shown
-
-
-def main() -> None:
-    """Prints the tables at full size: 5,000 prompts, 600 samples, 10,000 look-ups; 8 policies."""
-    console = Console()
-    console.print(table(log_f_times() | ks_times()))
-    console.print(population.table(population.population_times()))
+    return [
+        Row("log_f", what, row["ours_s"], "s", row["ratio"], "a loop over prompts")
+        for what, row in results.items()
+    ]

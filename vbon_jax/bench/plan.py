@@ -1,9 +1,7 @@
 """The memory that ``vbon plan`` predicts for stage ``train``, against the measured peak.
 
-    python -m vbon_jax.bench.plan
-
-makes random models in a temporary directory, trains two iterations under each of ``SETTINGS`` on
-CPU, in processes of their own, prints the table and removes them. Linux only: it reads /proc.
+Random models in a temporary directory are trained for two iterations under each of ``SETTINGS`` on
+CPU, in processes of their own. Linux only: it reads /proc.
 
 Measured is the peak of resident memory during the stage, less what was resident before it. The
 stage is run once before in the same process. So what libraries, compiled programs and the compiler
@@ -12,7 +10,6 @@ compilation cache, and what is measured is arrays and temporaries, like a GPU's
 ``peak_bytes_in_use``. The allocator is told to return freed memory at once.
 """
 
-import argparse
 import ctypes
 import gc
 import json
@@ -21,17 +18,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from vbon_jax import cli, sharding
 from vbon_jax.bench import load
+from vbon_jax.bench.machine import Row
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.models import decoder, heads, hf
 from vbon_jax.models.config import DecoderConfig
@@ -232,61 +228,40 @@ def _train_here(root: Path, line: list[str]) -> dict[str, Any]:
     return peaks
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Makes the table of results for the screen.
+def results(config: str = CONFIG) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compares every one of ``SETTINGS``, with random models that are removed at the end.
 
     Args:
-      results: what `compare` returned, by setting.
+      config: config file that gives all keys not set here.
 
-    Returns:
-      One row per setting, sizes in MB.
+    Yields:
+      The setting's name, and what `compare` returned.
     """
-    shown = Table(title="vbon plan against measured memory, MB")
-    shown.add_column("setting", no_wrap=True)
-    shown.add_column("largest phase", no_wrap=True)
-    columns = ("held", "planned", "measured", "ratio", "saving: planned", "measured", "ratio")
-    for column in columns:
-        shown.add_column(column, justify="right")
-    for setting, row in results.items():
-        cells = [f"{row['held'] / 1e6:.0f}"]
-        for saving in ("", "_saving"):
-            planned, measured = (row[name + saving] for name in ("planned", "measured"))
-            cells += [f"{planned / 1e6:.0f}", f"{measured / 1e6:.0f}", f"{planned / measured:.2f}"]
-        shown.add_row(setting, row["phase"], *cells)
-    return shown
-
-
-def main(argv: Sequence[str]) -> None:
-    """Prints the table of the settings; in a process of `compare`, one result as JSON.
-
-    Args:
-      argv: the command line's arguments; for a process of `compare`, one JSON list.
-    """
-    if len(argv) == 1 and argv[0].startswith("["):
-        what, root, line = json.loads(argv[0])
-        here = {"plan": _plan_here, "train": _train_here}[what]
-        print(json.dumps(here(Path(root), line)))
-        return
-    parser = argparse.ArgumentParser(
-        prog="python -m vbon_jax.bench.plan",
-        description=(__doc__ or "").split("\n", maxsplit=1)[0],
-    )
-    parser.add_argument(
-        "--config", default=CONFIG, help="config file of all keys not set here (%(default)s)"
-    )
-    parser.add_argument(
-        "--only", action="append", choices=SETTINGS, metavar="SETTING",
-        help="may be repeated; without it all: " + "; ".join(SETTINGS),
-    )  # fmt: skip
-    given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         make_models(Path(directory))
-        results = {}
-        for name in given.only or SETTINGS:
-            results[name] = compare(Path(directory), SETTINGS[name], given.config)
-            print(f"{name}: {results[name]}", file=sys.stderr)
-        Console().print(table(results))
+        for name, setting in SETTINGS.items():
+            yield name, compare(Path(directory), setting, config)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def rows(name: str, result: Mapping[str, Any]) -> list[Row]:
+    """Makes the lines of the table.
+
+    Args:
+      name: of the setting.
+      result: what `compare` returned.
+
+    Returns:
+      The planned peak in training, and while a checkpoint is saved.
+    """
+    return [
+        Row(
+            "memory", f"{name}, {what}, planned", result[f"planned{saving}"] / 1e6, "MB",
+            result[f"planned{saving}"] / result[f"measured{saving}"], "measured",
+        )
+        for what, saving in ((result["phase"], ""), ("saving", "_saving"))
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":  # a process of `compare`
+    what, root, line = json.loads(sys.argv[1])
+    print(json.dumps({"plan": _plan_here, "train": _train_here}[what](Path(root), line)))

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 from vbon_jax import sharding
+from vbon_jax.bench.machine import Row
 from vbon_jax.bon import references
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.methods import learning, vbon
@@ -144,20 +144,28 @@ def _difference(
     )
 
 
-def table(times: Mapping[str, float], members: int = 8) -> Table:
-    """Makes the table of the result for the screen.
+def rows(times: Mapping[str, float], members: int = 8) -> list[Row]:
+    """Makes the lines of the table.
 
     Args:
       times: what `population_times` returns.
       members: number of policies it was measured with.
 
     Returns:
-      One row per quantity.
+      The seconds of both ways, of their compilation, and how far the policies differ.
     """
-    title = f"A population of {members} policies against {members} single runs"
-    shown = Table(title=title, min_width=len(title))  # or the title would be wrapped
-    shown.add_column("quantity")
-    shown.add_column("value", justify="right")
-    for name, value in times.items():
-        shown.add_row(name, f"{value:.3g}")
-    return shown
+    single = f"{members} single runs"
+    compiled = times["population_compile_s"], times["singles_compile_s"]
+    return [
+        Row("population", single, times["singles_s"], "s"),
+        Row(
+            "population", f"{members} policies as one population", times["population_s"], "s",
+            1 / times["ratio"], single,
+        ),
+        Row("population", "compilation of a single run", compiled[1], "s"),
+        Row(
+            "population", "compilation of the population", compiled[0], "s",
+            compiled[0] / compiled[1], "that of a single run",
+        ),
+        Row("population", "largest difference of a log-prob", times["difference"], "nats"),
+    ]  # fmt: skip

@@ -1,31 +1,28 @@
 """Seconds and floating-point rate of one vBoN iteration by phase, on random weights.
 
-    python -m vbon_jax.bench.ppo --unfrozen=2 --unfrozen=-1
-
 The operations counted are the multiplications and additions of matrix products with weights, those
 that a phase cannot do without. So a phase's share of the machine's own rate is a lower bound.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from vbon_jax import sharding
+from vbon_jax.bench.machine import Row
+from vbon_jax.bench.models import GPT2_SMALL
 from vbon_jax.bon import references
 from vbon_jax.bon.references import References
 from vbon_jax.methods import vbon
 from vbon_jax.models import decoder, heads, trainable
-from vbon_jax.models.decoder import DecoderConfig, Rotary
+from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.models.trainable import Trainable
 from vbon_jax.sampling.requests import Request
@@ -34,50 +31,8 @@ from vbon_jax.training import scoring, state
 from vbon_jax.training.options import Memory, Train
 from vbon_jax.training.state import TrainState
 
-GPT2_SMALL = DecoderConfig(
-    vocab_size=50_257, positions=1_024, layers=12, width=768, heads=12, mlp_width=3_072
-)
 N, BETA = 8.0, 1 / 7
 experience = jax.jit(vbon.experience, static_argnames="setup")  # an update before its epochs
-
-
-def pythia(layers: int, width: int, heads: int) -> DecoderConfig:
-    """The architecture of a Pythia model (Biderman et al., 2023).
-
-    Args:
-      layers: number of blocks.
-      width: width of the residual stream.
-      heads: number of attention heads.
-    """
-    return DecoderConfig(
-        vocab_size=50_304, positions=2_048, layers=layers, width=width, heads=heads,
-        mlp_width=4 * width, place="parallel", rotary=Rotary(fraction=0.25),
-        activation="gelu", tied=False, compute_dtype="bfloat16",
-    )  # fmt: skip
-
-
-MODELS = {
-    "gpt2": GPT2_SMALL,
-    "smollm2-135m": DecoderConfig(
-        vocab_size=49_152,
-        positions=8_192,
-        layers=30,
-        width=576,
-        heads=9,
-        kv_heads=3,
-        mlp_width=1_536,
-        norm="rms",
-        norm_eps=1e-5,
-        rotary=Rotary(theta=1e5),
-        activation="silu",
-        gated=True,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-    ),
-    "pythia-410m": pythia(24, 1_024, 16),
-    "pythia-1.4b": pythia(24, 2_048, 16),
-}
 PHASES = ("rollout", "score", "epochs", "iteration")
 
 
@@ -139,27 +94,6 @@ class Arguments(NamedTuple):
         """The rollout with its rewards."""
         scores = (self.reward_B, self.row_B)
         return ScoredRollout(*batch.prompts, batch.rollout, *scores, batch.temperature)
-
-
-def matrix_rate(dtype: str = "float32", size: int = 4_096) -> float:
-    """Measures the floating-point operations per second of a square matrix product in JAX.
-
-    Args:
-      dtype: of the matrices.
-      size: rows and columns.
-
-    Returns:
-      The best of 5 repetitions.
-    """
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
 
 
 def operations(config: DecoderConfig, work: Work, unfrozen: int, penalty: str) -> dict[str, float]:
@@ -322,71 +256,21 @@ def _phase_seconds(given: Arguments, setup: scoring.Setup, repeats: int) -> dict
     }
 
 
-def table(results: dict[str, dict[str, float]], title: str, peak: float) -> Table:
-    """Makes the table of results for the screen.
+def rows(results: Mapping[str, Mapping[str, float]], what: str, peak: float) -> list[Row]:
+    """Makes the lines of the table.
 
     Args:
       results: what `iteration_times` returns.
-      title: of the table.
-      peak: the machine's rate, of `matrix_rate`.
+      what: was trained, such as "2 blocks".
+      peak: the machine's rate, of `machine.matrix_rate`.
 
     Returns:
-      One row per phase.
+      One a phase.
     """
-    shown = Table(title=title)
-    for column in ("phase", "seconds", "TFLOP", "GFLOP/s", "share of the matrix rate"):
-        shown.add_column(column, justify="left" if column == "phase" else "right")
-    for phase, row in results.items():
-        shown.add_row(
-            phase, f"{row['seconds']:.2f}", f"{row['operations'] / 1e12:.2f}",
-            f"{row['rate'] / 1e9:.0f}", f"{row['rate'] / peak:.0%}",
-        )  # fmt: skip
-    return shown
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a table for each ``--unfrozen``.
-
-    Args:
-      argv: the command line's arguments; None for those of the process.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m vbon_jax.bench.ppo",
-        description=(__doc__ or "").split("\n", maxsplit=1)[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", choices=MODELS, default="gpt2", help="architecture")
-    parser.add_argument(
-        "--unfrozen", type=int, action="append", metavar="LAYERS",
-        help="upper blocks trained, -1 for the whole model; may be repeated (2 and -1)",
-        default=argparse.SUPPRESS,
-    )  # fmt: skip
-    parser.add_argument(
-        "--penalty", choices=("sampled", "full"), default="sampled", help="train.penalty"
-    )
-    parser.add_argument(
-        "--remat", choices=("none", "dots", "full"), default="none", help="memory.remat"
-    )
-    parser.add_argument("--chunk", type=int, default=1_024, help="memory.chunk")
-    parser.add_argument("--rows", type=int, default=Work.rows, help="responses per rollout")
-    parser.add_argument("--prompt", type=int, default=Work.prompt, help="tokens per prompt")
-    parser.add_argument("--group", type=int, default=1, help="train.group")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions; the median counts")
-    given = parser.parse_args(argv)
-    config = MODELS[given.model]
-    work = Work(rows=given.rows, prompt=given.prompt, group=given.group)
-    peak = matrix_rate(config.compute_dtype)
-    console = Console()
-    console.print(f"matrix rate, {config.compute_dtype}: {peak / 1e9:.0f} GFLOP/s")
-    for unfrozen in getattr(given, "unfrozen", (2, -1)):
-        results = iteration_times(
-            config, work, unfrozen, given.penalty, given.chunk, given.remat,
-            config.compute_dtype, given.repeats,
-        )  # fmt: skip
-        title = f"{given.model}, {unfrozen} layers unfrozen, {given.penalty} penalty"
-        title += f", {work.group} responses to each prompt of {work.prompt} tokens"
-        console.print(table(results, title, peak))
-
-
-if __name__ == "__main__":
-    main()
+    return [
+        Row(
+            "iteration", f"{what}: {phase}", row["seconds"], "s", row["rate"] / peak,
+            "the matrix rate",
+        )
+        for phase, row in results.items()
+    ]  # fmt: skip

@@ -104,7 +104,7 @@ COMMANDS = {
     "run": "every stage the config lists, in order; what is complete is skipped",
     "plan": "memory each device will need, before anything is allocated",
     "generate": "responses to --prompt on standard output",
-    "bench": "times of log F and of the Kolmogorov-Smirnov test; needs no --config",
+    "bench": "sampling and training on this machine, timed (vbon bench --help); needs no --config",
 }
 
 __all__ = ["COMMANDS", "STAGES", "Stage"]
