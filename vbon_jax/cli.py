@@ -30,6 +30,9 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "A prompt to generate from.", flag_values=values)
+    flags.DEFINE_integer(
+        "best_of", None, "Responses to choose from.", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_string("coordinator", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer(
         "num_processes", None, "Processes of the run.", lower_bound=1, flag_values=values
@@ -58,6 +61,7 @@ def usage() -> str:
         "  --config.a.b=v   another value for one of its keys\n"
         "  --workdir        folder of the run (default: runs/<config>[-<variant>])\n"
         '  --prompt         a prompt for "generate"; may be repeated\n'
+        '  --best_of=8      "generate" draws so many, prints the best and all candidates\n'
         "  --profile=3:5    a JAX profiler trace of these iterations of training\n"
         "  --version        the version of vbon_jax, of JAX and of its devices\n"
         "  --coordinator --num_processes --process_id\n"
@@ -84,6 +88,7 @@ class Command:
     config: "Config"
     workdir: str
     prompts: list[str]
+    best_of: int | None
     profile: tuple[int, int] | None
 
 
@@ -116,12 +121,15 @@ def parse(argv: Sequence[str]) -> Command:
             f"--profile={values.profile}: it traces training: use it with `vbon train` or `vbon "
             "run`"
         )
+    if values.best_of is not None and rest[0] != "generate":
+        raise InputError(f"--best_of={values.best_of}: use it with `vbon generate`")
     _refuse_processes(values.coordinator, values.num_processes, values.process_id)
     return Command(
         rest[0],
         vbon_config.parse(config),
         values.workdir or _default_workdir(argv),
         values.prompt,
+        values.best_of,
         _profile(values.profile),
     )
 
@@ -244,7 +252,7 @@ def execute(argv: Sequence[str]) -> None:
             raise InputError('no --prompt: give at least one, --prompt="the film"')
         from vbon_jax.stages import generate
 
-        generate.run(run, command.prompts)
+        generate.run(run, command.prompts, command.best_of)
         return
     with run.workdir.locked(wait=several):
         if command.stage == "run":

@@ -27,6 +27,7 @@ from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.sources import reviews
 from vbon_jax.methods import bon_sft, learning
 from vbon_jax.models import hf
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.training import learner, offline
 
 ROOT = Path(__file__).parents[2]
@@ -304,6 +305,44 @@ def test_generate_prints_json_lines(tabular, capfd):
     assert len(capfd.readouterr().out.splitlines()) == 1
     assert vbon("generate", tabular) == 2
     assert "no --prompt" in capfd.readouterr().err
+
+
+def test_generate_shows_the_candidates_of_a_best_of_n(tabular, capfd):
+    """Each is a response the model gives without it, and the best stands by itself."""
+    flags = ["--config.generate.temperature=2.0", "--prompt=a"]
+    assert vbon("generate", tabular, *flags, "--config.generate.count=6") == 0
+    plain = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert vbon("generate", tabular, *flags, "--config.generate.count=2", "--best_of=3") == 0
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert len(found) == 2 and len({r["response"] for r in plain}) > 2
+    drawn = [candidate for line in found for candidate in line["candidates"]]
+    assert drawn == [{key: r[key] for key in ("response", "reward")} for r in plain]
+    for line in found:
+        assert line["reward"] == max(candidate["reward"] for candidate in line["candidates"])
+        assert {key: line[key] for key in ("response", "reward")} in line["candidates"]
+    for model in ("bon", "corrected"):
+        wrong = [f"--config.generate.model={model}", "--best_of=2"]
+        assert vbon("generate", tabular, *flags, *wrong) == 2
+        assert f"--best_of=2: generate.model={model} is best-of-n" in capfd.readouterr().err
+    assert vbon("plan", tabular, "--best_of=2") == 2
+    assert "--best_of=2: use it with `vbon generate`" in capfd.readouterr().err
+
+
+def test_generate_prints_a_prompt_when_it_is_drawn(tabular, monkeypatch, capfd):
+    """Not when all are: of three prompts drawn one by one, two are out when the third fails."""
+    drawn = Sampler.responses
+
+    def fail(self, *args, **kwargs):
+        for i, group in enumerate(drawn(self, *args, **kwargs)):
+            if i == 2:
+                raise MemoryError("no more")
+            yield group
+
+    monkeypatch.setattr(Sampler, "responses", fail)
+    prompts = [f"--prompt={text}" for text in ("a", "b", "c")]
+    assert vbon("generate", tabular, "--config.sampling.batch_size=1", *prompts) == 2
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["a", "b"]
 
 
 def test_generate_corrects_the_policy_by_reference_samples_that_it_keeps(tabular, capfd):

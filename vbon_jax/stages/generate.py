@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.data.sources import chat
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation import compare, measure
+from vbon_jax.evaluation import compare
 from vbon_jax.evaluation.corrected import Corrected
 from vbon_jax.progress import log
 from vbon_jax.rewards.base import Reward
@@ -27,14 +28,36 @@ from vbon_jax.stages.base import Run
 from vbon_jax.training.references import orders
 
 
-def run(run: Run, texts: Sequence[str]) -> None:
-    """Prints responses to the given prompts, one JSON object a line."""
+class Answer(NamedTuple):
+    """A response that is printed, and those it was chosen from: none, or itself among others."""
+
+    response: Response
+    candidates: Sequence[Response]
+
+
+def run(run: Run, texts: Sequence[str], best_of: int | None = None) -> None:
+    """Prints responses to the given prompts, one JSON object a line, as soon as they are drawn.
+
+    Args:
+      run: the run whose models are used.
+      texts: the prompts.
+      best_of: print the best of so many responses of ``generate.model``, and all of them as its
+        "candidates"; None for what the config says.
+
+    Raises:
+      InputError: a prompt that is too long, or options that do not go together.
+    """
     with jax.set_mesh(run.mesh):
-        rows = _generated(run, texts)
-    for text, row in zip(texts, rows, strict=True):
-        for r in row:
-            line = {"prompt": text, "response": r.text, "reward": r.reward}
-            print(json.dumps(line, ensure_ascii=False))
+        for text, row in zip(texts, _generated(run, texts, best_of), strict=True):
+            for answer in row:
+                line = {"prompt": text} | _line(answer.response)
+                if best_of is not None:
+                    line["candidates"] = [_line(r) for r in answer.candidates]
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _line(response: Response) -> dict[str, Any]:
+    return {"response": response.text, "reward": response.reward}
 
 
 def _prompts(run: Run, texts: Sequence[str], model: Sampler) -> list[Prompt]:
@@ -97,30 +120,34 @@ def _id(prompt: Prompt) -> int:
     return zlib.crc32(np.array(prompt.tokens, np.int32).tobytes()) & 0x7FFFFFFF
 
 
-def _generated(run: Run, texts: Sequence[str]) -> list[list[Response]]:
-    """``generate.count`` responses to each prompt, from the model the config names."""
+def _generated(run: Run, texts: Sequence[str], best_of: int | None) -> Iterator[list[Answer]]:
+    """``generate.count`` responses to each prompt in turn, from the model the config names."""
     s = run.config
     g = s.generate
+    if best_of is not None and g.model in ("bon", "corrected"):
+        raise InputError(
+            f"--best_of={best_of}: generate.model={g.model} is best-of-n by itself, with "
+            f"method.n={s.method.n:g}; use generate.model=policy or reference"
+        )
     of_policy = g.model in ("policy", "corrected")
     model = loading.policy(run) if of_policy else loading.reference(run)
     prompts = _prompts(run, texts, model)
     score = loading.reward(run, model.tokenizer)
     loading.check_lengths(run, prompts, model, score)
     if g.model == "corrected":
-        return _corrected(run, model, prompts, score)
-    bon = g.model == "bon"
-    if bon and not float(s.method.n).is_integer():
+        for row in _corrected(run, model, prompts, score):
+            yield [Answer(r, ()) for r in row]
+        return
+    if g.model == "bon" and not float(s.method.n).is_integer():
         raise InputError(f"method.n={s.method.n}: generate.model=bon needs a whole number")
-    each = g.count * (int(s.method.n) if bon else 1)
-    requests = requests_for(prompts, each)
+    n = int(s.method.n) if g.model == "bon" else best_of or 1
+    requests = requests_for(prompts, g.count * n)
     drawn: list[Response] = []
     for group in model.at(temperature=g.temperature, top_k=g.top_k, top_p=g.top_p).responses(
         run.key("generate"), prompts, requests, min(s.sampling.batch_size, len(requests)), score
     ):
         drawn += group
-    rows = measure.grouped(drawn, each)
-    if bon:
-        rewards = np.array([[r.reward for r in row] for row in rows])
-        chosen = compare.best_of(rewards, int(s.method.n))
-        rows = [[row[i] for i in columns] for row, columns in zip(rows, chosen)]
-    return rows
+        while len(drawn) >= g.count * n:
+            row, drawn = drawn[: g.count * n], drawn[g.count * n :]
+            chosen = compare.best_of(np.array([[r.reward for r in row]]), n)[0]
+            yield [Answer(row[at], row[at - at % n :][:n]) for at in chosen]
