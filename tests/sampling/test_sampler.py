@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -124,3 +125,48 @@ def test_merging_keeps_the_update_or_says_what_is_lost(drawing, dtype, capsys):
     got = decoder.hidden(merged.params, merged.config, tokens, mask)
     apart = np.abs(np.asarray(got, np.float32) - np.asarray(expected)).max()
     assert (apart < 1e-4) == (dtype == "float32")
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_the_next_page_is_dispatched_before_the_host_works_on_the_last(drawing, monkeypatch, where):
+    """A device's scores are behind the page it draws, so they are waited for after one more."""
+    events = []
+    pages = engine.slots.pages
+
+    def dispatched(*args):
+        for number, page in enumerate(pages(*args)):
+            events.append(f"draw {number}")
+            yield page
+
+    def reward(of, *rows):
+        events.append("score")
+        found = lengths(of, *rows)
+        return jnp.asarray(found) if where == "device" else found
+
+    monkeypatch.setattr(engine.slots, "pages", dispatched)
+    many = [Prompt(i, f"p{i}", (5 + i % 4, 9 + i // 4)) for i in range(24)]
+    requests, key = requests_for(many, 1), jax.random.key(1)
+    found = []
+    for group in drawing.responses(key, many, requests, 2, reward):
+        events.append("work")
+        found += group
+    assert [r.request for r in found] == requests
+    draws = [i for i, event in enumerate(events) if event.startswith("draw")]
+    each = (len(events) - len(draws)) // 2 // len(draws)  # batches of a page
+    assert len(draws) == 3 and each == 4
+    scores, works = ["score"] * each, ["work"] * each
+    if where == "device":
+        assert events == [
+            "draw 0", "draw 1", *scores, "draw 2", *works, *scores, *works, *scores, *works
+        ]  # fmt: skip
+    else:
+        assert events == ["draw 0", "draw 1", *["score", "work"] * 4, "draw 2",
+                          *["score", "work"] * 8]  # fmt: skip
+
+
+def test_a_clock_is_told_of_every_draw(drawing, prompts):
+    watch = engine.Idle()
+    told = dataclasses.replace(drawing, idle=watch)
+    found = list(told.responses(jax.random.key(1), prompts, requests_for(prompts, 8), 2, lengths))
+    assert sum(map(len, found)) == 24 and watch.draws == 3
+    assert 0 <= watch.share() < 1

@@ -24,6 +24,7 @@ from vbon_jax.models.lm import LanguageModel
 from vbon_jax.progress import log
 from vbon_jax.rewards.base import Reward, checked
 from vbon_jax.sampling import decode, slots
+from vbon_jax.sampling.idle import Idle
 from vbon_jax.sampling.requests import (
     Prompts,
     Request,
@@ -199,11 +200,13 @@ class Sampler:
       model: configuration, parameters on ``mesh`` and tokenizer.
       mesh: the device mesh.
       settings: temperature, length limit and filters.
+      idle: told of every draw of ``batches``; None where no one asks.
     """
 
     model: LanguageModel
     mesh: Mesh
     settings: Sampling
+    idle: Idle | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -250,9 +253,7 @@ class Sampler:
     ) -> Iterator[Batch]:
         """Draws responses to requests in order, in ``batch_size`` rows (see ``slots``).
 
-        Batches have one shape, the last one too, and prompts share one padded length. The next
-        page is dispatched before the last is handed out: the host's work on one (scoring, writing)
-        overlaps the device's on the other.
+        Batches have one shape, the last one too, and prompts share one padded length.
 
         Args:
           key: with (prompt id, sample) it fixes a response.
@@ -263,6 +264,16 @@ class Sampler:
         Yields:
           Batch of ``batch_size`` rows with arrays still on the device; only its first
           ``batch.size`` rows are real.
+        """
+        for page in self._pages(key, requests, batch_size, skip):
+            yield from page
+
+    def _pages(
+        self, key: jax.Array, requests: Sequence[Request], batch_size: int, skip: int
+    ) -> Iterator[list[Batch]]:
+        """``batches``, a page at a time. A page is handed out when the next one is dispatched.
+
+        So the host's work on one overlaps the device's on the other.
         """
         if skip >= len(requests):
             return
@@ -275,9 +286,12 @@ class Sampler:
         for rows, rollout in slots.pages(
             self.model.params, key, requests[skip:], self.mesh, self.settings.temperature, setup
         ):
-            yield from ahead
+            if self.idle is not None:
+                self.idle.dispatched(rollout)
+            if ahead:
+                yield ahead
             ahead = self._batches_of(rows, rollout, shape)
-        yield from ahead
+        yield ahead
 
     def _batches_of(
         self, requests: Sequence[Request], rollout: decode.Rollout, shape: slots.Shape
@@ -335,6 +349,12 @@ class Sampler:
           InputError: a reward is not finite; names prompt and response, and the reward by ``name``.
         """
         found = reward(prompts, *rows, rollout.tokens_BxT, rollout.mask_BxT)
+        return self._checked(found, prompts, rollout, name)
+
+    def _checked(
+        self, found: Any, prompts: Sequence[Prompt], rollout: decode.Rollout, name: str
+    ) -> np.ndarray:
+        """What a reward found, of the first rows, float32 on the host; see ``rewards``."""
         values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
 
         def text_of(row: int) -> str:
@@ -369,28 +389,48 @@ class Sampler:
           InputError: a reward is not finite.
         """
         by_id, _ = index(prompts)
-        for batch in self.batches(key, requests, batch_size, skip):
-            of = [by_id[r.prompt_id] for r in batch.requests]
-            rewards = self.rewards(reward, of, batch.prompts, batch.rollout)
-            rollout, extra = jax.device_get((batch.rollout, also(batch) if also else {}))
-            rows = [
-                row[keep].tolist()
-                for row, keep in zip(rollout.tokens_BxT[: batch.size], rollout.mask_BxT)
-            ]
-            texts = self.texts([r.tokens for r in batch.requests], rows)
-            log_probs = rollout.log_probs_BxT.sum(axis=1, dtype=np.float64)
-            yield [
-                Response(
-                    request,
-                    tuple(rows[i]),
-                    texts[i],
-                    float(np.float32(log_probs[i])),
-                    bool(rollout.finished_B[i]),
-                    float(rewards[i]),
-                    {name: float(values[i]) for name, values in extra.items()},
-                )
-                for i, request in enumerate(batch.requests)
-            ]
+        scored: list[tuple[Batch, Any, dict[str, Any]]] = []
+        for page in self._pages(key, requests, batch_size, skip):
+            yield from (self._finished(by_id, *each) for each in scored)
+            scored = []
+            for batch in page:
+                of = [by_id[r.prompt_id] for r in batch.requests]
+                found = reward(of, *batch.prompts, batch.rollout.tokens_BxT, batch.rollout.mask_BxT)
+                extra = also(batch) if also else {}
+                # The device has scores only after the page it draws now: the host would wait for
+                # it, and it then for the host. So it is given the next page first. What the host
+                # computed is handed on at once, not to be lost.
+                if all(isinstance(x, jax.Array) for x in (found, *extra.values())):
+                    scored.append((batch, found, extra))
+                else:
+                    yield self._finished(by_id, batch, found, extra)
+        yield from (self._finished(by_id, *each) for each in scored)
+
+    def _finished(
+        self, by_id: dict[int, Prompt], batch: Batch, found: Any, extra: dict[str, Any]
+    ) -> list[Response]:
+        """The responses of a batch, with the scores that were found."""
+        of = [by_id[r.prompt_id] for r in batch.requests]
+        rewards = self._checked(found, of, batch.rollout, "reward")
+        rollout, extra = jax.device_get((batch.rollout, extra))
+        rows = [
+            row[keep].tolist()
+            for row, keep in zip(rollout.tokens_BxT[: batch.size], rollout.mask_BxT)
+        ]
+        texts = self.texts([r.tokens for r in batch.requests], rows)
+        log_probs = rollout.log_probs_BxT.sum(axis=1, dtype=np.float64)
+        return [
+            Response(
+                request,
+                tuple(rows[i]),
+                texts[i],
+                float(np.float32(log_probs[i])),
+                bool(rollout.finished_B[i]),
+                float(rewards[i]),
+                {name: float(values[i]) for name, values in extra.items()},
+            )
+            for i, request in enumerate(batch.requests)
+        ]
 
     def measure(self, reward: Reward, prompts: Sequence[Prompt], name: str) -> Measure:
         """A `Measure` that gives the scores of another reward, as ``name``."""

@@ -1,5 +1,6 @@
 """Samples: m scored responses a prompt, in memory or appended to a file as they come."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, SampleWriter
 from vbon_jax.progress import Reporter, reporting
 from vbon_jax.rewards.base import Reward, counts_line, counts_of
+from vbon_jax.sampling.idle import Idle
 from vbon_jax.sampling.requests import requests_for
 from vbon_jax.sampling.sampler import Response, Sampler
 from vbon_jax.signals import Interrupted, Stopped, StopSignal
@@ -109,6 +111,8 @@ def write(
       InputError: a reward is not finite, or the file is at fault.
     """
     reward, evaluator = rewards
+    idle = Idle()
+    sampler = dataclasses.replace(sampler, idle=idle)
     with SampleWriter(path) as writer:
         written = set(writer.done)
         prompts = sorted(prompts, key=lambda p: p.id not in written)  # those first that are
@@ -133,6 +137,10 @@ def write(
                     error.signum, f"{len(writer.done)} of {len(prompts)} prompts are in {path}"
                 ) from error
             _say_counts(report, title, reward, evaluator)
+            if idle.draws > 1:
+                report.say(
+                    f"{title}: the device waited {idle.share():.0%} of the time for the host"
+                )
 
 
 def _say_counts(report: Reporter, title: str, reward: Reward, evaluator: Reward | None) -> None:
