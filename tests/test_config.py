@@ -253,6 +253,18 @@ def test_bad_values_are_named(values, key, value, message):
         ),
         ({"method.objective": "jeffreys"}, "method.objective=jeffreys needs stored samples beside"),
         (
+            {"samples.adaptive": 0.5, "train.replay": 1},
+            "samples.adaptive=0.5 leaves prompts with fewer than samples.m=200 samples, and",
+        ),
+        (
+            {"samples.adaptive": 0.5, "method.name": "dpo"},
+            "samples.adaptive=0.5 leaves prompts with fewer than samples.m=200 samples, and",
+        ),
+        (
+            {"samples.adaptive": 0.5, "sweep.vbon": (2, 32)},
+            "samples.adaptive_n=8: n=32 is trained for, whose band is wider: give at least 32",
+        ),
+        (
             {"train.replay": 3, "train.group": 256},
             "train.batch_size=512 responses and train.replay=3 stored samples for every train.grou",
         ),

@@ -206,3 +206,32 @@ def test_what_is_missing_or_unknown_is_named():
 
 def test_estimators_are_all_covered():
     assert set(lf.ESTIMATORS) == {*ESTIMATORS, "exponential"}
+
+
+@pytest.mark.parametrize("by_order", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_prompts_may_have_fewer_rewards_than_others(estimator, by_order):
+    """As if each had a table of its own."""
+    counts = np.array([REWARDS.shape[1] - 2 * (i % 3) for i in range(len(REWARDS))], np.int32)
+    real = np.arange(REWARDS.shape[1]) < counts[:, None]
+    rewards = np.where(real, REWARDS, np.inf)
+    table = references(rewards, estimator, ORDER if by_order else None, counts)
+    got = density(table, ROW, REWARD, KEYS if by_order else None, LOG_REF, 8.0, estimator=estimator)
+    for b, row in enumerate(ROW):
+        count = counts[row]
+        alone = references(
+            REWARDS[row : row + 1, :count], estimator,
+            ORDER[row : row + 1, :count] if by_order else None,
+        )  # fmt: skip
+        want = density(
+            alone, [0], REWARD[b : b + 1], KEYS[b : b + 1] if by_order else None,
+            LOG_REF[b : b + 1], 8.0, estimator=estimator,
+        )  # fmt: skip
+        for name, a, of_all in zip(want._fields, want, got):
+            if a is not None:
+                np.testing.assert_allclose(of_all[b], a[0], rtol=1e-6, err_msg=name)
+
+
+def test_the_exponential_estimator_refuses_rows_of_several_lengths():
+    with pytest.raises(ValueError, match="fits rows of one length"):
+        references(REWARDS, "exponential", None, np.full(len(REWARDS), 2))

@@ -221,3 +221,31 @@ def test_sorted_rewards_refuses():
     by_id = [PromptSamples("p", ("r",), (1.0,)), PromptSamples("q", ("r",) * 2, (1.0, 2.0), 17)]
     with pytest.raises(InputError, match="prompt 17 "):
         reference.sorted_rewards(by_id)
+
+
+def test_rewards_of_prompts_with_fewer_samples_are_padded():
+    stored = [sample_of((3.0, 1.0, 2.0)), sample_of((5.0,))]
+    rewards, counts = reference.padded_rewards(stored, 2)
+    np.testing.assert_array_equal(rewards, np.array([[3, 1], [5, np.inf]], np.float32))
+    assert rewards.dtype == np.float32 and counts.tolist() == [2, 1]
+    assert reference.fewest(stored, 2) == 1 and reference.fewest(stored[:1], 2) == 2
+    with pytest.raises(InputError, match="has 0 rewards"):
+        reference.padded_rewards([sample_of(())], 2)
+
+
+def test_parts_of_a_prompt_are_joined():
+    a, b = (
+        PromptSamples(
+            "p", responses=(x, x), rewards=(1.0, 2.0), prompt_id=3, response_tokens=((1,), (2,)),
+            log_probs=(-1.0, -2.0), finished=(True, False),
+        )
+        for x in "xy"
+    )  # fmt: skip
+    found = reference.joined([a, b])
+    assert found.responses == ("x", "x", "y", "y") and found.rewards == (1.0, 2.0) * 2
+    assert found.response_tokens == ((1,), (2,)) * 2 and found.log_probs == (-1.0, -2.0) * 2
+    assert found.finished == (True, False) * 2 and (found.prompt, found.prompt_id) == ("p", 3)
+
+
+def sample_of(rewards):
+    return PromptSamples("p", tuple("r" for _ in rewards), rewards)

@@ -23,18 +23,18 @@ def sampler(params, config, mesh):
 def test_a_file_that_was_cut_is_continued_to_the_same_bytes(sampler, tmp_path):
     key = jax.random.key(1)
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    samples.write(whole, sampler, key, PROMPTS, 3, 4, (lengths, None), "whole")
+    samples.write(whole, sampler, key, PROMPTS, range(3), 4, (lengths, None), "whole")
     lines = whole.read_bytes().splitlines(keepends=True)
     assert len(lines) == 5
     cut.write_bytes(b"".join(lines[:2]) + lines[2][:20])
-    samples.write(cut, sampler, key, PROMPTS, 3, 4, (lengths, None), "cut")
+    samples.write(cut, sampler, key, PROMPTS, range(3), 4, (lengths, None), "cut")
     assert cut.read_bytes() == whole.read_bytes()
 
 
 def test_in_memory_they_are_those_of_the_file(sampler, tmp_path):
     key, path = jax.random.key(1), tmp_path / "s.jsonl"
     drawn = samples.draw(sampler, key, PROMPTS, 3, 7, lengths)
-    samples.write(path, sampler, key, PROMPTS, 3, 4, (lengths, lengths), "file")
+    samples.write(path, sampler, key, PROMPTS, range(3), 4, (lengths, lengths), "file")
     stored = sample_files.read(path)
     assert [s.response_tokens for s in stored] == [s.response_tokens for s in drawn]
     np.testing.assert_allclose(

@@ -295,6 +295,19 @@ def test_an_averaged_policy_is_measured_beside_the_last_iterate(tabular, tmp_pat
     assert rows["vbon"]["kl_ref"] != rows["vbon, last iterate"]["kl_ref"]
 
 
+def test_a_run_with_adaptive_samples_trains_on_what_each_prompt_has(tmp_path, capfd):
+    """The value head too, which takes as many of each as all have."""
+    flags = ["--config.samples.adaptive=1.0", "--config.samples.m=64"]
+    flags += ["--config.train.iterations=2", "--config.sampling.temperature=0.4"]
+    stages = "--config.stages=('sft','reward','sample','train','export')"
+    assert vbon("run", tmp_path, stages, *flags) == 0
+    err = capfd.readouterr().err
+    assert re.search(r"sample: \d+ of 64 responses were drawn, \d+% saved; 0 of 1 prompts", err)
+    counts = {len(x.rewards) for x in sample_files.read(tmp_path / "samples" / "train.jsonl")}
+    assert max(counts) < 64
+    assert (tmp_path / "policy" / "model.safetensors").exists()
+
+
 def test_generate_prints_json_lines(tabular, capfd):
     flags = ["--config.generate.count=3", "--config.generate.top_k=1", "--prompt=a"]
     assert vbon("generate", tabular, *flags) == 0

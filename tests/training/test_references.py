@@ -89,3 +89,13 @@ def test_prompts_without_a_fitting_curve_are_counted(sampler, capsys):
     table = references.references(stored, 32, "exponential", "random", sampler)
     np.testing.assert_array_equal(table.fit.converged_P, [True, False])
     assert "1 of 2 prompts have no curve that fits their 32 rewards" in capsys.readouterr().err
+
+
+def test_prompts_may_have_fewer_samples(sampler):
+    """As adaptive sampling leaves them: rows are padded, and each counts its own."""
+    stored = [samples("a", ("1", "2", "3"), (4.0, 1.0, 3.0)), samples("b", ("4",), (2.0,))]
+    table = references.references(stored, 3, "smoothed", "order", sampler)
+    np.testing.assert_array_equal(table.rewards_PxM, [[1, 3, 4], [2, np.inf, np.inf]])
+    assert table.m.tolist() == [3, 1]
+    np.testing.assert_array_equal(table.order_PxM[0], places([2, EOS], [3, EOS], [1, EOS]))
+    assert table.order_PxM[1].tolist() == [*places([4, EOS]), 0, 0]

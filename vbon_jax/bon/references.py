@@ -25,13 +25,17 @@ class References(NamedTuple):
       order_PxM: uint32 keys of the responses in the total order that breaks ties, in the same
         column order as rewards_PxM; None if ties are broken at random.
       fit: fitted curves of the ``exponential`` estimator; None for every other estimator.
-      m: int32 scalar, the number of rewards that count.
+      m: int32, the number of rewards that count: a scalar, or [P] where prompts differ.
     """
 
     rewards_PxM: jax.Array
     order_PxM: jax.Array | None
     fit: exponential.ExponentialFit | None
     m: jax.Array
+
+    def m_at(self, row_B: ArrayLike) -> jax.Array:
+        """The number of rewards that count in rows: a scalar, or of their shape."""
+        return self.m if jnp.ndim(self.m) == 0 else self.m[row_B]
 
 
 class Density(NamedTuple):
@@ -51,7 +55,10 @@ class Density(NamedTuple):
 
 
 def references(
-    rewards_PxM: np.ndarray, estimator: str, order_PxM: np.ndarray | None = None
+    rewards_PxM: np.ndarray,
+    estimator: str,
+    order_PxM: np.ndarray | None = None,
+    m_P: np.ndarray | None = None,
 ) -> References:
     """Sorts reference rewards and, for the ``exponential`` estimator, fits its curves.
 
@@ -61,13 +68,19 @@ def references(
       order_PxM: uint32 keys of the responses, from ``bon.log_f.response_order``, if ties are broken
         by a total order; None if they are broken at random.
 
+      m_P: how many rewards of each prompt count, where rows are padded with +inf at the end; None
+        if all do.
+
     Returns:
       The table that ``density`` looks rewards up in.
 
     Raises:
-      ValueError: if the estimator is unknown, or shapes differ.
+      ValueError: if the estimator is unknown, or shapes differ, or ``exponential`` is to fit rows
+        that are padded.
     """
     check_choice("estimator", estimator, lf.ESTIMATORS)
+    if m_P is not None and estimator == "exponential":
+        raise ValueError("estimator 'exponential' fits rows of one length, got m_P")
     rewards = np.asarray(rewards_PxM, np.float32)
     if order_PxM is None:
         rewards, order = np.sort(rewards, axis=1), None
@@ -80,7 +93,8 @@ def references(
         rewards = np.take_along_axis(rewards, columns, axis=1)
         order = jnp.asarray(np.take_along_axis(np.asarray(order_PxM, np.uint32), columns, axis=1))
     fit = exponential.fit(rewards) if estimator == "exponential" else None
-    return References(jnp.asarray(rewards), order, fit, jnp.int32(rewards.shape[1]))
+    m = jnp.int32(rewards.shape[1]) if m_P is None else jnp.asarray(m_P, jnp.int32)
+    return References(jnp.asarray(rewards), order, fit, m)
 
 
 def ranks(
@@ -110,8 +124,9 @@ def ranks(
         below, equal = lf.ordered_ranks(
             rewards_BxM, table.order_PxM[row_B], reward_B[:, None], jnp.asarray(order_B)[:, None]
         )
-    below = jnp.minimum(below[:, 0], table.m)  # a reward of +inf meets the padding
-    return below, jnp.minimum(equal[:, 0], table.m - below)
+    m = table.m_at(row_B)
+    below = jnp.minimum(below[:, 0], m)  # a reward of +inf meets the padding
+    return below, jnp.minimum(equal[:, 0], m - below)
 
 
 def density(
@@ -144,18 +159,19 @@ def density(
     """
     row_B, reward_B, log_ref_B = map(jnp.asarray, (row_B, reward_B, log_ref_B))
     below, equal = ranks(table, row_B, reward_B, order_B)
+    m = table.m_at(row_B)
     log_f = None
     if estimator == "exponential":
         if table.fit is None:
             raise ValueError("estimator 'exponential' needs a table with its fits, got fit=None")
         log_f = exponential.log_f_with_fallback(
             table.fit.log_a_P[row_B], table.fit.b_P[row_B], table.fit.converged_P[row_B],
-            reward_B, below, table.m,
+            reward_B, below, m,
         )  # fmt: skip
     elif estimator != "interval":
-        log_f = lf.log_f(below, table.m, estimator)
+        log_f = lf.log_f(below, m, estimator)
     ties = "random" if table.order_PxM is None else "order"
-    log_mass = lf.log_mass(ties, equal, table.m, log_ref_B)
-    log_ratio = lf.log_ratio(estimator, below, equal, table.m, n, log_mass=log_mass, log_f=log_f)
-    up_to = lf.log_f(below + equal, table.m, "smoothed")
+    log_mass = lf.log_mass(ties, equal, m, log_ref_B)
+    log_ratio = lf.log_ratio(estimator, below, equal, m, n, log_mass=log_mass, log_f=log_f)
+    up_to = lf.log_f(below + equal, m, "smoothed")
     return Density(log_ratio, log_f, log_mass, up_to)

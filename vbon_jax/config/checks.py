@@ -202,6 +202,35 @@ def _check_method(c: Config, method: methods.Method) -> None:
         _require(not (wrong := method.check_samples(c.offline, c.samples.m)), wrong)
     if (chosen or grids) and not (method.online and c.train.start == options.REFERENCE):
         _check_offline(c)
+    if (chosen or grids) and c.samples.adaptive:
+        _check_adaptive(c, method, grids)
+
+
+def _check_adaptive(c: Config, method: methods.Method, grids: list[tuple[Any, Any]]) -> None:
+    """Checks that nothing asks for samples.m samples of every prompt, and the n of the band."""
+    estimators = {getattr(c.sweep, f"{series.label}_estimator", "") for series, _ in grids}
+    for key, wrong in (
+        ("samples.path", c.samples.path != ""),
+        ("train.start", c.train.start != options.REFERENCE),
+        ("train.replay", c.train.replay > 0),
+        ("sweep.m", c.sweep.m != ()),
+        ("method.name", not method.online),
+        ("method.estimator", c.method.estimator == "exponential"),
+        ("its estimator in the sweep", "exponential" in estimators),
+    ):
+        _require(
+            not wrong,
+            f"samples.adaptive={c.samples.adaptive:g} leaves prompts with fewer than samples.m="
+            f"{c.samples.m} samples, and {key} needs all: set samples.adaptive=0, or leave {key} "
+            "as it is by default",
+        )
+    of_grids = [v for series, values in grids if series.varies == "n" for v in values]
+    for n in (c.method.n, *of_grids):
+        _require(
+            n <= c.samples.adaptive_n,
+            f"samples.adaptive_n={c.samples.adaptive_n:g}: n={n:g} is trained for, whose band is "
+            f"wider: give at least {n:g}",
+        )
 
 
 def _check_offline(c: Config) -> None:

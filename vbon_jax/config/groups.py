@@ -198,6 +198,11 @@ class Samples:
 
     m: int = key(64, "Number of reference responses per training prompt.", least=1, most=MOST_ROWS)
     path: str = key("", "File of scored responses made elsewhere, used in place of sampling.")
+    adaptive: float = key(0.0, "Nats: a prompt has samples enough, at most `samples.m`, when half "
+                          "the 95% band of log(pi_bon / pi_ref) is no wider; 0 draws "
+                          "`samples.m` of each.", least=0)  # fmt: skip
+    adaptive_n: float = key(8.0, "The n of that band, at least the one that is trained for.",
+                            least=1)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

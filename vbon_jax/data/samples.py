@@ -3,13 +3,14 @@
 `sample_lines` describes the layout of a line.
 """
 
+import dataclasses
 import fcntl
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -97,6 +98,45 @@ def rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np.ndarra
                 "them or sample again"
             )
     return np.asarray([sample.rewards[:wanted] for sample in samples], np.float32)
+
+
+def padded_rewards(samples: Sequence[PromptSamples], m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks the rewards of prompts that may have fewer than m, as adaptive sampling leaves them.
+
+    Args:
+      samples: the samples of P prompts.
+      m: the number of rewards to take of each prompt at most, from the first.
+
+    Returns:
+      (float32 [P, m], rows with fewer padded by +inf; int32 [P], how many are real).
+
+    Raises:
+      InputError: as `rewards`, where a prompt has none.
+    """
+    count_P = np.array([min(len(sample.rewards), m) for sample in samples], np.int32)
+    rows = [rewards([sample], max(int(c), 1))[0] for sample, c in zip(samples, count_P)]
+    padding = ((0, 0), (0, m))
+    return np.concatenate(
+        [np.pad(row[None], padding, constant_values=np.inf)[:, :m] for row in rows]
+    ), count_P
+
+
+def fewest(samples: Sequence[PromptSamples], m: int) -> int:
+    """How many of the first m samples every prompt has: m, but after adaptive sampling."""
+    return min(m, min(len(sample.rewards) for sample in samples))
+
+
+def joined(parts: Sequence[PromptSamples]) -> PromptSamples:
+    """The samples of a prompt that were drawn in several parts, as one.
+
+    Args:
+      parts: of the same prompt, without scores of an evaluator.
+    """
+    together: dict[str, Any] = {
+        name: tuple(x for part in parts for x in getattr(part, name))
+        for name in ("responses", "rewards", "response_tokens", "log_probs", "finished")
+    }
+    return dataclasses.replace(parts[0], **together)
 
 
 def sorted_rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np.ndarray:

@@ -150,8 +150,9 @@ def _values(
     table = task.references
     if table.rewards_PxM.ndim == 3:
         table = jax.tree.map(lambda x: x[i], table)
-    rewards = sample_files.rewards(samples, of.m)
-    weights = np.full(rewards.shape, 1 / of.m)
+    m = sample_files.fewest(samples, of.m)
+    rewards = sample_files.rewards(samples, m)
+    weights = np.full(rewards.shape, 1 / m)
     if job.training.train.start != REFERENCE:
         weights = winner_weights(rewards, int(member(of).n))
     each = -(-STORED // len(rewards))

@@ -53,9 +53,10 @@ def pad_left(prompts: Sequence[Sequence[int]], length: int, pad_id: int) -> Prom
     return Prompts(tokens, mask)
 
 
-def requests_for(prompts: Sequence[Prompt], count: int) -> list[Request]:
-    """``count`` responses to each prompt, in the order of the prompts."""
-    return [Request(p.id, i, p.tokens) for p in prompts for i in range(count)]
+def requests_for(prompts: Sequence[Prompt], which: int | range) -> list[Request]:
+    """The responses ``which``, or that many, to each prompt, in the order of the prompts."""
+    samples = range(which) if isinstance(which, int) else which
+    return [Request(p.id, i, p.tokens) for p in prompts for i in samples]
 
 
 def adjacent(requests: Sequence[Request], ways: int = 1) -> int:

@@ -20,7 +20,7 @@ def _grouped(
     sampler: Sampler,
     key: jax.Array,
     prompts: Sequence[Prompt],
-    m: int,
+    which: range,
     batch_size: int,
     reward: Reward,
     evaluator: Reward | None,
@@ -32,7 +32,7 @@ def _grouped(
     """
     by_id = {p.id: p for p in prompts}
     also = None if evaluator is None else sampler.measure(evaluator, prompts, "evaluator")
-    requests = requests_for(prompts, m)
+    requests, m = requests_for(prompts, which), len(which)
     pending: list[Response] = []
     skip = done * m
     for responses in sampler.responses(key, prompts, requests, batch_size, reward, also, skip):
@@ -74,7 +74,7 @@ def draw(
     samples: list[PromptSamples] = []
     with reporting(title, len(prompts) * m) as report:
         drawn = 0
-        for count, whole in _grouped(sampler, key, prompts, m, batch_size, reward, None):
+        for count, whole in _grouped(sampler, key, prompts, range(m), batch_size, reward, None):
             samples += whole
             drawn += count
             report.update(drawn)
@@ -87,12 +87,12 @@ def write(
     sampler: Sampler,
     key: jax.Array,
     prompts: Sequence[Prompt],
-    m: int,
+    which: range,
     batch_size: int,
     rewards: tuple[Reward, Reward | None],
     title: str,
 ) -> None:
-    """Draws m responses a prompt and writes a line a prompt; continues the file that is there.
+    """Draws responses to prompts and writes a line a prompt; continues the file that is there.
 
     A run that was cut writes the same file as one that was not.
 
@@ -101,7 +101,7 @@ def write(
       sampler: draws the responses.
       key: of the draws.
       prompts: P prompts with ids of their own.
-      m: responses a prompt.
+      which: of the responses to each prompt; range(m) for the first m.
       batch_size: responses drawn at once.
       rewards: the reward, and a second one that only measures or None.
       title: of the progress line.
@@ -117,13 +117,13 @@ def write(
         written = set(writer.done)
         prompts = sorted(prompts, key=lambda p: p.id not in written)  # those first that are
         done = sum(p.id in written for p in prompts)
-        drawn = done * m
-        with reporting(title, len(prompts) * m, drawn) as report, StopSignal() as stop:
+        drawn = done * len(which)
+        with reporting(title, len(prompts) * len(which), drawn) as report, StopSignal() as stop:
             if writer.recovery:
                 report.say(writer.recovery)
             try:
                 for count, whole in _grouped(
-                    sampler, key, prompts, m, batch_size, reward, evaluator, done
+                    sampler, key, prompts, which, batch_size, reward, evaluator, done
                 ):
                     for samples in whole:
                         writer.append(samples)

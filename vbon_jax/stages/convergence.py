@@ -27,7 +27,7 @@ def run(run: Run) -> None:
         )
     path = run.workdir.held_out("convergence", "test", s.sampling.temperature, c.m_full)
     samples.write(
-        path, reference, run.key("convergence"), prompts, c.m_full, s.sampling.batch_size,
+        path, reference, run.key("convergence"), prompts, range(c.m_full), s.sampling.batch_size,
         (reward, None), "convergence",
     )  # fmt: skip
     found = sample_files.samples_of(path, prompts, c.m_full)

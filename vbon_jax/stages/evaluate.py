@@ -110,7 +110,7 @@ def open_split(run: Run, models: Models, split: str, temperature: float, m: int)
     def draw(role: str, reference: Sampler, key: jax.Array) -> list[PromptSamples]:
         path = run.workdir.held_out(role, split, temperature, m)
         samples.write(
-            path, reference, key, prompts, m, run.config.sampling.batch_size,
+            path, reference, key, prompts, range(m), run.config.sampling.batch_size,
             (models.reward, models.evaluator), f"{role} ({split}) at T={temperature:g}",
         )  # fmt: skip
         return sample_files.samples_of(path, prompts, m)

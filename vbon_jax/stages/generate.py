@@ -89,8 +89,9 @@ def _corrected(
         if not path.exists() or not path.read_bytes().endswith(b"\n"):
             with run.workdir.locked():
                 samples.write(
-                    path, reference, run.key("given"), [prompt], m, min(s.sampling.batch_size, m),
-                    (reward, None), f"reference samples of {prompt.text!r}",
+                    path, reference, run.key("given"), [prompt], range(m),
+                    min(s.sampling.batch_size, m), (reward, None),
+                    f"reference samples of {prompt.text!r}",
                 )  # fmt: skip
         found += sample_files.samples_of(path, [prompt], m)
     by_order = s.method.ties == "order"

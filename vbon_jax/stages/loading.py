@@ -214,7 +214,8 @@ def prompts(run: Run, split: str) -> list[Prompt]:
 
 def samples(run: Run, of: Sequence[Prompt]) -> list[PromptSamples]:
     """The stored samples of each of the training prompts."""
-    return sample_files.samples_of(run.workdir.train_samples, of, run.config.samples.m)
+    s = run.config.samples
+    return sample_files.samples_of(run.workdir.train_samples, of, 1 if s.adaptive else s.m)
 
 
 def task(run: Run, estimator: str) -> tuple[Task, list[PromptSamples]]:

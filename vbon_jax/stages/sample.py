@@ -1,9 +1,15 @@
 """Stage ``sample``: prompts, and m scored reference responses to each training prompt."""
 
+from functools import partial
+
+import numpy as np
+
+from vbon_jax.bon.adaptive import half_width
+from vbon_jax.config import Config
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
 from vbon_jax.progress import log
-from vbon_jax.sampling import samples
+from vbon_jax.sampling import adaptive, samples
 from vbon_jax.stages import adoption, loading, sources
 from vbon_jax.stages.base import Run
 
@@ -30,7 +36,20 @@ def run(run: Run) -> None:
         adoption.write(workdir.train_samples, found)
         log(f"sample: {len(found)} prompts with their samples from {s.samples.path}")
         return
-    samples.write(
-        workdir.train_samples, reference, run.key("sample"), prompts["train"], s.samples.m,
-        s.sampling.batch_size, (score, None), "sample",
-    )  # fmt: skip
+    where = workdir.train_samples, reference, run.key("sample"), prompts["train"]
+    if s.samples.adaptive:
+        rule = adaptive.Rule(s.samples.m, partial(_enough, s))
+        drawn, wide = adaptive.write(*where, rule, s.sampling.batch_size, score)
+        whole = len(prompts["train"]) * s.samples.m
+        log(
+            f"sample: {drawn} of {whole} responses were drawn, {1 - drawn / whole:.0%} saved; "
+            f"{wide} of {len(prompts['train'])} prompts are not within samples.adaptive="
+            f"{s.samples.adaptive:g} nats with all samples.m={s.samples.m}"
+        )
+        return
+    samples.write(*where, range(s.samples.m), s.sampling.batch_size, (score, None), "sample")
+
+
+def _enough(s: Config, rewards_PxM: np.ndarray) -> np.ndarray:
+    """Whether so many rewards of each prompt tell best-of-n well enough."""
+    return half_width(rewards_PxM, s.samples.adaptive_n) <= s.samples.adaptive

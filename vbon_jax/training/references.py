@@ -20,14 +20,16 @@ def references(
     """The first m reference rewards of each prompt, as the density of best-of-n is read off them.
 
     Args:
-      samples: P prompts with at least m responses each.
-      m: responses of each that count.
+      samples: P prompts with their responses.
+      m: responses of each that count at most, from the first.
       estimator: of log F.
       ties: "random", or "order" for the fixed total order of responses.
       sampler: whose tokenizer and length limit the order is taken under.
     """
     order_PxM = orders(samples, m, sampler) if ties == "order" else None
-    table = bon_references.references(sample_files.rewards(samples, m), estimator, order_PxM)
+    rewards_PxM, m_P = sample_files.padded_rewards(samples, m)
+    whole = bool((m_P == m).all())
+    table = bon_references.references(rewards_PxM, estimator, order_PxM, None if whole else m_P)
     if table.fit is not None:
         failed = int(np.sum(~np.asarray(table.fit.converged_P)))
         log(
@@ -43,15 +45,21 @@ def orders(samples: Sequence[PromptSamples], m: int, sampler: Sampler) -> np.nda
     The order is over token ids; a file without them has its texts encoded.
 
     Returns:
-      uint32 [P, M].
+      uint32 [P, M], 0 where a prompt has fewer.
     """
     rows = []
     for of_prompt in samples:
         prompt = of_prompt.prompt_tokens or tokenizers.begun(
             sampler.tokenizer, tokenizers.encode(sampler.tokenizer, of_prompt.prompt)
         )
-        rows += [sampler.stored_ids(of_prompt, i, prompt) for i in range(m)]
-    return response_orders(rows, sampler.settings.max_new_tokens).reshape(len(samples), m)
+        rows += [
+            sampler.stored_ids(of_prompt, i, prompt)
+            for i in range(min(m, len(of_prompt.responses)))
+        ]
+    real_PxM = np.arange(m) < np.array([[len(x.responses)] for x in samples])
+    found = np.zeros(real_PxM.shape, np.uint32)
+    found[real_PxM] = response_orders(rows, sampler.settings.max_new_tokens)
+    return found
 
 
 def response_orders(rows: Sequence[Sequence[int]], longest: int) -> np.ndarray:
