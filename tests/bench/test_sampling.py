@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vbon_jax.bench import sampling
+from vbon_jax.bench.models import block_products
 from vbon_jax.bench.sampling import OURS, Drawn, Work
 from vbon_jax.models import decoder
 from vbon_jax.models.config import DecoderConfig
@@ -68,7 +69,7 @@ def test_rows_say_what_each_ratio_is_of():
         x.size for path, x in jax.tree_util.tree_leaves_with_path(shapes["blocks"])
         if "kernel" in str(path)
     )  # fmt: skip
-    assert sampling.block_operations(TINY) == 2 * kernels
+    assert TINY.layers * block_products(TINY) == kernels
     head = 2 * TINY.width * TINY.vocab_size
     drawing = (32 + 8 * 7) * 2 * kernels + 32 * head  # a prompt's last token draws the first
     assert found["8-token prompts", "tokens/s"] == (16.0, pytest.approx(drawing / 2.0 / 1e6))

@@ -45,6 +45,16 @@ MODELS = {
 }
 
 
+def block_products(config: DecoderConfig) -> int:
+    """Multiplications a token of the products with the weights of one block.
+
+    Args:
+      config: of the decoder.
+    """
+    attention = config.width * config.key_width * (2 * config.heads + 2 * config.key_heads)
+    return attention + config.width * config.mlp_width * (3 if config.gated else 2)
+
+
 def source(name: str) -> dict[str, Any] | None:
     """The config.json that one of ``MODELS`` has on the hub, as far as it is read; None: GPT-2's.
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from vbon_jax import sharding
 from vbon_jax.bench.machine import Row
-from vbon_jax.bench.models import GPT2_SMALL
+from vbon_jax.bench.models import GPT2_SMALL, block_products
 from vbon_jax.bon import references
 from vbon_jax.bon.references import References
 from vbon_jax.methods import vbon
@@ -110,8 +110,7 @@ def operations(config: DecoderConfig, work: Work, unfrozen: int, penalty: str) -
       "rollout", "score" and "epochs" (all gradient steps). A prompt is run once for its group.
     """
     c = config
-    block = c.width * c.key_width * (2 * c.heads + 2 * c.key_heads)
-    block += c.width * c.mlp_width * (3 if c.gated else 2)
+    block = block_products(c)
     vocabulary = c.width * c.vocab_size
     whole = unfrozen == -1
     top = c.layers if whole else unfrozen

@@ -14,6 +14,7 @@ import numpy as np
 
 from vbon_jax import sharding
 from vbon_jax.bench.machine import Row, interleaved
+from vbon_jax.bench.models import block_products
 from vbon_jax.evaluation import measure
 from vbon_jax.models import heads
 from vbon_jax.models.config import DecoderConfig
@@ -195,14 +196,6 @@ def _of_corrected(
     return {(OURS, "reward"): rewarded, (OURS, "proposal"): proposed}
 
 
-def block_operations(config: DecoderConfig) -> int:
-    """Multiplications and additions a token of the products with all blocks' weights."""
-    c = config
-    block = c.width * c.key_width * (2 * c.heads + 2 * c.key_heads)
-    block += c.width * c.mlp_width * (3 if c.gated else 2)
-    return 2 * c.layers * block
-
-
 def rows(
     found: Mapping[str, Mapping[str, Drawn]],
     config: DecoderConfig,
@@ -221,7 +214,7 @@ def rows(
     """
     ours = found[OURS]
     policy, short, prefill = ours["policy"], ours["short"], ours["prefill"]
-    blocks, head = block_operations(config), 2 * config.width * config.vocab_size
+    blocks, head = 2 * config.layers * block_products(config), 2 * config.width * config.vocab_size
     drawing = (short.tokens + short.prompts * (SHORT - 1)) * blocks + short.tokens * head
     reading = 2.0 * (blocks + head) * work.new  # float32 weights, once a step
     filling = prefill.prompts * (work.prompt * blocks + head)
