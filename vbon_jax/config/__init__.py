@@ -28,7 +28,7 @@ ADDED = frozenset({
     "tokenizer.add_bos", "sampling.end_tokens", "reward.template_arguments",
     "evaluator.template_arguments", "train.group", "train.kl_target", "train.warmup",
     "train.baseline", "train.average_half_life", "train.start", "train.optimizer", "train.replay",
-    "train.lookahead", "offline.transform",
+    "train.lookahead", "offline.transform", "samples.adaptive", "samples.adaptive_n",
 })  # fmt: skip
 
 
