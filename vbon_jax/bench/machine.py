@@ -1,6 +1,7 @@
 """The machine under a benchmark: its ceilings, its versions, and how times are taken on it."""
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from vbon_jax.progress import reporting
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _PACKAGES = ("vbon_jax", "jax", "jaxlib", "transformers", "torch", "vllm")
@@ -89,13 +92,16 @@ def interleaved(
     """
     seconds: dict[Any, list[float]] = {name: [] for name in cases}
     results: dict[Any, Any] = {}
-    for repeat in range(repeats + 1):
-        for name, call in cases.items():
+    with reporting("bench", (repeats + 1) * len(cases)) as report:
+        rounds = itertools.product(range(repeats + 1), cases.items())
+        for done, (repeat, (name, call)) in enumerate(rounds, 1):
             began = time.perf_counter()
             results[name] = jax.block_until_ready(call())
             took = time.perf_counter() - began
             if repeat:
                 seconds[name].append(took)
+            words = name if isinstance(name, str) else ", ".join(name)
+            report.update(done, words)
     return {name: (statistics.median(seconds[name]), results[name]) for name in cases}
 
 

@@ -43,7 +43,7 @@ class Work:
     prompt: int = 128
     new: int = 64
     n: tuple[int, ...] = (2, 8, 32, 128)
-    pages: int = 4
+    pages: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
