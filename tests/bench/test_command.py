@@ -100,6 +100,7 @@ def test_the_figure_has_a_line_for_each_way_to_answer():
         (["--new=0"], "--new=0: must be at least 1"),
         (["--n", "4", "1"], "--n=1: must be at least 2"),
         (["--engine=tgi"], "invalid choice: 'tgi'"),
+        (["--engine=vllm"], "--engine=vllm: vllm is not installed"),
     ],
 )
 def test_a_wrong_option_is_named(argv, said, capsys):

@@ -195,8 +195,12 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--rows={given.rows}: must be at least 2")
     if min(given.n) < 2:
         parser.error(f"--n={min(given.n)}: must be at least 2")
+    installed = engines.installed()
+    for name in given.engine or ():
+        if name not in installed:
+            parser.error(f"--engine={name}: {engines.NEEDS[name]} is not installed")
     if given.engine is None:
-        given.engine = engines.installed()
+        given.engine = installed
     return given
 
 

@@ -80,8 +80,9 @@ def write(
         title = f"sample, {which.start} to {which.stop} of {rule.m}"
         rows = min(batch_size, len(open_) * len(which))
         samples.write(file, sampler, key, open_, which, rows, (reward, None), title)
-        for part in sample_files.samples_of(file, open_, len(which)):
-            found[part.prompt_id].append(part)  # type: ignore[index]  # ours have ids
+        parts = sample_files.samples_of(file, open_, len(which))
+        for prompt, part in zip(open_, parts, strict=True):
+            found[prompt.id].append(part)
         rewards = [[r for part in found[p.id] for r in part.rewards] for p in open_]
         enough = rule.enough(np.array(rewards, np.float32))
         open_ = [p for p, ends in zip(open_, enough, strict=True) if not ends]
