@@ -357,6 +357,8 @@ def test_generation_is_a_function_of_its_seed(reference):
     first = reference.generate(TEXTS, count=2)
     assert first == reference.generate(TEXTS, count=2, batch_size=3)
     assert first != reference.generate(TEXTS, count=2, seed=1)
+    streamed = ["".join(reference.stream(text, seed=1)) for text in TEXTS[:1]]
+    assert streamed == reference.generate(TEXTS[:1], seed=1)[0]
     assert all(len(row) == 2 for row in first)
 
 

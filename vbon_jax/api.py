@@ -34,7 +34,8 @@ from vbon_jax.rewards.classifier import Classifier
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import TextFormat, TextReward
 from vbon_jax.sampling import samples as sampling
-from vbon_jax.sampling.sampler import Sampler, Sampling, named_key
+from vbon_jax.sampling.responses import Sampling
+from vbon_jax.sampling.sampler import Sampler, named_key
 from vbon_jax.training import loop, options, policies
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task

@@ -33,6 +33,7 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_integer(
         "best_of", None, "Responses to choose from.", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_bool("stream", False, "Text as it is written.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer(
         "num_processes", None, "Processes of the run.", lower_bound=1, flag_values=values
@@ -62,6 +63,7 @@ def usage() -> str:
         "  --workdir        folder of the run (default: runs/<config>[-<variant>])\n"
         '  --prompt         a prompt for "generate"; may be repeated\n'
         '  --best_of=8      "generate" draws so many, prints the best and all candidates\n'
+        '  --stream         "generate" prints plain text as it is written\n'
         "  --profile=3:5    a JAX profiler trace of these iterations of training\n"
         "  --version        the version of vbon_jax, of JAX and of its devices\n"
         "  --coordinator --num_processes --process_id\n"
@@ -89,6 +91,7 @@ class Command:
     workdir: str
     prompts: list[str]
     best_of: int | None
+    stream: bool
     profile: tuple[int, int] | None
 
 
@@ -123,6 +126,13 @@ def parse(argv: Sequence[str]) -> Command:
         )
     if values.best_of is not None and rest[0] != "generate":
         raise InputError(f"--best_of={values.best_of}: use it with `vbon generate`")
+    if values.stream and rest[0] != "generate":
+        raise InputError("--stream: use it with `vbon generate`")
+    if values.stream and values.best_of is not None:
+        raise InputError(
+            f"--stream --best_of={values.best_of}: which is the best is known when all are whole; "
+            "leave out one of them"
+        )
     _refuse_processes(values.coordinator, values.num_processes, values.process_id)
     return Command(
         rest[0],
@@ -130,6 +140,7 @@ def parse(argv: Sequence[str]) -> Command:
         values.workdir or _default_workdir(argv),
         values.prompt,
         values.best_of,
+        values.stream,
         _profile(values.profile),
     )
 
@@ -252,7 +263,10 @@ def execute(argv: Sequence[str]) -> None:
             raise InputError('no --prompt: give at least one, --prompt="the film"')
         from vbon_jax.stages import generate
 
-        generate.run(run, command.prompts, command.best_of)
+        if command.stream:
+            generate.stream(run, command.prompts)
+        else:
+            generate.run(run, command.prompts, command.best_of)
         return
     with run.workdir.locked(wait=several):
         if command.stage == "run":

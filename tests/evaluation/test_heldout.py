@@ -11,7 +11,8 @@ from vbon_jax.bon import theory
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.evaluation import heldout, measure
-from vbon_jax.sampling.sampler import Response, Sampler, Sampling
+from vbon_jax.sampling.responses import Response, Sampling
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.training.references import response_orders
 
 PROMPTS, M, EACH = 60, 300, 5

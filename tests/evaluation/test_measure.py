@@ -13,7 +13,8 @@ from vbon_jax.models import decoder
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.requests import Prompts, Request
-from vbon_jax.sampling.sampler import Batch, Response, Sampler, Sampling
+from vbon_jax.sampling.responses import Batch, Response, Sampling
+from vbon_jax.sampling.sampler import Sampler
 
 T = 3
 TEMPERATURE = 0.7

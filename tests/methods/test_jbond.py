@@ -17,7 +17,7 @@ from vbon_jax.methods import jbond
 from vbon_jax.methods.jbond import JBOND
 from vbon_jax.models import decoder
 from vbon_jax.sampling import decode
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training import state
 from vbon_jax.training.learner import Learner, Member, Program
 from vbon_jax.training.loop import Task

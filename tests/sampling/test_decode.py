@@ -8,13 +8,14 @@ from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import decode
 from vbon_jax.sampling import sampler as engine
 from vbon_jax.sampling.requests import Request
+from vbon_jax.sampling.responses import Sampling
 
 T = 8
 EOS = 3
 
 
 def sampling(**changes):
-    return engine.Sampling(
+    return Sampling(
         **{"temperature": 0.8, "max_new_tokens": T, "end_ids": (EOS,), "pad_id": 0} | changes
     )
 

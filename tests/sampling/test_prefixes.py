@@ -11,6 +11,7 @@ from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import prefixes
 from vbon_jax.sampling import sampler as engine
 from vbon_jax.sampling.requests import pad_left, requests_for
+from vbon_jax.sampling.responses import Sampling
 
 
 class Vocabulary:
@@ -27,7 +28,7 @@ class Vocabulary:
 @pytest.fixture(scope="module")
 def drawing(params, config, mesh):
     model = LanguageModel(config, params, Vocabulary())
-    settings = engine.Sampling(
+    settings = Sampling(
         temperature=0.7, max_new_tokens=6, end_ids=(3,), pad_id=0, likeliest=4
     )
     return engine.Sampler(model, mesh, settings)

@@ -11,6 +11,7 @@ from vbon_jax.models import decoder, trainable
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import sampler as engine
 from vbon_jax.sampling.requests import requests_for
+from vbon_jax.sampling.responses import Sampling
 
 
 class Vocabulary:
@@ -27,7 +28,7 @@ class Vocabulary:
 @pytest.fixture(scope="module")
 def drawing(params, config, mesh):
     model = LanguageModel(config, params, Vocabulary())
-    settings = engine.Sampling(temperature=0.7, max_new_tokens=6, end_ids=(3,), pad_id=0)
+    settings = Sampling(temperature=0.7, max_new_tokens=6, end_ids=(3,), pad_id=0)
     return engine.Sampler(model, mesh, settings)
 
 
@@ -170,3 +171,37 @@ def test_a_clock_is_told_of_every_draw(drawing, prompts):
     found = list(told.responses(jax.random.key(1), prompts, requests_for(prompts, 8), 2, lengths))
     assert sum(map(len, found)) == 24 and watch.draws == 3
     assert 0 <= watch.share() < 1
+
+
+@pytest.mark.parametrize(("batch_size", "every"), [(1, 1), (2, 4), (9, 2)])
+def test_what_is_streamed_joins_up_to_the_texts_of_all_responses(
+    drawing, prompts, batch_size, every
+):
+    requests, key = requests_for(prompts, 8), jax.random.key(1)  # more than a page of few rows
+    whole = [r.text for g in drawing.responses(key, prompts, requests, 4, lengths) for r in g]
+    texts, looks = {r: [] for r in requests}, []
+    for request, piece, ends in drawing.streamed(key, requests, batch_size, every):
+        texts[request].append(piece)
+        looks.append((request, ends))
+    assert ["".join(pieces) for pieces in texts.values()] == whole
+    told = [request for request, ends in looks if ends]
+    assert told == requests  # each ends once, in order
+    assert sorted(looks, key=lambda look: requests.index(look[0])) == looks
+    if every == 1:  # as they are written: a look for each token, and text before the last
+        assert any(len([p for p in pieces if p]) > 2 for pieces in texts.values())
+
+
+class Halves(Vocabulary):
+    """Two tokens make a character: a half of one decodes as a replacement character."""
+
+    def decode(self, row, skip_special_tokens):
+        text = "".join(chr(0x4E00 + 64 * a + b) for a, b in zip(row[::2], row[1::2], strict=False))
+        return text + "\N{REPLACEMENT CHARACTER}" * (len(row) % 2)
+
+
+def test_half_a_character_is_not_streamed(drawing, prompts):
+    model = dataclasses.replace(drawing.model, tokenizer=Halves())
+    halves = dataclasses.replace(drawing, model=model).at(end_ids=())
+    requests = requests_for(prompts[:1], 3)
+    for _, piece, _ in halves.streamed(jax.random.key(1), requests, 3, 1):
+        assert "\N{REPLACEMENT CHARACTER}" not in piece

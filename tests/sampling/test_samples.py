@@ -9,7 +9,8 @@ from vbon_jax.data import samples as sample_files
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling import samples
-from vbon_jax.sampling.sampler import Sampler, Sampling
+from vbon_jax.sampling.responses import Sampling
+from vbon_jax.sampling.sampler import Sampler
 
 PROMPTS = [Prompt(10 + i, f"p{i}", (5 + i, 9)) for i in range(5)]
 

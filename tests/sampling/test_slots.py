@@ -102,7 +102,7 @@ def test_the_decode_loop_copies_no_keys_or_values(params, config):
     shape = slots.shape_for(8, 6, 16, 8, T)
     setup = slots.Setup(config, shape, sampler(params, config, None).settings.limits)
     state = jax.eval_shape(lambda: slots.empty(setup))
-    text = slots.draw.lower(state, params, 1.0, 0, setup=setup).compile().as_text()
+    text = slots.draw.lower(state, params, 1.0, 0, 8, setup=setup).compile().as_text()
     sizes = [f"f32[{x.shape[0]},{','.join(map(str, x.shape[1:]))}]" for x in state.rows.k]
     sizes += [f"f32[{','.join(map(str, x.shape))}]" for x in state.held.k]
     copies = [x for x in text.splitlines() if " copy(" in x and any(f"= {s}" in x for s in sizes)]

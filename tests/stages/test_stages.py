@@ -341,6 +341,22 @@ def test_generate_shows_the_candidates_of_a_best_of_n(tabular, capfd):
     assert "--best_of=2: use it with `vbon generate`" in capfd.readouterr().err
 
 
+def test_generate_streams_the_texts_that_it_prints_as_lines(tabular, capfd):
+    flags = ["--prompt=a", "--prompt=b", "--config.generate.count=2"]
+    assert vbon("generate", tabular, *flags) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert vbon("generate", tabular, *flags, "--stream") == 0
+    streamed = capfd.readouterr().out.splitlines()
+    assert streamed == [line["prompt"] + line["response"] for line in lines]
+    for model in ("bon", "corrected"):
+        assert vbon("generate", tabular, *flags, "--stream", f"--config.generate.model={model}") == 2
+        assert f"--stream: generate.model={model} chooses among" in capfd.readouterr().err
+    assert vbon("generate", tabular, *flags, "--stream", "--best_of=2") == 2
+    assert "leave out one of them" in capfd.readouterr().err
+    assert vbon("plan", tabular, "--stream") == 2
+    assert "--stream: use it with `vbon generate`" in capfd.readouterr().err
+
+
 def test_generate_prints_a_prompt_when_it_is_drawn(tabular, monkeypatch, capfd):
     """Not when all are: of three prompts drawn one by one, two are out when the third fails."""
     drawn = Sampler.responses

@@ -12,7 +12,7 @@ from vbon_jax.methods import learning, vbon
 from vbon_jax.models import decoder, heads, trainable
 from vbon_jax.models.trainable import Trainable
 from vbon_jax.sampling.requests import Request
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training import lengths, scoring, state
 from vbon_jax.training.options import Lora, Train
 

@@ -16,7 +16,7 @@ from vbon_jax.bon import references as bon_references
 from vbon_jax.models import decoder, heads
 from vbon_jax.rl import prefix
 from vbon_jax.sampling import decode
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training import ppo
 
 

@@ -7,7 +7,8 @@ from tests.training import tiny
 from vbon_jax.bon import log_f as lf
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.models.lm import LanguageModel
-from vbon_jax.sampling.sampler import Sampler, Sampling
+from vbon_jax.sampling.responses import Sampling
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.training import references
 
 T, EOS = 3, 9

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vbon_jax.sampling.decode import Rollout
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training import stored
 
 P, M, PROMPT, T = 4, 6, 2, 3

@@ -14,7 +14,8 @@ from vbon_jax.methods import vbon
 from vbon_jax.models import heads
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.sampling.requests import Request
-from vbon_jax.sampling.sampler import Sampler, Sampling, ScoredRollout
+from vbon_jax.sampling.responses import Sampling, ScoredRollout
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.training import ppo, scoring, state
 from vbon_jax.training.options import Memory, Train
 

@@ -18,7 +18,8 @@ from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models import decoder
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
-from vbon_jax.sampling.sampler import Sampler, Sampling
+from vbon_jax.sampling.responses import Sampling
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.training import population
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Step, Task

@@ -26,7 +26,8 @@ from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.models.trainable import Trainable
 from vbon_jax.sampling.requests import Request
-from vbon_jax.sampling.sampler import Batch, Sampler, Sampling, ScoredRollout
+from vbon_jax.sampling.responses import Batch, Sampling, ScoredRollout
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.training import scoring, state
 from vbon_jax.training.options import Memory, Train
 from vbon_jax.training.state import TrainState

@@ -21,7 +21,8 @@ from vbon_jax.models.config import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.rewards import classifier
 from vbon_jax.sampling.requests import Request
-from vbon_jax.sampling.sampler import Batch, Sampler, Sampling
+from vbon_jax.sampling.responses import Batch, Sampling
+from vbon_jax.sampling.sampler import Sampler
 
 SHORT, ENDS, NAIVE = 8, 20, 8  # tokens of a short prompt; one token in ENDS ends; n of naive BoN
 SECTION = "sampling"

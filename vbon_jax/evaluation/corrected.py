@@ -16,7 +16,8 @@ from vbon_jax.evaluation import measure
 from vbon_jax.rewards.base import Reward
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.requests import Request, index
-from vbon_jax.sampling.sampler import Batch, Response, Sampler
+from vbon_jax.sampling.responses import Batch, Response
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.training.references import response_orders
 
 

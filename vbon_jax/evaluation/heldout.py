@@ -16,7 +16,8 @@ from vbon_jax.evaluation import measure
 from vbon_jax.progress import reporting
 from vbon_jax.rewards.base import Reward, counts_of
 from vbon_jax.sampling.requests import Request, index, requests_for
-from vbon_jax.sampling.sampler import Batch, Response, Sampler, named_key
+from vbon_jax.sampling.responses import Batch, Response
+from vbon_jax.sampling.sampler import Sampler, named_key
 from vbon_jax.training.references import orders, response_orders
 
 

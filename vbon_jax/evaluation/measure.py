@@ -23,7 +23,7 @@ from vbon_jax.models.lm import LanguageModel
 from vbon_jax.rl import kl
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.requests import Prompts
-from vbon_jax.sampling.sampler import Batch, Response
+from vbon_jax.sampling.responses import Batch, Response
 
 REPEATS = 5  # of each timing; the median counts
 

@@ -16,7 +16,7 @@ from vbon_jax.methods.base import Method, Online, Options, taken
 from vbon_jax.methods.vbon import best_of_n_density, iteration
 from vbon_jax.models import decoder, log_probs, trainable
 from vbon_jax.rl import bond, kl
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training.scoring import Setup
 from vbon_jax.training.state import TrainState
 

@@ -27,7 +27,7 @@ from vbon_jax.rl.ppo import explained_variance
 from vbon_jax.sampling import prefixes
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.requests import Prompts, pad_left
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training import offline, policies, population
 from vbon_jax.training.learner import Member, prompt_length
 from vbon_jax.training.loop import Task

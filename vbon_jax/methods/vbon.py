@@ -20,7 +20,7 @@ from vbon_jax.methods.base import (
 )
 from vbon_jax.rl import prefix, replay
 from vbon_jax.rl.masking import masked
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training import ppo, scoring, stored
 from vbon_jax.training.state import TrainState
 

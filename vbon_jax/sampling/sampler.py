@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -34,127 +35,7 @@ from vbon_jax.sampling.requests import (
     pad_left,
     requests_for,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn.
-
-    Attributes:
-      temperature: divides the logits, > 0.
-      max_new_tokens: length limit in tokens, EOS included.
-      end_ids: each ends a response; none for responses of exactly ``max_new_tokens`` tokens.
-      pad_id: fills empty slots; may be the EOS, since masks and not ids say what is real.
-      top_k: keeps the k likeliest tokens, for generation only; 0 keeps all.
-      top_p: keeps the smallest set of tokens of this mass, for generation only; 1.0 keeps all.
-      likeliest: how many of the likeliest tokens at each slot are told beside the one drawn.
-      trunk_layers: lower layers whose output is told as well, by ``draw``; 0 for none.
-    """
-
-    temperature: float
-    max_new_tokens: int
-    end_ids: tuple[int, ...]
-    pad_id: int
-    top_k: int = 0
-    top_p: float = 1.0
-    likeliest: int = 0
-    trunk_layers: int = 0
-
-    @property
-    def limits(self) -> decode.Limits:
-        """All but the temperature: what a rollout is compiled for."""
-        return decode.Limits(
-            self.max_new_tokens, self.end_ids, self.pad_id, self.top_k, self.top_p,
-            self.likeliest, self.trunk_layers,
-        )  # fmt: skip
-
-
-class Batch(NamedTuple):
-    """Responses of one batch, on the device.
-
-    Attributes:
-      requests: the B real rows, which come first.
-      prompts: padded prompts, of at least B rows: a last batch is filled up to the common size.
-      rollout: the responses, of as many rows.
-      temperature: that they were drawn at. Whatever scores a batch reads it from here.
-    """
-
-    requests: Sequence[Request]
-    prompts: Prompts
-    rollout: decode.Rollout
-    temperature: float
-
-    @property
-    def size(self) -> int:
-        """The number of real rows."""
-        return len(self.requests)
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredRollout:
-    """A batch of responses with their rewards, as a jitted update reads it: a pytree.
-
-    Attributes:
-      prompt_BxP: int32 ids, padded on the left.
-      prompt_mask_BxP: bool, True on prompt tokens.
-      rollout: the responses, T slots a row.
-      reward_B: float32 rewards.
-      row_B: int32, the row of each prompt in the training prompts and their reference rewards.
-      temperature: of the rollout, static: every log-prob of these responses is taken at it.
-      prefix_reward_BxT: float32, at token t the reward of the t tokens before it; None where no
-        one asks for it.
-      candidate_reward_BxTxK: float32, the reward of those t tokens and each of the likeliest next;
-        None likewise.
-      stored: rows of the reference's samples that are learned from beside these, a ScoredRollout;
-        None without them.
-    """
-
-    prompt_BxP: Any
-    prompt_mask_BxP: Any
-    rollout: decode.Rollout
-    reward_B: Any
-    row_B: Any
-    temperature: float
-    prefix_reward_BxT: Any = None
-    candidate_reward_BxTxK: Any = None
-    stored: Any = None
-
-
-jax.tree_util.register_dataclass(
-    ScoredRollout,
-    data_fields=[
-        "prompt_BxP", "prompt_mask_BxP", "rollout", "reward_B", "row_B", "prefix_reward_BxT",
-        "candidate_reward_BxTxK", "stored",
-    ],
-    meta_fields=["temperature"],
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Response:
-    """A scored response on the host.
-
-    Attributes:
-      request: which response it is.
-      tokens: sampled ids, the one that ended the response included.
-      text: what they say after the prompt, without that end.
-      log_prob: nats, summed over the tokens, at the sampling temperature.
-      finished: whether EOS came before the length limit.
-      reward: the reward of the text.
-      extra: what else was measured on it, by name.
-    """
-
-    request: Request
-    tokens: tuple[int, ...]
-    text: str
-    log_prob: float
-    finished: bool
-    reward: float
-    extra: dict[str, float]
-
-
-# Measures more on a batch of responses: arrays [B] by name.
-Measure = Callable[[Batch], dict[str, Any]]
+from vbon_jax.sampling.responses import Batch, Measure, Response, Sampling
 
 
 def named_key(seed: int, name: str) -> jax.Array:
@@ -277,11 +158,7 @@ class Sampler:
         """
         if skip >= len(requests):
             return
-        length = bucket_length(max(len(r.tokens) for r in requests))
-        each = adjacent(requests)
-        T = self.settings.max_new_tokens
-        shape = slots.shape_for(batch_size, len(requests) // each, each, length, T)
-        setup = slots.Setup(self.model.config, shape, self.settings.limits)
+        setup = self._slots(requests, batch_size)
         ahead: list[Batch] = []
         for rows, rollout in slots.pages(
             self.model.params, key, requests[skip:], self.mesh, self.settings.temperature, setup
@@ -290,8 +167,16 @@ class Sampler:
                 self.idle.dispatched(rollout)
             if ahead:
                 yield ahead
-            ahead = self._batches_of(rows, rollout, shape)
+            ahead = self._batches_of(rows, rollout, setup.shape)
         yield ahead
+
+    def _slots(self, requests: Sequence[Request], batch_size: int) -> slots.Setup:
+        """What requests are drawn in."""
+        length = bucket_length(max(len(r.tokens) for r in requests))
+        each = adjacent(requests)
+        T = self.settings.max_new_tokens
+        shape = slots.shape_for(batch_size, len(requests) // each, each, length, T)
+        return slots.Setup(self.model.config, shape, self.settings.limits)
 
     def _batches_of(
         self, requests: Sequence[Request], rollout: decode.Rollout, shape: slots.Shape
@@ -312,6 +197,42 @@ class Sampler:
                 )
             )
         return found
+
+    def streamed(
+        self, key: jax.Array, requests: Sequence[Request], batch_size: int, every: int = 2
+    ) -> Iterator[tuple[Request, str, bool]]:
+        """Draws responses as ``batches`` does, and tells their texts as they are written.
+
+        One is told after another, while those after it are drawn beside it. A piece of text is
+        told when two looks agree on it: a token may be part of a character.
+
+        Args:
+          key: with (prompt id, sample) it fixes a response.
+          requests: in order.
+          batch_size: rows drawn at once.
+          every: tokens of a row between two looks.
+
+        Yields:
+          (request, what its text goes on with, whether it ends there).
+        """
+        setup, params = self._slots(requests, batch_size), self.model.params
+        of: Sequence[Request] = ()
+        at, told, text = 0, "", ""
+        for rows, rollout in slots.pages(
+            params, key, requests, self.mesh, self.settings.temperature, setup, every
+        ):
+            at, of = at if rows is of else 0, rows
+            tokens, mask, finished = jax.device_get(rollout[:2] + (rollout.finished_B,))
+            while at < len(rows):
+                ids = tokens[at][mask[at]].tolist()
+                now = self.texts([rows[at].tokens], [ids])[0]
+                ends = bool(finished[at]) or len(ids) == self.settings.max_new_tokens
+                sure = now if ends else os.path.commonprefix([text, now])
+                yield rows[at], sure[len(told) :], ends
+                told, text = max(told, sure, key=len), now
+                if not ends:
+                    break
+                at, told, text = at + 1, "", ""
 
     # --- Stored responses -----------------------------------------------------------------------
 
@@ -472,6 +393,26 @@ class Sampler:
             rows = [t[m].tolist() for t, m in zip(tokens, mask)][: batch.size]
             found += self.texts([r.tokens for r in batch.requests], rows)
         return [found[i : i + count] for i in range(0, len(found), count)]
+
+    def stream(self, text: Any, seed: int = 0) -> Iterator[str]:
+        """Generates a response to one prompt, and gives its text as it is written.
+
+        Args:
+          text: the prompt: a text, or a conversation, as in ``generate``.
+          seed: another seed, another response.
+
+        Yields:
+          Pieces that join up to what ``generate([text], seed=seed)[0][0]`` returns.
+
+        Raises:
+          InputError: as ``generate`` does.
+        """
+        prompts = chat.given([text], self.tokenizer)
+        self.check_lengths(prompts)
+        key = named_key(seed, "generate")
+        for _, piece, _ in self.streamed(key, requests_for(prompts, 1), 1):
+            if piece:
+                yield piece
 
     def check_lengths(self, prompts: Sequence[Prompt]) -> None:
         """Raises InputError where a prompt and its response do not fit the model's context."""

@@ -12,7 +12,8 @@ from vbon_jax.progress import Reporter, reporting
 from vbon_jax.rewards.base import Reward, counts_line, counts_of
 from vbon_jax.sampling.idle import Idle
 from vbon_jax.sampling.requests import requests_for
-from vbon_jax.sampling.sampler import Response, Sampler
+from vbon_jax.sampling.responses import Response
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.signals import Interrupted, Stopped, StopSignal
 
 

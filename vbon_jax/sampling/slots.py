@@ -358,6 +358,7 @@ def draw(
     params: Any,
     temperature: jax.Array | float,
     page: jax.Array | int,
+    most: jax.Array | int,
     *,
     setup: Setup,
 ) -> tuple[State, decode.Rollout]:
@@ -368,6 +369,7 @@ def draw(
       params: decoder parameters, the same for all pages.
       temperature: > 0, divides the logits.
       page: number of the page.
+      most: ends after so many tokens of each row, whatever is drawn by then.
       setup: of the slots.
 
     Returns:
@@ -379,10 +381,12 @@ def draw(
     half, C, T = page % 2, shape.responses, limits.max_new_tokens
     group_R = jnp.arange(shape.rows) // shape.group
 
-    def cond(state: State) -> jax.Array:
-        return state.store.left_2[half] > 0
+    def cond(carry: tuple[State, jax.Array]) -> jax.Array:
+        state, steps = carry
+        return (state.store.left_2[half] > 0) & (steps < most)
 
-    def body(state: State) -> State:
+    def body(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state, steps = carry
         held, taken = _load(state, shape)
         held, rows = _hand_out(state._replace(held=held), shape)
         store, active_R = state.store, rows.response_R < 2 * C
@@ -421,9 +425,9 @@ def draw(
             jnp.minimum(rows.t_R + 1, T - 1), found.token, own.k, own.v,
         )  # fmt: skip
         store = store._replace(out=out, left_2=left_2)
-        return State(store, held, rows, taken)
+        return State(store, held, rows, taken), steps + 1
 
-    state = jax.lax.while_loop(cond, body, state)
+    state, _ = jax.lax.while_loop(cond, body, (state, jnp.int32(0)))
     rollout = jax.tree.map(lambda x: x[half], state.store.out)
     return sharding.constrain(state, "slots"), sharding.constrain(rollout, "batch")
 
@@ -435,6 +439,7 @@ def pages(
     mesh: Mesh,
     temperature: float,
     setup: Setup,
+    every: int | None = None,
 ) -> Iterator[tuple[Sequence[Request], decode.Rollout]]:
     """Draws responses to requests, a page at a time.
 
@@ -445,6 +450,8 @@ def pages(
       mesh: where the rows are.
       temperature: > 0.
       setup: of the slots.
+      every: gives a page as far as it is drawn after so many tokens of each row, and again until it
+        is whole; None gives it once.
 
     Yields:
       The requests of a page and their Rollout, see `draw`. The page after it is dispatched when it
@@ -471,7 +478,12 @@ def pages(
         return supply(state, params, tokens, keys, number, len(prompts), setup=setup)
 
     state = supplied(supplied(start(setup, mesh)(), 0), 1)
+    most = np.int32(every or np.iinfo(np.int32).max)
     for number, rows in enumerate(parts):
-        state, rollout = draw(state, params, np.float32(temperature), number, setup=setup)
+        while True:
+            state, rollout = draw(state, params, np.float32(temperature), number, most, setup=setup)
+            if every is None or not int(state.store.left_2[number % 2]):
+                break
+            yield rows, rollout
         state = supplied(state, number + 2)
         yield rows, rollout

@@ -22,7 +22,8 @@ from vbon_jax.progress import log
 from vbon_jax.rewards.base import Reward
 from vbon_jax.sampling import samples
 from vbon_jax.sampling.requests import requests_for
-from vbon_jax.sampling.sampler import Response, Sampler
+from vbon_jax.sampling.responses import Response
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages import loading, sources
 from vbon_jax.stages.base import Run
 from vbon_jax.training.references import orders
@@ -54,6 +55,37 @@ def run(run: Run, texts: Sequence[str], best_of: int | None = None) -> None:
                 if best_of is not None:
                     line["candidates"] = [_line(r) for r in answer.candidates]
                 print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def stream(run: Run, texts: Sequence[str]) -> None:
+    """Prints responses to the given prompts as they are written: plain text, after the prompt.
+
+    Args:
+      run: the run whose models are used.
+      texts: the prompts.
+
+    Raises:
+      InputError: a prompt that is too long, or a model that chooses among whole responses.
+    """
+    g = run.config.generate
+    if g.model in ("bon", "corrected"):
+        raise InputError(
+            f"--stream: generate.model={g.model} chooses among whole responses; leave out "
+            "--stream, or use generate.model=policy or reference"
+        )
+    with jax.set_mesh(run.mesh):
+        model, prompts, _ = _asked(run, texts)
+        text_of = {p.id: text for p, text in zip(prompts, texts, strict=True)}
+        requests = requests_for(prompts, g.count)
+        begins = True
+        for request, piece, ends in model.streamed(
+            run.key("generate"), requests, min(run.config.sampling.batch_size, len(requests))
+        ):
+            if begins:
+                is_chat = run.config.prompts.format == "chat"
+                print(text_of[request.prompt_id], end="\n" if is_chat else "")
+            print(piece, end="\n" if ends else "", flush=True)
+            begins = ends
 
 
 def _line(response: Response) -> dict[str, Any]:
@@ -100,7 +132,7 @@ def _corrected(
         orders(found, m, reference) if by_order else None,
     )  # fmt: skip
     served, cost = Corrected(
-        policy.at(temperature=g.temperature), reference, reward, table, s.method.n,
+        policy, reference, reward, table, s.method.n,
         s.method.estimator, g.bound, g.tries, s.sampling.batch_size,
     ).responses(run.key("generate"), prompts, g.count)  # fmt: skip
     each = cost.proposals / cost.responses
@@ -121,6 +153,17 @@ def _id(prompt: Prompt) -> int:
     return zlib.crc32(np.array(prompt.tokens, np.int32).tobytes()) & 0x7FFFFFFF
 
 
+def _asked(run: Run, texts: Sequence[str]) -> tuple[Sampler, list[Prompt], Reward]:
+    """The model that the config names, as it draws here; the prompts; the run's reward."""
+    g = run.config.generate
+    of_policy = g.model in ("policy", "corrected")
+    model = loading.policy(run) if of_policy else loading.reference(run)
+    prompts = _prompts(run, texts, model)
+    score = loading.reward(run, model.tokenizer)
+    loading.check_lengths(run, prompts, model, score)
+    return model.at(temperature=g.temperature, top_k=g.top_k, top_p=g.top_p), prompts, score
+
+
 def _generated(run: Run, texts: Sequence[str], best_of: int | None) -> Iterator[list[Answer]]:
     """``generate.count`` responses to each prompt in turn, from the model the config names."""
     s = run.config
@@ -130,11 +173,7 @@ def _generated(run: Run, texts: Sequence[str], best_of: int | None) -> Iterator[
             f"--best_of={best_of}: generate.model={g.model} is best-of-n by itself, with "
             f"method.n={s.method.n:g}; use generate.model=policy or reference"
         )
-    of_policy = g.model in ("policy", "corrected")
-    model = loading.policy(run) if of_policy else loading.reference(run)
-    prompts = _prompts(run, texts, model)
-    score = loading.reward(run, model.tokenizer)
-    loading.check_lengths(run, prompts, model, score)
+    model, prompts, score = _asked(run, texts)
     if g.model == "corrected":
         for row in _corrected(run, model, prompts, score):
             yield [Answer(r, ()) for r in row]
@@ -144,7 +183,7 @@ def _generated(run: Run, texts: Sequence[str], best_of: int | None) -> Iterator[
     n = int(s.method.n) if g.model == "bon" else best_of or 1
     requests = requests_for(prompts, g.count * n)
     drawn: list[Response] = []
-    for group in model.at(temperature=g.temperature, top_k=g.top_k, top_p=g.top_p).responses(
+    for group in model.responses(
         run.key("generate"), prompts, requests, min(s.sampling.batch_size, len(requests)), score
     ):
         drawn += group

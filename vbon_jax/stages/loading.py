@@ -34,7 +34,8 @@ from vbon_jax.rewards.classifier import Classifier, ClassifierReward, label_inde
 from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import CHAT, TextFormat, TextReward
-from vbon_jax.sampling.sampler import Sampler, Sampling
+from vbon_jax.sampling.responses import Sampling
+from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages.base import Run
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task

@@ -41,7 +41,7 @@ from vbon_jax.models.hf import config_files, hub
 from vbon_jax.rewards import classifier, text
 from vbon_jax.sampling import decode, slots
 from vbon_jax.sampling.requests import bucket_length
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.stages import adoption, loading
 from vbon_jax.stages.base import refuse_uneven
 from vbon_jax.stages.fitting import LABELS, decoder_config
@@ -307,7 +307,7 @@ def _slots_bytes(w: _World, rows: int) -> int:
     params, one = w.reference["decoder"], np.int32(1)
     lowered = (
         slots.supply.lower(state, params, prompts, keys, one, one, setup=setup),
-        slots.draw.lower(state, params, np.float32(1), one, setup=setup),
+        slots.draw.lower(state, params, np.float32(1), one, one, setup=setup),
     )
     return bytes_of(state) + max(map(_new_bytes, lowered))
 

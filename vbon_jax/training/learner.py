@@ -16,7 +16,8 @@ from vbon_jax.rewards.base import counts_of
 from vbon_jax.sampling import prefixes
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.requests import Prompts, Request, bucket_length, index
-from vbon_jax.sampling.sampler import Batch, ScoredRollout, named_key
+from vbon_jax.sampling.responses import Batch, ScoredRollout
+from vbon_jax.sampling.sampler import named_key
 from vbon_jax.training.loop import Task, batch_requests
 from vbon_jax.training.stored import Stored
 

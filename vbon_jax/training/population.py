@@ -22,7 +22,8 @@ from vbon_jax.rewards.base import counts_of
 from vbon_jax.sampling import decode
 from vbon_jax.sampling.decode import Rollout
 from vbon_jax.sampling.requests import Prompts, Request, adjacent, index, pad_left
-from vbon_jax.sampling.sampler import Sampler, ScoredRollout, named_key, respond
+from vbon_jax.sampling.responses import ScoredRollout
+from vbon_jax.sampling.sampler import Sampler, named_key, respond
 from vbon_jax.training import state
 from vbon_jax.training.learner import (
     Clock,

@@ -15,7 +15,7 @@ from vbon_jax.rl.bond import leave_one_out
 from vbon_jax.rl.masking import masked
 from vbon_jax.rl.next_token import NextToken
 from vbon_jax.rl.prefix import Lookahead
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training import lengths
 from vbon_jax.training.options import PREFIX, Memory, Train, microbatches
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vbon_jax import sharding
 from vbon_jax.sampling.decode import Rollout
-from vbon_jax.sampling.sampler import ScoredRollout
+from vbon_jax.sampling.responses import ScoredRollout
 
 
 @dataclasses.dataclass(frozen=True)
