@@ -281,6 +281,10 @@ def test_bad_values_are_named(values, key, value, message):
             {"train.start": "weighted", "offline.batch_size": 6401},
             "offline.batch_size=6401 is more than the 6400 examples of prompts.train=1 x offline.p",
         ),
+        (
+            {"train.lookahead": 4, "train.value_network": "prefix", "memory.rollout_rows": 8},
+            "memory.rollout_rows=8 and train.lookahead=4: next tokens are looked at where each res",
+        ),
         ({"memory.accumulate": 3}, "memory.accumulate=3 does not divide train.minibatch_size=64"),
         ({"memory.accumulate": 2, "method.name": "dpo"}, "memory.accumulate=2: dpo is trained wit"),
         ({"memory.accumulate": 2, "method.name": "bond"}, "memory.accumulate=2: bond is trained w"),

@@ -28,9 +28,7 @@ class Vocabulary:
 @pytest.fixture(scope="module")
 def drawing(params, config, mesh):
     model = LanguageModel(config, params, Vocabulary())
-    settings = Sampling(
-        temperature=0.7, max_new_tokens=6, end_ids=(3,), pad_id=0, likeliest=4
-    )
+    settings = Sampling(temperature=0.7, max_new_tokens=6, end_ids=(3,), pad_id=0, likeliest=4)
     return engine.Sampler(model, mesh, settings)
 
 

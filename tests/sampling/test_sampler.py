@@ -205,3 +205,20 @@ def test_half_a_character_is_not_streamed(drawing, prompts):
     requests = requests_for(prompts[:1], 3)
     for _, piece, _ in halves.streamed(jax.random.key(1), requests, 3, 1):
         assert "\N{REPLACEMENT CHARACTER}" not in piece
+
+
+@pytest.mark.parametrize(("each", "rows"), [(1, 4), (3, 6), (1, 50)])
+def test_responses_of_a_step_are_the_same_in_fewer_rows(drawing, each, rows):
+    """More than one page of them, and rows that none divides."""
+    many = [Prompt(i, f"p{i}", (5 + i % 4, 9 + i // 4)) for i in range(21)]
+    requests, key = requests_for(many, each), jax.random.key(1)
+    whole = drawing.draw(key, 3, requests, 8)
+    turns = drawing.draw(key, 3, requests, 8, rows)
+    assert whole.size == turns.size and whole.temperature == turns.temperature
+    for a, b in zip(jax.tree.leaves(whole.prompts), jax.tree.leaves(turns.prompts), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(whole.rollout, turns.rollout, strict=True):
+        if a is not None:
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    other = drawing.draw(key, 4, requests, 8, rows)
+    assert not np.array_equal(other.rollout.tokens_BxT, turns.rollout.tokens_BxT)

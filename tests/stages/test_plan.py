@@ -161,6 +161,8 @@ def test_smaller_batches_make_smaller_rollouts(root, monkeypatch):
     assert usual.peak == max(usual.sample, usual.train)
     slots = 32 * (8 + 24)  # a prompt's columns are a power of two up to 8
     a_slot = 2 * POLICY.layers * POLICY.width * 4 + 1 + 4  # keys and values, mask, position
+    fewer = need(root, "memory.rollout_rows=4")
+    assert fewer.cache < usual.cache / 2
     assert usual.cache == slots * a_slot + 2 * 4  # an index for prompts and one for responses
 
 
@@ -180,9 +182,8 @@ def test_an_update_reads_the_rows_and_candidates_that_training_gives_it(root, mo
 
 def _no_update(job):
     """An online method that does nothing with what it gets."""
-    return Program(
-        lambda state, *_: (state, {}), ("decoder",), job.training.train.batch_size, lambda step: 0.0
-    )
+    size, rows = job.training.train.batch_size, job.training.memory.rollout_rows
+    return Program(lambda state, *_: (state, {}), ("decoder",), size, lambda step: 0.0, rows=rows)
 
 
 def test_prompts_are_counted_where_they_can_be(root, tmp_path):

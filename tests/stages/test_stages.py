@@ -349,7 +349,9 @@ def test_generate_streams_the_texts_that_it_prints_as_lines(tabular, capfd):
     streamed = capfd.readouterr().out.splitlines()
     assert streamed == [line["prompt"] + line["response"] for line in lines]
     for model in ("bon", "corrected"):
-        assert vbon("generate", tabular, *flags, "--stream", f"--config.generate.model={model}") == 2
+        assert (
+            vbon("generate", tabular, *flags, "--stream", f"--config.generate.model={model}") == 2
+        )
         assert f"--stream: generate.model={model} chooses among" in capfd.readouterr().err
     assert vbon("generate", tabular, *flags, "--stream", "--best_of=2") == 2
     assert "leave out one of them" in capfd.readouterr().err

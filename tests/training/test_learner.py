@@ -73,6 +73,15 @@ def test_a_scored_batch_keeps_rows_prompts_and_rewards_together(task):
     np.testing.assert_array_equal(other.rollout.tokens_BxT[2], batch.rollout.tokens_BxT[5])
 
 
+def test_responses_that_take_turns_are_the_same(task):
+    one = learning(task)
+    program = dataclasses.replace(one.program, rows=2)
+    turns = Learner(task, program, one.member)
+    (whole,), (found,) = (x.score(x.roll_out(state_of(task), 1), 1) for x in (one, turns))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_a_nan_reward_names_prompt_and_response(task):
     requests = loop.batch_requests(PROMPTS, 8, 0, 0)
     bad = dataclasses.replace(task, reward=lambda *a: np.where(np.arange(8) == 6, np.nan, 0.0))

@@ -144,10 +144,14 @@ class Job:
 
     @property
     def trunk_layers(self) -> int:
-        """Frozen lower layers that a rollout runs for its update too; stored samples lack them."""
+        """Frozen lower layers that a rollout runs for its update too.
+
+        Stored samples lack them, and so do responses that take turns.
+        """
         unfrozen = self.training.trained.layers
         frozen = unfrozen > 0 and not self.training.trained.rank
-        drawn = bool(self.objective) and not self.training.train.replay and not self.from_store
+        own = not (self.training.train.replay or self.training.memory.rollout_rows)
+        drawn = bool(self.objective) and own and not self.from_store
         return max(0, self.config.layers - unfrozen) if frozen and drawn else 0
 
     @property
@@ -228,6 +232,7 @@ class Job:
             replay=t.replay if self.objective else 0,
             trunk_layers=self.trunk_layers,
             from_store=self.prompts - self.held_out if self.from_store else 0,
+            rows=self.training.memory.rollout_rows,
         )
 
     def offline_setup(self) -> offline.OfflineSetup:

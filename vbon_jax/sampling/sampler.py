@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-import os
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
@@ -70,6 +71,16 @@ def respond(
     )  # fmt: skip
 
 
+def _first(rollout: decode.Rollout, count: int) -> decode.Rollout:
+    return jax.tree.map(lambda x: x[:count], rollout)
+
+
+def _agreed(a: str, b: str) -> str:
+    """What two texts begin with."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return "".join(x for x, _ in pairs)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """A language model that responds to prompts: model, mesh and sampling settings.
@@ -105,7 +116,12 @@ class Sampler:
     # --- Drawing ------------------------------------------------------------------------------
 
     def draw(
-        self, key: jax.Array, step: int, requests: Sequence[Request], length: int | None = None
+        self,
+        key: jax.Array,
+        step: int,
+        requests: Sequence[Request],
+        length: int | None = None,
+        rows: int = 0,
     ) -> Batch:
         """Draws one batch of responses and leaves it on the device.
 
@@ -114,10 +130,23 @@ class Sampler:
           step: training step, or 0 where there is none.
           requests: the rows; their number and ``length`` decide the compiled shape.
           length: padded prompt length in tokens; None takes the bucket of the longest.
+          rows: that they take in turns (see ``slots``); 0, or as many as requests, for a row each.
         """
         if length is None:
             length = bucket_length(max(len(r.tokens) for r in requests))
         prompts = pad_left([r.tokens for r in requests], length, self.settings.pad_id)
+        if 0 < rows < len(requests):
+            setup = self._slots(requests, rows, length)
+            pages = [
+                _first(rollout, len(part))
+                for part, rollout in slots.pages(
+                    self.model.params, key, requests, self.mesh, self.settings.temperature, setup,
+                    step=step,
+                )
+            ]  # fmt: skip
+            whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pages)
+            prompts, whole = sharding.place((prompts, whole), self.mesh, "batch")
+            return Batch(requests, prompts, whole, self.settings.temperature)
         each = adjacent(requests, sharding.ways(self.mesh))
         own = Prompts(*(x[::each] for x in prompts))
         ids = np.array([r.prompt_id for r in requests], np.int32)
@@ -170,9 +199,11 @@ class Sampler:
             ahead = self._batches_of(rows, rollout, setup.shape)
         yield ahead
 
-    def _slots(self, requests: Sequence[Request], batch_size: int) -> slots.Setup:
+    def _slots(
+        self, requests: Sequence[Request], batch_size: int, length: int | None = None
+    ) -> slots.Setup:
         """What requests are drawn in."""
-        length = bucket_length(max(len(r.tokens) for r in requests))
+        length = length or bucket_length(max(len(r.tokens) for r in requests))
         each = adjacent(requests)
         T = self.settings.max_new_tokens
         shape = slots.shape_for(batch_size, len(requests) // each, each, length, T)
@@ -222,12 +253,12 @@ class Sampler:
             params, key, requests, self.mesh, self.settings.temperature, setup, every
         ):
             at, of = at if rows is of else 0, rows
-            tokens, mask, finished = jax.device_get(rollout[:2] + (rollout.finished_B,))
+            tokens, mask, finished = jax.device_get((*rollout[:2], rollout.finished_B))
             while at < len(rows):
                 ids = tokens[at][mask[at]].tolist()
                 now = self.texts([rows[at].tokens], [ids])[0]
                 ends = bool(finished[at]) or len(ids) == self.settings.max_new_tokens
-                sure = now if ends else os.path.commonprefix([text, now])
+                sure = now if ends else _agreed(text, now)
                 yield rows[at], sure[len(told) :], ends
                 told, text = max(told, sure, key=len), now
                 if not ends:

@@ -440,6 +440,7 @@ def pages(
     temperature: float,
     setup: Setup,
     every: int | None = None,
+    step: int = 0,
 ) -> Iterator[tuple[Sequence[Request], decode.Rollout]]:
     """Draws responses to requests, a page at a time.
 
@@ -452,6 +453,7 @@ def pages(
       setup: of the slots.
       every: gives a page as far as it is drawn after so many tokens of each row, and again until it
         is whole; None gives it once.
+      step: the training step, which fixes a response as well.
 
     Yields:
       The requests of a page and their Rollout, see `draw`. The page after it is dispatched when it
@@ -474,7 +476,7 @@ def pages(
         tokens, ids, samples = sharding.place(
             (pad_left(filled, shape.length, pad_id), ids, samples), mesh, "batch"
         )
-        keys = decode.identity_keys(key, 0, ids, samples)
+        keys = decode.identity_keys(key, step, ids, samples)
         return supply(state, params, tokens, keys, number, len(prompts), setup=setup)
 
     state = supplied(supplied(start(setup, mesh)(), 0), 1)

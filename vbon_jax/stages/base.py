@@ -98,6 +98,7 @@ def refuse_uneven(config: Config, mesh: Mesh) -> None:
     for key, rows in (
         ("sampling.batch_size", config.sampling.batch_size),
         ("train.batch_size", train.batch_size),
+        ("memory.rollout_rows", config.memory.rollout_rows),
         ("train.minibatch_size", train.minibatch_size),
         (
             "train.minibatch_size / memory.accumulate (or memory.lengths)",

@@ -277,7 +277,7 @@ def _sampling(w: _World, held: dict[str, int]) -> int:
             held[name] = bytes_of(found[1])
             on_top.append(0 if s.samples.path else _score_bytes(w, r, *found, rows))
     if not s.samples.path:  # samples made elsewhere are only copied
-        on_top.append(_slots_bytes(w, rows))
+        on_top.append(_slots_bytes(w, w.reference["decoder"], rows, w.prompts, s.samples.m)[0])
     return sum(held.values()) + max(on_top)
 
 
@@ -294,22 +294,23 @@ def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, ro
     return _new_bytes(lowered)
 
 
-def _slots_bytes(w: _World, rows: int) -> int:
-    """The slots of stage ``sample``, and a page of responses."""
+def _slots_bytes(w: _World, params: Any, rows: int, prompts: int, each: int) -> tuple[int, int]:
+    """Slots for ``each`` responses to prompts, and a page of them; of that keys and values."""
     s = w.settings
     new, ends = s.sampling.max_new_tokens, (0,) if s.sampling.stop_at_eos else ()
-    shape = slots.shape_for(rows, w.prompts, s.samples.m, w.prompt, new)
+    shape = slots.shape_for(rows, prompts, each, w.prompt, new)
     setup = slots.Setup(w.config, shape, decode.Limits(new, ends, pad_id=0))
     state = _abstract(jax.eval_shape(partial(slots.empty, setup)), w.mesh, "slots")
     page = (_shape(shape.prompts, w.prompt), _shape(shape.prompts, w.prompt, dtype=bool))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shape.responses))
     prompts, keys = _abstract((page, keys), w.mesh, "batch")
-    params, one = w.reference["decoder"], np.int32(1)
+    one = np.int32(1)
     lowered = (
         slots.supply.lower(state, params, prompts, keys, one, one, setup=setup),
         slots.draw.lower(state, params, np.float32(1), one, one, setup=setup),
     )
-    return bytes_of(state) + max(map(_new_bytes, lowered))
+    kept = [(x.k, x.v) for x in (state.store, state.held, state.rows)]
+    return bytes_of(state) + max(map(_new_bytes, lowered)), bytes_of(kept)
 
 
 def _rollout_bytes(
@@ -370,7 +371,10 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     own = job.program()
     policy = trainable.join(w.reference["decoder"], state.params["decoder"])
     told = (own.lookahead, own.trunk_layers)
-    rollout, kv = _rollout_bytes(w, policy, rows, own.group, *told)
+    if own.rows:
+        rollout, kv = _slots_bytes(w, policy, own.rows, rows // own.group, own.group)
+    else:
+        rollout, kv = _rollout_bytes(w, policy, rows, own.group, *told)
     batch = _abstract(_batch(w, rows, own), w.mesh, "batch")
     batches = tuple(batch for _ in own.sources)
     phases["rollout"] = rollout + bytes_of(batches[1:])
@@ -497,7 +501,7 @@ SMALLER = {
     "update": "raise memory.accumulate, set memory.remat=full, lower memory.chunk",
     "gradient steps": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
     "start": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
-    "rollout": "lower train.batch_size",
+    "rollout": "set or lower memory.rollout_rows, lower train.batch_size",
     "log pi_ref": "lower sampling.batch_size",
     "checkpoint": "train less of it (train.num_layers_unfrozen, lora.rank)",
 }

@@ -42,6 +42,7 @@ class Program:
       trunk_layers: of a frozen trunk, whose output the update takes from the rollout; 0 for none.
       from_store: prompts, the first, whose stored samples take the place of responses; 0 where
         responses are drawn.
+      rows: that the responses of a source take in turns; 0 for a row each.
     """
 
     update: Update
@@ -54,6 +55,7 @@ class Program:
     replay: int = 0
     trunk_layers: int = 0
     from_store: int = 0
+    rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Learner:
             params = trainable.join(self.task.sampler.model.params, state.params[source])
             batches.append(
                 self._sampler.with_params(params).draw(
-                    self._key, step, requests_of(base, i, program), self._length
+                    self._key, step, requests_of(base, i, program), self._length, program.rows
                 )
             )
         tokens = sum(int(jnp.sum(b.rollout.mask_BxT)) for b in batches)  # waits for the rollouts

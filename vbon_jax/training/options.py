@@ -169,6 +169,10 @@ class Memory:
                        "are as many as `accumulate` says, or, where it is 1, up to this many. Each "
                        "length is compiled; 1 pads all to `sampling.max_new_tokens`.",
                        least=1, most=16)  # fmt: skip
+    rollout_rows: int = key(0, "Rows that the responses of a rollout take in turns, where one ends "
+                            "the next: keys and values are held of no more. Of a policy that is "
+                            "trained by itself; 0 for a row each.", least=0,
+                            most=MOST_ROWS)  # fmt: skip
     chunk: int = key(1_024, "Tokens whose logits over the vocabulary are held in memory at once.",
                      least=1, most=MOST_TOKENS)  # fmt: skip
     device_gib: float = key(0.0, "Memory per device in GiB that `vbon plan` assumes; 0 takes this "
@@ -209,6 +213,11 @@ def check(train: Train, lora: Lora, memory: Memory) -> None:
             f"train.batch_size={train.batch_size} responses and train.replay={train.replay} stored "
             f"samples for every train.group={train.group} of them are {train.rows} rows, not a "
             f"multiple of train.minibatch_size={train.minibatch_size}",
+        ),
+        (
+            not (memory.rollout_rows and train.lookahead),
+            f"memory.rollout_rows={memory.rollout_rows} and train.lookahead={train.lookahead}: "
+            "next tokens are looked at where each response has a row; set one of them to 0",
         ),
         (
             not (train.replay and train.lookahead),
