@@ -59,7 +59,10 @@ CONFIG = ("vbon_jax.config", "vbon_jax.stages", "vbon_jax.cli", "vbon_jax.api")
         (
             "models",
             ANY,
-            ("vbon_jax.models", "vbon_jax.rl.next_token", "vbon_jax.rl.chunked", "vbon_jax.errors"),
+            (
+                "vbon_jax.models", "vbon_jax.rl.next_token", "vbon_jax.rl.chunked",
+                "vbon_jax.errors", "vbon_jax.sharding",
+            ),
         ),
         ("data", ANY, ("vbon_jax.data", "vbon_jax.errors", "vbon_jax.models.hf.tokenizers")),
         ("rewards", ANY, ("vbon_jax.rewards", "vbon_jax.models", "vbon_jax.data", *LEAVES)),

@@ -38,6 +38,60 @@ def test_every_parameter_matrix_is_in_the_table(params):
     assert specs["blocks/attention/q/kernel"] == P(None, "fsdp", "tensor")
 
 
+def test_a_parameter_that_no_line_names_is_an_error():
+    mesh = sharding.make_mesh(2, 2, 2)
+    for path in ("decoder/blocks/mlp/router/kernel", "opt_state/1/0/mu/decoder/extra"):
+        with pytest.raises(ValueError, match=f"{path} .*no line of sharding.TABLE"):
+            sharding.spec_for(path, (2, 4), mesh)
+    assert sharding.spec_for("opt_state/1/0/count", (), mesh) == P()
+    assert sharding.spec_for("score/kernel", (8, 2), mesh) == P()
+
+
+def held_in(axes, x, *, mesh=(2, 2, 2)):
+    """The shape that a device has of an activation held to axes."""
+    mesh = sharding.make_mesh(*mesh)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: sharding.held(x * 2, *axes))(x)
+    np.testing.assert_array_equal(out, x * 2)
+    return out.addressable_shards[0].data.shape
+
+
+def test_an_activation_is_held_to_what_divides_it():
+    assert held_in((sharding.BATCH, "tensor"), jnp.ones((8, 6))) == (2, 3)
+    assert held_in((sharding.BATCH, "tensor"), jnp.ones((8, 5))) == (2, 5)
+    assert held_in((None, "tensor"), jnp.ones((7, 6))) == (7, 3)
+    x = jnp.ones((8, 3))
+    assert sharding.held(x, sharding.BATCH) is x and sharding.parts("tensor", 8) == 1
+
+
+def test_weights_are_gathered_and_their_gradients_scattered():
+    mesh = sharding.make_mesh(2, 2, 2)
+    layer = {"mlp": {"up": {"kernel": jnp.arange(32.0).reshape(4, 8), "bias": jnp.ones(8)}}}
+    where = {"mlp": {"up": {"kernel": P("fsdp", "tensor"), "bias": P()}}}
+    put = lambda tree: jax.tree.map(  # noqa: E731
+        lambda x, s: jax.device_put(x, jax.NamedSharding(mesh, s)), tree, where
+    )
+
+    @jax.jit
+    def whole_and_gradient(layer):
+        def loss(layer):
+            found = sharding.gathered(layer, "decoder/blocks", "bfloat16", layer=True)
+            return jnp.sum(found["mlp"]["up"]["kernel"].astype(jnp.float32) ** 2), found
+
+        (_, found), grad = jax.value_and_grad(loss, has_aux=True)(layer)
+        return found, grad
+
+    with jax.set_mesh(mesh):
+        found, grad = whole_and_gradient(put(layer))
+        assert sharding.parts("tensor", 8, 4) == 2 and sharding.parts("tensor", 8, 5) == 1
+    kernel, slope = (tree["mlp"]["up"]["kernel"] for tree in (found, grad))
+    assert kernel.dtype == jnp.bfloat16 and slope.dtype == jnp.float32
+    assert kernel.addressable_shards[0].data.shape == (4, 4)
+    assert slope.addressable_shards[0].data.shape == (2, 4)
+    np.testing.assert_array_equal(slope, 2 * layer["mlp"]["up"]["kernel"])
+    assert found["mlp"]["up"]["bias"].dtype == jnp.float32
+
+
 def test_an_axis_that_does_not_divide_is_dropped():
     mesh = sharding.make_mesh(2, 2, 2)
     assert sharding.spec_for("decoder/wte", (8, 6), mesh) == P("tensor", "fsdp")

@@ -7,10 +7,12 @@ vocabulary. The default mesh, (1, 1, 1), is one device: the same code runs there
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,11 +20,12 @@ from vbon_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+GATHERED = "gathered"  # what `gathered` gives, by name: a backward pass gathers it once more
 
 # First match wins. The pattern is searched in the "/"-joined path of a leaf, so optimizer moments,
 # which repeat the parameters' paths below their own, are sharded like the parameters.
-# "blocks" leaves carry a leading layer axis. Everything unnamed (norms, biases, counters) is
-# replicated.
+# "blocks" leaves carry a leading layer axis. A parameter of a model that no line names is an error;
+# anything else unnamed (counters, tables of rewards) is on each device.
 TABLE: tuple[tuple[str, P], ...] = (
     (r"^population\b", P(BATCH)),  # members first: each device has whole ones
     (r"(coder|anchor|average)/(wte|head)$", P("tensor", "fsdp")),  # of a decoder or an encoder
@@ -33,10 +36,13 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"mlp/(up|gate)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
     (r"mlp/(up|gate)/bias$", P(None, "tensor")),  # [L, F]
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
+    (r"/(scale|bias|lora_a|lora_b|wtt)$", P()),  # norms, biases, adapters
+    (r"(score(/out|/dense)?|pooler|value/head)/kernel$", P()),  # heads of classifiers and values
     (r"^batch\b", P(BATCH)),  # rows first: tokens, masks, log-probs, rewards
     (r"^(cache|slots/(store|held|rows))/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, G, S, K]
     (r"^cache/(mask_BxS|trunk_BxSxD)$", P(BATCH)),  # [B, S, ...]
 )
+MODEL = re.compile(r"\b((de|en)coder|score|value)/")
 
 
 def make_mesh(
@@ -81,8 +87,16 @@ def spec_for(path: str, shape: Sequence[int], mesh: Any) -> P:
       path: "/"-joined path of the leaf, e.g. "decoder/blocks/mlp/up/kernel".
       shape: shape of the leaf.
       mesh: a concrete or abstract mesh with axes ``AXES``.
+
+    Raises:
+      ValueError: a parameter of a model that no line of the table names.
     """
-    spec = next((spec for pattern, spec in TABLE if re.search(pattern, path)), P())
+    spec = next((spec for pattern, spec in TABLE if re.search(pattern, path)), None)
+    if spec is None and MODEL.search(path):
+        raise ValueError(
+            f"{path} {tuple(shape)}: no line of sharding.TABLE names this parameter; add one"
+        )
+    spec = spec or P()
     if len(spec) > len(shape):  # a factored or scalar moment of a sharded parameter
         return P()
     kept = []
@@ -109,13 +123,13 @@ def path_of(key_path: Sequence[Any]) -> str:
 
 def shardings(tree: Any, mesh: Mesh, prefix: str = "") -> Any:
     """A tree of NamedShardings for ``tree`` (arrays or shape structs) from the table."""
-    lead = [prefix] if prefix else []
     return jax.tree_util.tree_map_with_path(
-        lambda kp, x: NamedSharding(
-            mesh, spec_for("/".join([*lead, path_of(kp)]), np.shape(x), mesh)
-        ),
-        tree,
+        lambda kp, x: NamedSharding(mesh, spec_for(_below(prefix, kp), np.shape(x), mesh)), tree
     )
+
+
+def _below(prefix: str, key_path: Sequence[Any]) -> str:
+    return "/".join(filter(None, (prefix, path_of(key_path))))
 
 
 def place(tree: Any, mesh: Mesh, prefix: str = "") -> Any:
@@ -123,18 +137,109 @@ def place(tree: Any, mesh: Mesh, prefix: str = "") -> Any:
     return jax.device_put(tree, shardings(tree, mesh, prefix))
 
 
+def _divided() -> Any:
+    """Inside jit: the mesh set by ``jax.set_mesh``; None where there is nothing to divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh  # or all is local
+
+
 def constrain(tree: Any, prefix: str) -> Any:
     """Inside jit: hold ``tree`` to the table's shardings of the mesh set by ``jax.set_mesh``.
 
     Without a mesh (a plain unit test) it returns the tree as it is.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:  # under shard_map all is local
+    mesh = _divided()
+    if mesh is None:
         return tree
-    lead = [prefix] if prefix else []
     return jax.tree_util.tree_map_with_path(
         lambda kp, x: jax.lax.with_sharding_constraint(
-            x, spec_for("/".join([*lead, path_of(kp)]), np.shape(x), mesh)
+            x, spec_for(_below(prefix, kp), np.shape(x), mesh)
         ),
         tree,
     )
+
+
+def parts(axes: str | tuple[str, ...], *sizes: int) -> int:
+    """Inside jit: over how many devices of mesh axes all of these sizes divide; 1 if they don't.
+
+    Args:
+      axes: "tensor", BATCH, ...
+      sizes: such as the numbers of query and of key heads, which are split alike or not at all.
+    """
+    mesh = _divided()
+    names = (axes,) if isinstance(axes, str) else axes
+    ways = 1 if mesh is None else int(np.prod([mesh.shape[name] for name in names]))
+    return ways if all(size % ways == 0 for size in sizes) else 1
+
+
+def held(x: jax.Array, *axes: Any) -> jax.Array:
+    """Inside jit: hold an activation to mesh axes, or the compiler may send it about, not weights.
+
+    Args:
+      x: the activation.
+      axes: for each leading dimension its mesh axes: BATCH, "tensor" or None. Rows that do not
+        divide are left to the compiler, anything else that does not is whole on each device.
+    """
+    mesh = _divided()
+    if mesh is None:
+        return x
+    spec = []
+    for size, of in zip(x.shape, axes, strict=False):
+        names = (of,) if isinstance(of, str) else of or ()
+        fits = size % int(np.prod([mesh.shape[name] for name in names])) == 0
+        spec.append(of if fits else P.UNCONSTRAINED if of == BATCH else None)
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def gathered(
+    tree: Any, prefix: str, dtype: Any = None, layer: bool = False, whole: Sequence[str] = ()
+) -> Any:
+    """Inside jit: weights as a product reads them, those that ``fsdp`` divides put together.
+
+    Their gradients are scattered again: this is ZeRO-3 (Rajbhandari et al., 2020), where the
+    compiler, left alone, may gather the activations of all rows instead.
+
+    Args:
+      tree: parameters.
+      prefix: where they stand in their model, "decoder/blocks".
+      dtype: that products are computed in: a weight is cast before it is sent. None leaves it.
+      layer: whether ``tree`` is one layer of stacked ones, without their leading axis.
+      whole: names of parts, such as "attention", that ``tensor`` is not to divide either.
+
+    Returns:
+      The tree; a leaf that no axis divides as it is.
+    """
+    mesh = _divided()
+    if mesh is None:
+        return tree
+
+    def one(key_path: Sequence[Any], x: jax.Array) -> jax.Array:
+        path = _below(prefix, key_path)
+        own = spec_for(path, (1, *x.shape) if layer else x.shape, mesh)
+        own = P(*own[1:]) if layer else own
+        gone = {"fsdp"} | ({"tensor"} if any(name in path.split("/") for name in whole) else set())
+        kept = P(*(None if of in gone else of for of in own))
+        if kept == own:
+            return x
+        return _together(x if dtype is None else x.astype(dtype), kept, own, layer)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _together(x: jax.Array, kept: P, own: P, layer: bool) -> jax.Array:
+    x = checkpoint_name(jax.lax.with_sharding_constraint(x, kept), GATHERED)
+    # What a loop reads in each trip is gathered before it: the compiler would sink it in.
+    return x if layer else jax.lax.optimization_barrier(x)
+
+
+def _together_fwd(x: jax.Array, kept: P, own: P, layer: bool) -> tuple[jax.Array, None]:
+    return _together(x, kept, own, layer), None
+
+
+def _together_bwd(kept: P, own: P, layer: bool, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    del kept, layer
+    return (jax.lax.with_sharding_constraint(grad, own),)
+
+
+_together.defvjp(_together_fwd, _together_bwd)

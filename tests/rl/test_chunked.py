@@ -77,6 +77,18 @@ def test_sum_logits_equals_all_rows_at_once(drawn, chunk):
     assert all(np.abs(g).max() > 1e-3 for g in expected[1])
 
 
+@pytest.mark.parametrize(("lanes", "chunk"), [(2, 8), (4, 16), (4, 1_000)])
+def test_rows_that_devices_share_give_the_same_with_one_sum_of_the_head(lanes, chunk):
+    """Whatever the chunks: the parts of d head are added after the loop."""
+    args = draw(24, 4, 6)
+    split = partial(chunked.sum_logits, fn, project, lanes=lanes)
+
+    def ours(head, hidden, frozen, rows):
+        return split(head, hidden, rows, chunk, frozen=frozen)
+
+    assert_same(both(ours)(*args), both(dense)(*args))
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_map_logits_equals_all_rows_at_once_and_takes_two_models(drawn, chunk):
     head, hidden, (ref_head, _), (ref_hidden, tokens, *_) = drawn

@@ -127,7 +127,8 @@ def _sequence_kls(
         for p, c in ((params, config), (ref_params, ref_config))
     )
     found = log_probs.against(
-        (decoder.head(params), decoder.head(ref_params)), (config, ref_config), states,
+        (decoder.head(params, config), decoder.head(ref_params, ref_config)),
+        (config, ref_config), states,
         rollout.tokens_BxT, temperature,
     )  # fmt: skip
     m = rollout.mask_BxT

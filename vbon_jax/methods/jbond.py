@@ -91,7 +91,7 @@ def _against(
     tokens, mask, response_mask = rows
     config, length = setup.config, response_mask.shape[1]
     found = log_probs.against(
-        (decoder.head(policy), decoder.head(base)), (config, config),
+        tuple(decoder.head(x, config) for x in (policy, base)), (config, config),
         tuple(log_probs.hidden(x, config, tokens, mask, length) for x in (policy, base)),
         batch.rollout.tokens_BxT, batch.temperature, setup.memory.chunk,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vbon_jax import sharding
 from vbon_jax.models.config import ACTIVATIONS, DecoderConfig
 
 
@@ -269,8 +270,15 @@ class _Attention(nn.Module):
             k_BxGxSxK, v_BxGxSxK = (
                 written(kept, new, index) for kept, new in zip(kv, (k_BxGxSxK, v_BxGxSxK))
             )
+        by_head = (
+            sharding.BATCH,
+            "tensor" if sharding.parts("tensor", c.heads, c.key_heads) > 1 else None,
+        )
+        q_BxHxTxK, k_BxGxSxK, v_BxGxSxK = (
+            sharding.held(x, *by_head) for x in (q_BxHxTxK, k_BxGxSxK, v_BxGxSxK)
+        )
         own = (k_BxGxSxK, v_BxGxSxK)
-        out_BxHxTxK = _attend(c, q_BxHxTxK, own, shared, view.mask_BxTxS)
+        out_BxHxTxK = sharding.held(_attend(c, q_BxHxTxK, own, shared, view.mask_BxTxS), *by_head)
         out_NxHxK = out_BxHxTxK.swapaxes(1, 2).reshape(-1, c.heads, c.key_width)
         out_NxD = Dense(c, (c.width,), c.out_bias, _residual_stddev(c), name="out")(out_NxHxK)
         return out_NxD.reshape(x_BxTxD.shape), own
@@ -287,6 +295,7 @@ class _MLP(nn.Module):
         activation = ACTIVATIONS[c.activation]
         x_NxF = wide(name="up")(rows_NxD)
         x_NxF = activation(wide(name="gate")(rows_NxD)) * x_NxF if c.gated else activation(x_NxF)
+        x_NxF = sharding.held(x_NxF, sharding.BATCH, "tensor")
         x_NxD = Dense(c, (c.width,), c.mlp_bias, _residual_stddev(c), name="down")(x_NxF)
         return x_NxD.reshape(x_BxTxD.shape)
 
@@ -326,13 +335,13 @@ class Block(nn.Module):
             if c.place == "sandwich":
                 attended_BxTxD = Norm(c, name="post_attention")(attended_BxTxD)
             before_BxTxD = x_BxTxD
-            x_BxTxD += attended_BxTxD
+            x_BxTxD = sharding.held(x_BxTxD + attended_BxTxD, sharding.BATCH)
         with jax.named_scope("mlp"):
             read_BxTxD = before_BxTxD if c.place == "parallel" else x_BxTxD
             out_BxTxD = _MLP(c, name="mlp")(Norm(c, name="ln_2")(read_BxTxD))
             if c.place == "sandwich":
                 out_BxTxD = Norm(c, name="post_mlp")(out_BxTxD)
-            x_BxTxD += out_BxTxD
+            x_BxTxD = sharding.held(x_BxTxD + out_BxTxD, sharding.BATCH)
         return x_BxTxD, kv
 
 

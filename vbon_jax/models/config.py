@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from vbon_jax import sharding
+
 Params = dict[str, Any]
 
 _gelu_tanh: Callable[[jax.Array], jax.Array] = functools.partial(jax.nn.gelu, approximate=True)
@@ -29,7 +31,7 @@ NORMS = ("layer", "rms")
 PLACES = ("pre", "sandwich", "parallel")
 # What of a block is kept for its backward pass: all, its weight products, nothing.
 REMAT: dict[str, Any] = {
-    "none": None,
+    "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

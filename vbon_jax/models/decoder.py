@@ -31,6 +31,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vbon_jax import sharding
 from vbon_jax.models.blocks import Block, Norm, Shared, rows, views, written
 from vbon_jax.models.config import REMAT, Params
 from vbon_jax.models.config import DecoderConfig as DecoderConfig
@@ -79,9 +80,9 @@ def _embed(
     params: Params, config: DecoderConfig, tokens_BxT: jax.Array, positions_BxT: jax.Array
 ) -> jax.Array:
     # jit cannot raise, so an id out of range becomes NaN instead of quietly the nearest row.
-    x_BxTxD = params["wte"].at[tokens_BxT].get(mode="fill", fill_value=jnp.nan)
+    x_BxTxD = _whole(params, config, "wte").at[tokens_BxT].get(mode="fill", fill_value=jnp.nan)
     if config.rotary is None:
-        added = params["wpe"].at[positions_BxT].get(mode="fill", fill_value=jnp.nan)
+        added = _whole(params, config, "wpe").at[positions_BxT].get(mode="fill", fill_value=jnp.nan)
         # In float32 whatever the weights' dtype, so that a policy of another dtype sums alike.
         x_BxTxD = x_BxTxD.astype(jnp.float32) + added.astype(jnp.float32)
     else:
@@ -89,7 +90,20 @@ def _embed(
     x_BxTxD = x_BxTxD.astype(config.compute_dtype)
     if config.embed_scale != 1.0:
         x_BxTxD *= jnp.asarray(config.embed_scale, config.compute_dtype)
-    return x_BxTxD
+    return sharding.held(x_BxTxD, sharding.BATCH)
+
+
+def _whole(params: Params, config: DecoderConfig, name: str) -> jax.Array:
+    """Embeddings or output matrix [V, D] as what reads them needs them, inside a loop as well."""
+    whole = sharding.gathered(params[name], f"decoder/{name}", config.compute_dtype)
+    return sharding.held(whole, None if name == "wpe" else "tensor", None)
+
+
+def _gathered(config: DecoderConfig, layer: Params, stacked: bool = False) -> Params:
+    """A layer's weights as its products read them. Heads that do not divide are on each device."""
+    divides = sharding.parts("tensor", config.heads, config.key_heads) > 1
+    whole = () if divides else ("attention",)
+    return sharding.gathered(layer, "decoder/blocks", config.compute_dtype, not stacked, whole)
 
 
 def _positions(mask_BxT: jax.Array) -> jax.Array:
@@ -163,6 +177,7 @@ def _run(
 
     def apply_block(parts: list[jax.Array], layer: Any) -> tuple[list[jax.Array], None]:
         params, here = layer
+        params = _gathered(config, params)
         out: list[jax.Array] = []
         before = None  # a response attends to its prompt's keys and to its own
         for x, (whole, windowed) in zip(parts, seen, strict=True):
@@ -171,12 +186,13 @@ def _run(
             else:
                 view = windowed if in_window[0] else whole
             with jax.named_scope("block"):
+                x = sharding.held(x, sharding.BATCH)
                 x, kv = block.apply({"params": params}, x, view, shared=before)
             before = Shared(kv[0], kv[1], None)
             out.append(x)
         return out, None
 
-    if config.remat != "none":
+    if config.remat != "none" or sharding.parts("fsdp") > 1:
         # prevent_cse: scan already keeps the forward and the backward pass apart.
         apply_block = jax.checkpoint(apply_block, policy=REMAT[config.remat], prevent_cse=False)
     parts, _ = jax.lax.scan(apply_block, parts, (blocks, jnp.array(in_window)))
@@ -285,9 +301,29 @@ def hidden(
     return top(params, config, x_BxTxD, mask_BxT, same)
 
 
-def head(params: Params) -> jax.Array:
-    """Returns the output matrix [V, D]: the model's own, or the embedding if it is tied."""
-    return params["head"] if "head" in params else params["wte"]
+def for_decoding(params: Params, config: DecoderConfig) -> Params:
+    """Lays weights out for a loop that decodes: one segment a layer, and nothing left to gather.
+
+    Args:
+      params: the decoder's tree.
+      config: its configuration.
+
+    Returns:
+      The same model; what ``fsdp`` divides is whole on each device, in the compute dtype where
+      products read it.
+    """
+    params = unstacked(params)
+    ends = {name: _whole(params, config, name) for name in ("wte", "wpe", "head") if name in params}
+    blocks = tuple(_gathered(config, layer, stacked=True) for layer in params["blocks"])
+    return {**params, **ends, "blocks": blocks}
+
+
+def head(params: Params, config: DecoderConfig) -> jax.Array:
+    """Returns the output matrix [V, D]: the model's own, or the embedding if it is tied.
+
+    What ``fsdp`` divides is put together.
+    """
+    return _whole(params, config, "head" if "head" in params else "wte")
 
 
 def project(head_VxD: jax.Array, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
@@ -302,6 +338,7 @@ def project(head_VxD: jax.Array, config: DecoderConfig, hidden: jax.Array) -> ja
       float32 logits [..., V].
     """
     with jax.named_scope("logits"):
+        head_VxD = sharding.held(head_VxD, "tensor", None)  # or a loop gathers it in each trip
         logits_NxV = jnp.einsum(
             "ND,VD->NV",
             rows(hidden),
@@ -324,7 +361,7 @@ def logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arra
     Returns:
       float32 logits [..., V].
     """
-    return project(head(params), config, hidden)
+    return project(head(params, config), config, hidden)
 
 
 def prefill(

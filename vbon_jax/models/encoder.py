@@ -30,6 +30,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vbon_jax import sharding
 from vbon_jax.models.config import ACTIVATIONS, DTYPES, Params
 
 # What stands between the head's two linear maps of the first token's hidden state.
@@ -228,8 +229,9 @@ def _embed(
 
     # Count real tokens only, so that no padding is out of range.
     positions_BxT = jnp.maximum(jnp.cumsum(mask_BxT, axis=1, dtype=jnp.int32) - 1, 0)
-    x_BxTxD = rows(params["wte"], tokens_BxT)
-    x_BxTxD += rows(params["wpe"], positions_BxT + config.position_offset)
+    wte, wpe = (sharding.gathered(params[name], f"encoder/{name}") for name in ("wte", "wpe"))
+    x_BxTxD = sharding.held(rows(wte, tokens_BxT), sharding.BATCH)
+    x_BxTxD += rows(wpe, positions_BxT + config.position_offset)
     if types_BxT is not None:
         x_BxTxD += rows(params["wtt"], types_BxT)
     elif config.token_types:
@@ -267,10 +269,13 @@ def score(
         raise ValueError("types_BxT is given, but token_types is 0: this encoder takes none")
     mask_BxT = mask_BxT.astype(bool)
     block = _Block(config)
+    whole = () if sharding.parts("tensor", config.heads) > 1 else ("attention",)
 
     def apply_block(x_BxTxD: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        layer = sharding.gathered(layer, "encoder/blocks", config.compute_dtype, True, whole)
         with jax.named_scope("block"):
-            return block.apply({"params": layer}, x_BxTxD, mask_BxT), None
+            x_BxTxD = block.apply({"params": layer}, x_BxTxD, mask_BxT)
+            return sharding.held(x_BxTxD, sharding.BATCH), None
 
     with jax.named_scope("encoder"):
         x_BxTxD = _embed(params["encoder"], config, tokens_BxT, mask_BxT, types_BxT)

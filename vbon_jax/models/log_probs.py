@@ -145,7 +145,7 @@ def log_probs(
     Returns:
       float32 log-probabilities [B, T], in nats. At padding they are finite but meaningless.
     """
-    head = decoder.head(params)
+    head = decoder.head(params, config)
 
     @jax.checkpoint
     def of_chunk(states: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ linear cross-entropy). The backward pass only scales them, so no logit is comput
 Shape suffixes: N rows, C rows of one chunk, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -66,6 +67,8 @@ def sum_logits(
     *,
     frozen: Any = (),
     train_head: bool = True,
+    lanes: int = 1,
+    hold: Callable[[Any], Any] = lambda d_head: d_head,
 ) -> tuple[jax.Array, Any]:
     """Sums a loss of the logits over all rows, a chunk at a time.
 
@@ -92,6 +95,10 @@ def sum_logits(
       frozen: pytree that is the same for all rows and also constant (the reference's head, weights
         of the loss).
       train_head: whether the head is trained. If not, its gradient is zero and costs nothing.
+      lanes: over how many devices the rows are split, evenly. Each then sums its own part of d head
+        over all chunks, and the parts are added once, in place of once a chunk.
+      hold: maps the parts, with a leading axis of lanes, to the same where the devices are to have
+        them: the compiler, left alone, may send logits about instead.
 
     Returns:
       (loss, aux), both summed over the chunks. No gradient flows through aux.
@@ -99,20 +106,20 @@ def sum_logits(
     Raises:
       ValueError: if chunk < 1, or leading axes differ.
     """
-    return _sum_logits(fn, project, chunk, train_head, head, hidden, frozen, rows)
+    return _sum_logits(fn, project, (chunk, lanes, hold), train_head, head, hidden, frozen, rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _sum_logits(fn, project, chunk, train_head, head, hidden, frozen, rows):
+def _sum_logits(fn, project, sizes, train_head, head, hidden, frozen, rows):
     def step(piece):
         hidden, rows = piece
         return fn(project(head, hidden), frozen, *rows), ()
 
-    return _over_chunks(step, (hidden, rows), chunk)[0]
+    return _over_chunks(step, (hidden, rows), *sizes[:2])[0]
 
 
-def _forward(fn, project, chunk, train_head, head, hidden, frozen, rows):
-    def step(piece):
+def _forward(fn, project, sizes, train_head, head, hidden, frozen, rows):
+    def lane(piece):
         hidden, rows = piece
 
         def loss(hidden, head):
@@ -124,12 +131,26 @@ def _forward(fn, project, chunk, train_head, head, hidden, frozen, rows):
         d_head = jax.tree.map(lambda g: g.astype(jnp.float32), grads[1:])
         return ((value, aux), d_head), grads[0]
 
-    (out, d_head), d_hidden = _over_chunks(step, (hidden, rows), chunk)
-    return out, (d_hidden, d_head, head)
+    chunk, lanes, hold = sizes
+
+    def step(piece):
+        if lanes == 1:
+            return lane(piece)
+        divided = jax.tree.map(lambda x: x.reshape(lanes, -1, *x.shape[1:]), piece)
+        (out, d_head), d_hidden = jax.vmap(lane)(divided)
+        joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), d_hidden)
+        return (_summed(out), hold(d_head)), joined
+
+    (out, d_head), d_hidden = _over_chunks(step, (hidden, rows), chunk, lanes)
+    return out, (d_hidden, d_head if lanes == 1 else _summed(d_head), head)
 
 
-def _backward(fn, project, chunk, train_head, saved, grad):
-    del fn, project, chunk
+def _summed(tree):
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+
+
+def _backward(fn, project, sizes, train_head, saved, grad):
+    del fn, project, sizes
     d_hidden, d_head, head = saved
 
     def scaled(slope, like):
@@ -143,7 +164,9 @@ def _backward(fn, project, chunk, train_head, saved, grad):
 _sum_logits.defvjp(_forward, _backward)
 
 
-def _over_chunks(step: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) -> tuple[Any, Any]:
+def _over_chunks(
+    step: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int, lanes: int = 1
+) -> tuple[Any, Any]:
     """Applies step to each chunk of rows, sums its totals and reassembles its outputs by row."""
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(rows)}
     if len(lengths) != 1:
@@ -155,7 +178,9 @@ def _over_chunks(step: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) 
         return step(rows)
     count = -(-length // chunk)
     # A multiple of 8 divides well: into tiles, into blocks of rows, over devices.
-    size = min(chunk, -(-length // count // 8) * 8)
+    even = math.lcm(8, lanes)
+    size = -(-length // count // even) * even
+    size = size if lanes > 1 else min(chunk, size)
 
     # Row n goes to chunk n % count, so that rows sharded over devices stay sharded in each chunk.
     def cut(x: jax.Array) -> jax.Array:

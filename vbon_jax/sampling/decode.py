@@ -162,7 +162,7 @@ def rollout(
       Rollout of B rows with T = ``limits.max_new_tokens`` slots each.
     """
     T, pad_id = limits.max_new_tokens, limits.pad_id
-    params = decoder.unstacked(params)
+    params = decoder.for_decoding(params, config)
     each = len(keys_B) // len(prompt_NxP)
     uniform_TxB = jax.vmap(lambda t: uniforms(keys_B, jnp.full(len(keys_B), t)))(jnp.arange(T))
 

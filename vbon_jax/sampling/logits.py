@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from vbon_jax import sharding
+
 BLOCK = 256  # of the vocabulary, for the two scans of ``sample``
 
 
@@ -44,12 +46,18 @@ def sample(uniform_B: jax.Array, logits_BxV: jax.Array) -> jax.Array:
     """
     batch, vocab = logits_BxV.shape
     weights = jnp.exp(logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True))
-    weights_BxNxK = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(batch, -1, BLOCK)
-    mass_BxN = jnp.cumsum(jnp.sum(weights_BxNxK, axis=-1), axis=-1)
+    # Blocks of each device's own part of the vocabulary; only their masses are sent.
+    parts = sharding.parts("tensor", vocab)
+    part = vocab // parts
+    weights = jnp.pad(weights.reshape(batch, parts, part), ((0, 0), (0, 0), (0, -part % BLOCK)))
+    weights_BxNxK = weights.reshape(batch, -1, BLOCK)
+    mass_BxN = sharding.held(jnp.sum(weights_BxNxK, axis=-1), sharding.BATCH)
+    mass_BxN = jnp.cumsum(mass_BxN, axis=-1)
     block_B, rest_B = _first_above(mass_BxN, uniform_B * mass_BxN[:, -1])
     inside_BxK = jnp.take_along_axis(weights_BxNxK, block_B[:, None, None], axis=1)[:, 0]
     token_B, _ = _first_above(jnp.cumsum(inside_BxK, axis=-1), rest_B)
-    return block_B * BLOCK + token_B
+    before_B, own_B = jnp.divmod(block_B, weights_BxNxK.shape[1] // parts)
+    return before_B * part + own_B * BLOCK + token_B
 
 
 def _first_above(cdf_BxN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:

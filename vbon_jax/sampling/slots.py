@@ -250,7 +250,9 @@ def supply(
     def put(all_: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(all_, new.astype(all_.dtype), at, 0)
 
-    before = decode.prompts_before(decoder.unstacked(params), config, tokens_NxP, mask_NxP, 1)
+    before = decode.prompts_before(
+        decoder.for_decoding(params, config), config, tokens_NxP, mask_NxP, 1
+    )
     if before is not None:
         k = tuple(put(a, b, first) for a, b in zip(k, before.k, strict=True))
         v = tuple(put(a, b, first) for a, b in zip(v, before.v, strict=True))
@@ -377,7 +379,7 @@ def draw(
       of R.
     """
     config, shape, limits = setup.config, setup.shape, setup.limits
-    params = decoder.unstacked(params)
+    params = decoder.for_decoding(params, config)
     half, C, T = page % 2, shape.responses, limits.max_new_tokens
     group_R = jnp.arange(shape.rows) // shape.group
 

@@ -85,7 +85,7 @@ def loss(
     total, info = chunked.sum_logits(
         token_loss,
         project,
-        decoder.head(policy),
+        decoder.head(policy, config),
         flat(hidden),
         (
             *map(flat, (exp.tokens_BxS[:, -response_len:], exp.log_probs_BxT, exp.advantages_BxT)),
@@ -96,8 +96,10 @@ def loss(
             jax.tree.map(flat, exp.candidates),
         ),
         setup.memory.chunk,
-        frozen=(decoder.head(base) if full else None, count),
+        frozen=(decoder.head(base, config) if full else None, count),
         train_head=trainable.trains_head(params["decoder"]),
+        lanes=sharding.parts(sharding.BATCH, mask.shape[0]),
+        hold=partial(jax.tree.map, lambda x: sharding.held(x, sharding.BATCH, "tensor")),
     )
     values = values_of(params.get("value"), hidden, exp.tokens_BxS, exp.mask_BxS, setup)
     value_loss, value_info = ppo.value_loss(

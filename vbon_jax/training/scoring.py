@@ -232,7 +232,8 @@ def _forward(
     hidden, ref_hidden = (log_probs.before(x, response_len) for x in (hidden, ref_hidden))
     values = values_of(params.get("value"), hidden, tokens_BxS, mask_BxS, setup)
     found = log_probs.against(
-        (decoder.head(policy), decoder.head(base)), (config, config), (hidden, ref_hidden),
+        tuple(decoder.head(x, config) for x in (policy, base)), (config, config),
+        (hidden, ref_hidden),
         tokens_BxS[:, -response_len:], temperature, setup.memory.chunk,
     )  # fmt: skip
     return (

@@ -1,0 +1,94 @@
+"""What the compiled programs of each mesh send between devices."""
+
+import jax
+import pytest
+
+from tests import programs
+from vbon_jax import compiled, sharding
+from vbon_jax.sampling.logits import BLOCK
+
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "2x2x2": (2, 2, 2)}
+SIZES = programs.Bytes()
+
+
+def test_the_forms_that_collectives_are_written_in():
+    text = """HloModule jit_f
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %c = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %c), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ag = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, metadata={op_name="jit(f)/while/body/block/dot"}
+  %again = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%all-reduce-scatter.3 (p: f32[16]) -> f32[2] {
+  %ar = f32[16]{0} all-reduce(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%add
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+  %v = (s32[], f32[8]) while(%t), condition=%other, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %s = (f32[2]{0}, f32[16]{0}) all-gather-start(%x), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %p = bf16[6]{0} collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  %one = f32[99]{0} all-reduce(%x), channel_id=9, replica_groups={{0},{1}}, to_apply=%add
+  %f = f32[2] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+  ROOT %r = (f32[4]{0}, pred[3]{0}) all-reduce(%x, %y), channel_id=5, replica_groups={{0,1}}, to_apply=%add
+}
+"""  # noqa: E501
+    found = {(c.kind, c.shapes, c.devices, c.loops, c.times): c for c in compiled.collectives(text)}
+    f32 = lambda *shape: ("f32", shape)  # noqa: E731
+    assert set(found) == {
+        ("all-gather", (f32(8, 4),), 4, 1, 8),  # 5 trips and 3, written once more by a fusion
+        ("reduce-scatter", (f32(2),), 8, 0, 1),
+        ("all-gather", (f32(16),), 8, 0, 1),
+        ("collective-permute", (("bf16", (6,)),), 1, 0, 1),
+        ("all-reduce", (f32(4), ("pred", (3,))), 2, 0, 1),
+    }
+    sizes = {c.kind: (c.size, c.moved) for c in found.values() if c.shapes != (f32(16),)}
+    assert sizes == {
+        "all-gather": (128, 96), "reduce-scatter": (64, 56), "collective-permute": (12, 12),
+        "all-reduce": (19, 19),
+    }  # fmt: skip
+    assert next(iter(found.values())).path == "jit(f)/while/body/block/dot"
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def mesh(request):
+    sizes = MESHES[request.param]
+    return request.param, sharding.make_mesh(*sizes, devices=jax.devices("cpu"))
+
+
+def test_an_update_sends_weights_and_their_gradients_not_activations(mesh):
+    """Arrays of a layer are in loops, twice as deep as those of the ends of the model."""
+    name, mesh = mesh
+    found = compiled.collectives(programs.update(mesh).compile().as_text())
+    assert SIZES.residual > 2 * (SIZES.layer + SIZES.embedding)  # it would be seen
+    # Shuffled rows may come from any device: a minibatch's tokens, and hidden states of the
+    # reference for the penalty, are sent about once a step, by any mesh.
+    found = [c for c in found if not c.path.endswith("closed_call/gather")]
+    if name in ("data", "fsdp"):
+        weights = SIZES.layer if name == "fsdp" else SIZES.layer * SIZES.config.layers
+        assert all(c.size <= weights + 1.1 * 2 * SIZES.embedding for c in found)
+        gathered = [c for c in found if c.kind == "all-gather"]
+        in_layers = sum(c.size * c.times for c in gathered if "squeeze" in c.path)
+        # Of policy and reference to score, of the policy forward and backward.
+        expected = 4 * SIZES.config.layers * SIZES.matrices if name == "fsdp" else 0
+        assert in_layers == expected
+        assert sum(c.size * c.times for c in gathered) <= expected + 5 * SIZES.embedding
+    else:  # sums of partial products of a layer's rows, three of them at once
+        rows = SIZES.residual * (1 if name == "tensor" else 1 / 4)
+        assert all(c.size <= max(3 * rows, SIZES.layer + SIZES.embedding) for c in found)
+        assert {c.kind for c in found if "/block/" in c.path} == {"all-reduce"}
+
+
+def test_a_decoding_step_sends_neither_logits_nor_weights(mesh):
+    name, mesh = mesh
+    found = compiled.collectives(programs.rollout(mesh).compile().as_text())
+    largest = max(c.size for c in found if c.loops)
+    inside = 4 * programs.ROWS * BLOCK  # the masses of a row's own block of the vocabulary
+    assert SIZES.logits > 4 * SIZES.step and SIZES.logits > inside
+    assert largest <= {"data": 8, "fsdp": 8}.get(name, max(SIZES.step, inside) + 4 * programs.ROWS)
+    assert all(c.size <= SIZES.residual for c in found)
