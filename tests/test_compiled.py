@@ -1,7 +1,12 @@
 """What the compiled programs of each mesh send between devices."""
 
+import itertools
+import platform
+import sys
+
 import jax
 import pytest
+from jax.experimental import topologies
 
 from tests import programs
 from vbon_jax import compiled, sharding
@@ -55,16 +60,37 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert next(iter(found.values())).path == "jit(f)/while/body/block/dot"
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module")
+def v5e():
+    """The devices of a TPU slice that is not here: libtpu compiles for it all the same."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("there is no libtpu for this machine")
+    here = {
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in here.items():
+            patch.setenv(name, value)
+        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+
+
+@pytest.fixture(scope="module", params=itertools.product(("cpu", "tpu"), MESHES), ids="-".join)
 def mesh(request):
-    sizes = MESHES[request.param]
-    return request.param, sharding.make_mesh(*sizes, devices=jax.devices("cpu"))
+    kind, name = request.param
+    devices = request.getfixturevalue("v5e") if kind == "tpu" else jax.devices("cpu")
+    return name, sharding.make_mesh(*MESHES[name], devices=devices)
+
+
+def collectives(lowered):
+    # A cache of compiled programs holds none for devices that are not here.
+    return compiled.collectives(lowered.compile().as_text())
 
 
 def test_an_update_sends_weights_and_their_gradients_not_activations(mesh):
     """Arrays of a layer are in loops, twice as deep as those of the ends of the model."""
     name, mesh = mesh
-    found = compiled.collectives(programs.update(mesh).compile().as_text())
+    found = collectives(programs.update(mesh))
     assert SIZES.residual > 2 * (SIZES.layer + SIZES.embedding)  # it would be seen
     # Shuffled rows may come from any device: a minibatch's tokens, and hidden states of the
     # reference for the penalty, are sent about once a step, by any mesh.
@@ -76,17 +102,17 @@ def test_an_update_sends_weights_and_their_gradients_not_activations(mesh):
         in_layers = sum(c.size * c.times for c in gathered if "squeeze" in c.path)
         # Of policy and reference to score, of the policy forward and backward.
         expected = 4 * SIZES.config.layers * SIZES.matrices if name == "fsdp" else 0
-        assert in_layers == expected
+        assert expected / 2 <= in_layers <= expected  # a TPU's products are of bfloat16
         assert sum(c.size * c.times for c in gathered) <= expected + 5 * SIZES.embedding
     else:  # sums of partial products of a layer's rows, three of them at once
         rows = SIZES.residual * (1 if name == "tensor" else 1 / 4)
         assert all(c.size <= max(3 * rows, SIZES.layer + SIZES.embedding) for c in found)
-        assert {c.kind for c in found if "/block/" in c.path} == {"all-reduce"}
+        assert "all-gather" not in {c.kind for c in found if "/block/" in c.path}
 
 
 def test_a_decoding_step_sends_neither_logits_nor_weights(mesh):
     name, mesh = mesh
-    found = compiled.collectives(programs.rollout(mesh).compile().as_text())
+    found = collectives(programs.rollout(mesh))
     largest = max(c.size for c in found if c.loops)
     inside = 4 * programs.ROWS * BLOCK  # the masses of a row's own block of the vocabulary
     assert SIZES.logits > 4 * SIZES.step and SIZES.logits > inside
