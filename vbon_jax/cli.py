@@ -33,6 +33,7 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_integer(
         "best_of", None, "Responses to choose from.", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_string("topology", None, "A TPU slice to plan for.", flag_values=values)
     flags.DEFINE_bool("stream", False, "Text as it is written.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer(
@@ -64,6 +65,7 @@ def usage() -> str:
         '  --prompt         a prompt for "generate"; may be repeated\n'
         '  --best_of=8      "generate" draws so many, prints the best and all candidates\n'
         '  --stream         "generate" prints plain text as it is written\n'
+        '  --topology=v5e:4x4  "plan" for a TPU slice, which need not be here\n'
         "  --profile=3:5    a JAX profiler trace of these iterations of training\n"
         "  --version        the version of vbon_jax, of JAX and of its devices\n"
         "  --coordinator --num_processes --process_id\n"
@@ -92,6 +94,7 @@ class Command:
     prompts: list[str]
     best_of: int | None
     stream: bool
+    topology: str | None
     profile: tuple[int, int] | None
 
 
@@ -126,6 +129,8 @@ def parse(argv: Sequence[str]) -> Command:
         )
     if values.best_of is not None and rest[0] != "generate":
         raise InputError(f"--best_of={values.best_of}: use it with `vbon generate`")
+    if values.topology is not None and rest[0] != "plan":
+        raise InputError(f"--topology={values.topology}: use it with `vbon plan`")
     if values.stream and rest[0] != "generate":
         raise InputError("--stream: use it with `vbon generate`")
     if values.stream and values.best_of is not None:
@@ -141,6 +146,7 @@ def parse(argv: Sequence[str]) -> Command:
         values.prompt,
         values.best_of,
         values.stream,
+        values.topology,
         _profile(values.profile),
     )
 
@@ -251,7 +257,7 @@ def execute(argv: Sequence[str]) -> None:
 
     folder = workdir.Workdir(command.workdir, config, STAGES)
     if command.stage == "plan":
-        plan.run(config, folder)
+        plan.run(config, folder, command.topology)
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run = base.Run(config, folder, mesh, command.profile)

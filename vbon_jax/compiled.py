@@ -88,10 +88,10 @@ def collectives(text: str) -> list[Collective]:
             if devices == 1 and kind != "collective-permute":
                 continue
             shapes = _shapes(result)
-            if start and kind in ("all-gather", "collective-permute"):
-                shapes = shapes[len(shapes) // 2 :][
-                    : max(1, len(shapes) // 2)
-                ]  # (operands, results, ...)
+            if start and kind == "all-gather":  # operands, then results
+                shapes = shapes[len(shapes) // 2 :]
+            elif start and kind == "collective-permute":  # operand, result, contexts
+                shapes = shapes[1:2]
             path = _NAME.search(line)
             if scattered and kind == "all-reduce":
                 kind = "reduce-scatter"
@@ -106,7 +106,8 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = "", []
+    name = ""
+    lines: list[str] = []
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
         if head:

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -64,7 +65,7 @@ def held_by_first(tree):
 def held(root, monkeypatch, *flags, mesh=(1, 1, 1)):
     """Of a plan what is held; nothing is compiled."""
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "_new_bytes", lambda lowered: 0)
+        patch.setattr(plan, "_new_bytes", lambda *_: 0)
         return need(root, *flags, mesh=mesh).held
 
 
@@ -114,7 +115,7 @@ def test_what_is_held_is_what_the_arrays_are(root, tmp_path, monkeypatch, flags,
 def test_a_start_is_a_phase_of_training(root, monkeypatch):
     """Its state, its samples and its steps, less what the method's own state takes after it."""
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "_new_bytes", lambda lowered: 0)
+        patch.setattr(plan, "_new_bytes", lambda *_: 0)
         few = need(root, "train.start=weighted")
         assert "start" not in need(root).phases
     sft = held(root, monkeypatch, "method.name=bon_sft", "method.n=4")
@@ -168,7 +169,7 @@ def test_smaller_batches_make_smaller_rollouts(root, monkeypatch):
 
 def test_an_update_reads_the_rows_and_candidates_that_training_gives_it(root, monkeypatch):
     """The program is traced with them; 32 responses of 24 tokens, as many stored samples."""
-    monkeypatch.setattr(plan, "_new_bytes", lambda lowered: 0)
+    monkeypatch.setattr(plan, "_new_bytes", lambda *_: 0)
     usual = need(root, "samples.path=").phases["update"]
     with_stored = need(root, "samples.path=", "train.replay=1").phases["update"]
     a_row = (8 + 24) * (4 + 1) + 24 * 4 + 1 + 4 + 4  # tokens, masks; log-probs, ended, reward, row
@@ -214,7 +215,7 @@ def test_phases_of_every_method(root):
 
 
 def test_on_the_host_a_checkpoint_waits_and_products_take_more(root, monkeypatch):
-    monkeypatch.setattr(plan, "_new_bytes", lambda lowered: 0)
+    monkeypatch.setattr(plan, "_new_bytes", lambda *_: 0)
     host, device = (need(root, f"memory.device_gib={x}", "memory.chunk=32") for x in (0, 1))
     assert "checkpoint" not in device.phases
     assert 0 <= host.phases["checkpoint"] - device.held["trained"] - device.held["optimizer"] < 20
@@ -234,14 +235,16 @@ def test_nothing_is_allocated_or_written(root):
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (Need({"a": GIB}, {"rollout": GIB // 2}, GIB, 0), "fits: 1.50 of 2.00 GiB a device"),
-        (Need({"a": GIB, "trained": 2 * GIB}, {"x": 1}, 1, 0), "what is held alone (trained most)"),
-        (Need({"a": GIB}, {"rollout": 1, "update": 2 * GIB}, 1, 0),
+        (Need({"a": GIB}, {"rollout": GIB // 2}, GIB, 0, {}), "fits: 1.50 of 2.00 GiB a device"),
+        (Need({"a": GIB, "trained": 2 * GIB}, {"x": 1}, 1, 0, {}),
+         "what is held alone (trained most)"),
+        (Need({"a": GIB}, {"rollout": 1, "update": 2 * GIB}, 1, 0, {}),
          "does not fit: 3.00 GiB a device are needed and there are 2.00; the phase 'update' is too "
          "large: raise memory.accumulate"),
-        (Need({"a": GIB}, {"rollout": 2 * GIB}, 1, 0), "'rollout' is too large: lower train.batch"),
-        (Need({"a": 1}, {"score by reward": 2 * GIB}, 1, 0), "lower reward.max_tokens"),
-        (Need({"a": GIB}, {"update": 1}, 3 * GIB, 0),
+        (Need({"a": GIB}, {"rollout": 2 * GIB}, 1, 0, {}),
+         "'rollout' is too large: lower train.batch"),
+        (Need({"a": 1}, {"score by reward": 2 * GIB}, 1, 0, {}), "lower reward.max_tokens"),
+        (Need({"a": GIB}, {"update": 1}, 3 * GIB, 0, {}),
          "3.00 GiB a device are needed and there are 2.00; stage 'sample' is too large: lower "
          "sampling.batch_size"),
     ],
@@ -308,3 +311,22 @@ def test_what_is_wrong_is_told_in_a_line(root, capfd, flags, words):
 def test_a_missing_reward_is_an_error_too(root):
     with pytest.raises((InputError, CheckpointError), match="/no/such"):
         need(root, "reward.function=", "reward.path=/no/such")
+
+
+def test_a_slice_that_is_not_here_is_planned_by_its_own_compiler(root, tmp_path, capfd):
+    """Of more devices than this machine has; what each sends is told as well."""
+    flags = ["mesh.data=2", "mesh.fsdp=4", "mesh.tensor=2", "samples.path=", "memory.device_gib=0"]
+    line = command(root, *flags)
+    assert cli.main([*line, f"--workdir={tmp_path}", "--topology=v5e:4x4"]) == 0
+    out, err = capfd.readouterr()
+    assert "data 2 x fsdp 4 x tensor 2" in out and "16,384 MiB a device" in out
+    assert "sent by each device" in out and re.search(r"update +│ +[0-9.]+", out)
+    assert re.search(r"fits: 0.0\d of 16.00 GiB a device", out)
+    assert re.search(r"plan: compiled for 16 devices in \d+ s", out + err)
+    for wrong, words in (
+        ("v5e:3x5", "--topology=v5e:3x5: libtpu says"), ("tpu", "write version and shape, such as"),
+    ):  # fmt: skip
+        assert cli.main([*line, f"--workdir={tmp_path}", f"--topology={wrong}"]) == 2
+        assert words in capfd.readouterr().err
+    assert cli.main(["run", *line[1:], "--topology=v5e:4x4"]) == 2
+    assert "--topology=v5e:4x4: use it with `vbon plan`" in capfd.readouterr().err

@@ -313,7 +313,9 @@ def for_decoding(params: Params, config: DecoderConfig) -> Params:
       products read it.
     """
     params = unstacked(params)
-    ends = {name: _whole(params, config, name) for name in ("wte", "wpe", "head") if name in params}
+    ends: Params = {
+        name: _whole(params, config, name) for name in ("wte", "wpe", "head") if name in params
+    }
     blocks = tuple(_gathered(config, layer, stacked=True) for layer in params["blocks"])
     return {**params, **ends, "blocks": blocks}
 

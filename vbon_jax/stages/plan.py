@@ -1,9 +1,10 @@
 """What a run will need of each device's memory, told before anything is allocated.
 
 Nothing is loaded and nothing runs: the run's own programs are compiled for abstract arrays with the
-shardings they will have, and the compiler says what it would allocate. For a mesh larger than this
-machine they are compiled for as many CPU devices (``pretend``), whose temporaries are near those of
-an accelerator, not equal to them.
+shardings they will have, and the compiler says what it would allocate. For a TPU slice it is the
+slice's own compiler (``topology``). For another mesh larger than this machine they are compiled for
+as many CPU devices (``pretend``), whose temporaries are near those of an accelerator, not equal to
+them.
 
 What a runtime and its libraries take for themselves (code, compiled programs, a GPU's context) is
 not in the figures: a few hundred MB, whatever the model.
@@ -11,6 +12,8 @@ not in the figures: a few hundred MB, whatever the model.
 
 import dataclasses
 import os
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +26,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from vbon_jax import methods, sharding
+from vbon_jax import compiled, methods, sharding
 from vbon_jax.bon.exponential import ExponentialFit
 from vbon_jax.bon.references import References
 from vbon_jax.config import Config, Reward, RewardPart
@@ -38,11 +41,12 @@ from vbon_jax.models import cache, decoder, encoder, heads, hf, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.encoder import EncoderConfig
 from vbon_jax.models.hf import config_files, hub
+from vbon_jax.progress import log
 from vbon_jax.rewards import classifier, text
 from vbon_jax.sampling import decode, slots
 from vbon_jax.sampling.requests import bucket_length
 from vbon_jax.sampling.responses import ScoredRollout
-from vbon_jax.stages import adoption, loading
+from vbon_jax.stages import adoption, loading, topology
 from vbon_jax.stages.base import refuse_uneven
 from vbon_jax.stages.fitting import LABELS, decoder_config
 from vbon_jax.stages.workdir import Workdir
@@ -62,12 +66,14 @@ class Need(NamedTuple):
       phases: peak bytes of each phase beyond those, by name.
       sample: peak bytes of stage ``sample``.
       cache: of the phase "rollout", its keys and values.
+      sent: bytes that each device sends to others in a phase, once for each run of it, by name.
     """
 
     held: dict[str, int]
     phases: dict[str, int]
     sample: int
     cache: int
+    sent: dict[str, float]
 
     @property
     def train(self) -> int:
@@ -116,12 +122,15 @@ def _shape(*shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _new_bytes(lowered: jax.stages.Lowered) -> int:
-    """What a program allocates beside its arguments, bytes a device."""
+def _new_bytes(w: "_World", lowered: jax.stages.Lowered, phase: str) -> int:
+    """What a program allocates beside its arguments, bytes a device; adds what it sends."""
     # Memory is settled before machine code is made, which on CPU need not be good for this.
-    on_cpu = jax.default_backend() == "cpu"
-    options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
-    stats: Any = lowered.compile(compiler_options=options).memory_analysis()
+    options: Any = {"xla_backend_optimization_level": 0} if w.platform == "cpu" else None
+    program = lowered.compile(compiler_options=options)
+    if w.mesh.size > 1:
+        sent = sum(c.moved * c.times for c in compiled.collectives(program.as_text() or ""))
+        w.sent[phase] = w.sent.get(phase, 0.0) + sent
+    stats: Any = program.memory_analysis()
     return int(stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes)
 
 
@@ -136,6 +145,12 @@ class _World:
     reference: Any
     prompts: int
     prompt: int  # columns of a padded prompt
+    sent: dict[str, float]  # as in Need
+
+    @property
+    def platform(self) -> str:
+        """What the programs are compiled for."""
+        return str(self.mesh.devices.flat[0].platform)
 
     @property
     def columns(self) -> int:
@@ -145,7 +160,7 @@ class _World:
     @property
     def on_host(self) -> bool:
         """Whether a device's memory is the host's own, and no accelerator is meant."""
-        return jax.default_backend() == "cpu" and not self.settings.memory.device_gib
+        return self.platform == "cpu" and not self.settings.memory.device_gib
 
     def packing(self, rows: int) -> int:
         """Bytes that matrix products take to pack an operand, which the compiler does not report.
@@ -258,13 +273,14 @@ def need(s: Config, mesh: Mesh, made: Workdir) -> Need:
     reference = {"decoder": _abstract(shapes, mesh, "decoder", s.memory.frozen_dtype)}
     prompts, longest = _prompts(s, made)
     columns = min(bucket_length(longest), config.positions)
-    w = _World(s, mesh, made, config, reference, prompts, columns)
+    sent: dict[str, float] = {}
+    w = _World(s, mesh, made, config, reference, prompts, columns, sent)
     held = {"reference": bytes_of(reference)}
     phases: dict[str, int] = {}
     with jax.set_mesh(mesh):
         sample = _sampling(w, held)
         cached = 0 if s.method.name == methods.BEST_OF_N else _training(w, held, phases)
-    return Need(held, phases, sample, cached)
+    return Need(held, phases, sample, cached, sent)
 
 
 def _sampling(w: _World, held: dict[str, int]) -> int:
@@ -275,13 +291,18 @@ def _sampling(w: _World, held: dict[str, int]) -> int:
         found = _classifier(w, r)
         if found is not None:
             held[name] = bytes_of(found[1])
-            on_top.append(0 if s.samples.path else _score_bytes(w, r, *found, rows))
+            on_top.append(
+                0 if s.samples.path else _score_bytes(w, r, *found, rows, f"sample, {name}")
+            )
     if not s.samples.path:  # samples made elsewhere are only copied
-        on_top.append(_slots_bytes(w, w.reference["decoder"], rows, w.prompts, s.samples.m)[0])
+        params = w.reference["decoder"]
+        on_top.append(_slots_bytes(w, params, rows, w.prompts, s.samples.m, "sample, a page")[0])
     return sum(held.values()) + max(on_top)
 
 
-def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, rows: int) -> int:
+def _score_bytes(
+    w: _World, r: Reward | RewardPart, config: Any, params: Any, rows: int, phase: str
+) -> int:
     """Bytes of one call of a reward model.
 
     A text that is re-tokenized is taken to have as many tokens as the policy's: more is not known.
@@ -291,10 +312,12 @@ def _score_bytes(w: _World, r: Reward | RewardPart, config: Any, params: Any, ro
         rows, length = TEXT_ROWS, text.bucket(length, r.max_tokens or config.positions)
     batch = _abstract((_shape(rows, length), _shape(rows, length, dtype=bool)), w.mesh, "batch")
     lowered = classifier.score.lower(params, *batch, config=config, kind="logit", label=0)
-    return _new_bytes(lowered)
+    return _new_bytes(w, lowered, phase)
 
 
-def _slots_bytes(w: _World, params: Any, rows: int, prompts: int, each: int) -> tuple[int, int]:
+def _slots_bytes(
+    w: _World, params: Any, rows: int, prompts: int, each: int, phase: str
+) -> tuple[int, int]:
     """Slots for ``each`` responses to prompts, and a page of them; of that keys and values."""
     s = w.settings
     new, ends = s.sampling.max_new_tokens, (0,) if s.sampling.stop_at_eos else ()
@@ -310,7 +333,7 @@ def _slots_bytes(w: _World, params: Any, rows: int, prompts: int, each: int) -> 
         slots.draw.lower(state, params, np.float32(1), one, one, setup=setup),
     )
     kept = [(x.k, x.v) for x in (state.store, state.held, state.rows)]
-    return bytes_of(state) + max(map(_new_bytes, lowered)), bytes_of(kept)
+    return bytes_of(state) + max(_new_bytes(w, x, phase) for x in lowered), bytes_of(kept)
 
 
 def _rollout_bytes(
@@ -335,7 +358,8 @@ def _rollout_bytes(
             cache.init(w.config, rows, s.sampling.max_new_tokens),
         )
     )
-    return _new_bytes(lowered), sum(bytes_of(_abstract(x, w.mesh, "cache")) for x in kept)
+    kept_bytes = sum(bytes_of(_abstract(x, w.mesh, "cache")) for x in kept)
+    return _new_bytes(w, lowered, "rollout"), kept_bytes
 
 
 def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
@@ -367,12 +391,13 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     for name, r in _scores(s).items():
         found = _classifier(w, r)
         if found is not None:
-            phases[f"score by {name}"] = _score_bytes(w, r, *found, rows)
+            phase = f"score by {name}"
+            phases[phase] = _score_bytes(w, r, *found, rows, phase)
     own = job.program()
     policy = trainable.join(w.reference["decoder"], state.params["decoder"])
     told = (own.lookahead, own.trunk_layers)
     if own.rows:
-        rollout, kv = _slots_bytes(w, policy, own.rows, rows // own.group, own.group)
+        rollout, kv = _slots_bytes(w, policy, own.rows, rows // own.group, own.group, "rollout")
     else:
         rollout, kv = _rollout_bytes(w, policy, rows, own.group, *told)
     batch = _abstract(_batch(w, rows, own), w.mesh, "batch")
@@ -382,7 +407,7 @@ def _training(w: _World, held: dict[str, int], phases: dict[str, int]) -> int:
     program = jax.jit(own.update, donate_argnums=0)
     lowered = program.lower(state, w.reference, batches, table, scalar, scalar)
     step = s.train.minibatch_size // microbatches(s.train, s.memory)
-    phases["update"] = _new_bytes(lowered) + bytes_of(batches) + w.packing(step)
+    phases["update"] = _new_bytes(w, lowered, "update") + bytes_of(batches) + w.packing(step)
     return kv
 
 
@@ -473,14 +498,16 @@ def _offline(w: _World, job: Job, state: Any, held: dict[str, int], phases: dict
         scored = jax.jit(
             partial(offline.log_prob, config=w.config, temperature=s.sampling.temperature)
         )
-        phases["log pi_ref"] = _new_bytes(scored.lower(w.reference, *few))
+        phases["log pi_ref"] = _new_bytes(w, scored.lower(w.reference, *few), "log pi_ref")
     many = (min(learning.STEPS, job.offline_steps), s.offline.batch_size)
     chosen = offline.Choices(_shape(*many), _shape(*many), _shape(*many, dtype=jnp.float32))
     base = None if job.training.trained.whole else w.reference["decoder"]
     scalar = _shape(dtype=jnp.float32)
     program = jax.jit(partial(offline.steps, setup=job.offline_setup()), donate_argnums=0)
     lowered = program.lower(state, pool, chosen, scalar, scalar, base)
-    phases["gradient steps"] = _new_bytes(lowered) + w.packing(2 * s.offline.batch_size)
+    phases["gradient steps"] = _new_bytes(w, lowered, "gradient steps") + w.packing(
+        2 * s.offline.batch_size
+    )
 
 
 def device_bytes(s: Config) -> int:
@@ -501,7 +528,7 @@ SMALLER = {
     "update": "raise memory.accumulate, set memory.remat=full, lower memory.chunk",
     "gradient steps": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
     "start": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
-    "rollout": "set or lower memory.rollout_rows, lower train.batch_size",
+    "rollout": "lower train.batch_size, or set memory.rollout_rows",
     "log pi_ref": "lower sampling.batch_size",
     "checkpoint": "train less of it (train.num_layers_unfrozen, lora.rank)",
 }
@@ -555,20 +582,45 @@ def tables(found: Need, mesh: Mesh, limit: int) -> Sequence[Table]:
     if found.cache:
         phases.add_section()
         add(phases, "keys and values, in rollout", found.cache)
-    return held, phases, stages
+    if not found.sent:
+        return held, phases, stages
+    sent = Table(title="sent by each device, once a phase")
+    sent.min_width = len(str(sent.title))
+    sent.add_column("what")
+    sent.add_column("MiB", justify="right")
+    for name, moved in found.sent.items():
+        add(sent, name, int(moved))
+    return held, phases, stages, sent
 
 
-def run(config: Config, workdir: Workdir) -> None:
-    """Prints the memory a run needs on each device; touches no workdir."""
+def run(config: Config, workdir: Workdir, slice_name: str | None = None) -> None:
+    """Prints the memory a run needs on each device; touches no workdir.
+
+    Args:
+      config: the run's settings.
+      workdir: its folder, of which only what is there is read.
+      slice_name: a TPU slice to plan for, "v5e:16x16"; None for devices like this machine's.
+    """
     m = config.mesh
     wanted = m.data * m.fsdp * m.tensor
-    if wanted > 1:  # no axis takes the rest: a mesh that need not be here
-        pretend(wanted)
-    mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
+    limit: float
+    if slice_name is not None:
+        there = topology.devices(slice_name)
+        mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor, there)
+        limit = GIB * (config.memory.device_gib or topology.memory_gib(slice_name, there))
+    else:
+        if wanted > 1:  # no axis takes the rest: a mesh that need not be here
+            pretend(wanted)
+        mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
+        limit = device_bytes(config)
     refuse_uneven(config, mesh)
-    limit = device_bytes(config)
-    found = need(config, mesh, workdir)
+    began = time.monotonic()
+    with warnings.catch_warnings():  # a cache of programs can hold them, not give them back
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+        found = need(config, mesh, workdir)
+    if slice_name is not None:
+        log(f"plan: compiled for {mesh.size} devices in {time.monotonic() - began:.0f} s")
     console = Console()
-    for table in tables(found, mesh, limit):
+    for table in tables(found, mesh, int(limit)):
         console.print(table)
-    console.print(verdict(found, limit), highlight=False, soft_wrap=True)
+    console.print(verdict(found, int(limit)), highlight=False, soft_wrap=True)
