@@ -48,7 +48,7 @@ def test_policy_against_reference(params, config, rows):
     tokens, mask = rows
     other = jax.tree.map(lambda x: 1.1 * x, params)
     found = score.against(
-        (decoder.head(other), decoder.head(params)), (config, config),
+        tuple(decoder.head(x, config) for x in (other, params)), (config, config),
         tuple(score.hidden(p, config, tokens, mask, T) for p in (other, params)),
         tokens[:, -T:], 0.7, 3,
     )  # fmt: skip
