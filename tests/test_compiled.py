@@ -6,11 +6,11 @@ import sys
 
 import jax
 import pytest
-from jax.experimental import topologies
 
 from tests import programs
 from vbon_jax import compiled, sharding
 from vbon_jax.sampling.logits import BLOCK
+from vbon_jax.stages import topology
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "2x2x2": (2, 2, 2)}
 SIZES = programs.Bytes()
@@ -65,14 +65,7 @@ def v5e():
     """The devices of a TPU slice that is not here: libtpu compiles for it all the same."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         pytest.skip("there is no libtpu for this machine")
-    here = {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in here.items():
-            patch.setenv(name, value)
-        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    return topology.devices("v5e:2x4")
 
 
 @pytest.fixture(scope="module", params=itertools.product(("cpu", "tpu"), MESHES), ids="-".join)
@@ -83,7 +76,6 @@ def mesh(request):
 
 
 def collectives(lowered):
-    # A cache of compiled programs holds none for devices that are not here.
     return compiled.collectives(lowered.compile().as_text())
 
 
