@@ -35,6 +35,7 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     )
     flags.DEFINE_string("topology", None, "A TPU slice to plan for.", flag_values=values)
     flags.DEFINE_bool("stream", False, "Text as it is written.", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "One of several processes.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer(
         "num_processes", None, "Processes of the run.", lower_bound=1, flag_values=values
@@ -68,10 +69,12 @@ def usage() -> str:
         '  --topology=v5e:4x4  "plan" for a TPU slice, which need not be here\n'
         "  --profile=3:5    a JAX profiler trace of these iterations of training\n"
         "  --version        the version of vbon_jax, of JAX and of its devices\n"
-        "  --coordinator --num_processes --process_id\n"
-        "                   of a run of several processes: checked, and refused in this version\n\n"
-        "exit codes: 0 done; 2 bad input, disk or memory full; 128 + the signal's number when\n"
-        "stopped, saved first (a second signal stops at once)\n"
+        "  --distributed    one of the processes of a run, which JAX finds by itself under Slurm,\n"
+        "                   Open MPI, on Cloud TPU and GKE; elsewhere say who they are:\n"
+        "  --coordinator=HOST:PORT --num_processes=N --process_id=I\n\n"
+        "exit codes: 0 done; 2 bad input, disk or memory full; 75 another process of the run was\n"
+        "lost, start all again; 128 + the signal's number when stopped, saved first (a second\n"
+        "signal stops at once)\n"
     )
 
 
@@ -82,6 +85,15 @@ def version() -> str:
     import jax
 
     return f"vbon_jax {metadata.version('vbon_jax')} (jax {jax.__version__}, {jax.devices()})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Those of a run of several, as far as flags say who they are; else JAX finds them."""
+
+    coordinator: str | None
+    count: int | None
+    index: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +108,7 @@ class Command:
     stream: bool
     topology: str | None
     profile: tuple[int, int] | None
+    processes: Processes | None
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -138,7 +151,12 @@ def parse(argv: Sequence[str]) -> Command:
             f"--stream --best_of={values.best_of}: which is the best is known when all are whole; "
             "leave out one of them"
         )
-    _refuse_processes(values.coordinator, values.num_processes, values.process_id)
+    several = _processes(values)
+    if several is not None and rest[0] in ("plan", "sweep"):
+        raise InputError(
+            f"--distributed, --coordinator: `vbon {rest[0]}` is of one process"
+            + (": --shard=I/N shares a sweep's units out" if rest[0] == "sweep" else "")
+        )
     return Command(
         rest[0],
         vbon_config.parse(config),
@@ -148,16 +166,17 @@ def parse(argv: Sequence[str]) -> Command:
         values.stream,
         values.topology,
         _profile(values.profile),
+        several,
     )
 
 
-def _refuse_processes(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    """Checks the flags of a run of several processes, which is refused."""
+def _processes(values: flags.FlagValues) -> Processes | None:
+    """What the flags say of a run of several processes; None for a run of one."""
+    coordinator, num_processes = values.coordinator, values.num_processes
+    process_id = values.process_id
     given = (coordinator, num_processes, process_id)
     if all(value is None for value in given):
-        return
+        return Processes(None, None, None) if values.distributed else None
     if any(value is None for value in given):
         raise InputError("--coordinator, --num_processes and --process_id go together: give all")
     assert coordinator is not None and num_processes is not None and process_id is not None
@@ -171,12 +190,7 @@ def _refuse_processes(
         raise InputError(
             f"--process_id={process_id}: it must be below --num_processes={num_processes}"
         )
-    if num_processes > 1:
-        raise InputError(
-            f"--num_processes={num_processes}: a run is of one process; a later version takes "
-            "several. Leave out --coordinator, --num_processes and --process_id (a sweep shares "
-            "its work through --workdir: start the same command on each host)"
-        )
+    return Processes(coordinator, num_processes, process_id)
 
 
 def _profile(text: str | None) -> tuple[int, int] | None:
@@ -252,8 +266,12 @@ def execute(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # libraries' remarks would stand between our own lines
     config = command.config
     several = command.stage == "sweep" or (command.stage == "run" and "sweep" in config.stages)
-    from vbon_jax import sharding  # after the flags: jax starts here
+    from vbon_jax import processes, sharding  # after the flags: jax starts here
     from vbon_jax.stages import base, plan, sizes, workdir
+
+    if command.processes is not None:
+        of = command.processes
+        processes.connect(of.coordinator, of.count, of.index)
 
     folder = workdir.Workdir(command.workdir, config, STAGES)
     if command.stage == "plan":
@@ -261,6 +279,12 @@ def execute(argv: Sequence[str]) -> None:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run = base.Run(config, folder, mesh, command.profile)
+    processes.refuse_apart(mesh)
+    if several and processes.count() > 1:
+        raise InputError(
+            "stage sweep: a run of several processes has none; leave it out of the config's "
+            "stages and share its units out by `vbon sweep --shard=I/N`"
+        )
     base.refuse_uneven(config, mesh)
     devices = plan.device_bytes(config) * mesh.size
     sizes.refuse_impossible(config, sizes.host_bytes(), devices)

@@ -1,6 +1,7 @@
 """How a command ends: one line and an exit code for each error, and an end that nothing delays."""
 
 import atexit
+import ctypes
 import logging
 import os
 import signal
@@ -15,6 +16,21 @@ from vbon_jax.errors import InputError, disk_line
 
 LEAVE_SECONDS = 5.0  # for what libraries do at exit, after an error
 DONE_SECONDS = 60.0  # and after work that is done
+LOST = 75  # EX_TEMPFAIL of sysexits.h: start it again
+_LOST_LINE = (
+    "another process of the run was lost: start all of them again, the same command goes on from "
+    "what is saved"
+)
+# What errors of collectives begin with; a status that is the program's fault is not among them.
+_COLLECTIVE = (
+    "UNKNOWN:",
+    "INTERNAL:",
+    "UNAVAILABLE:",
+    "ABORTED:",
+    "CANCELLED:",
+    "DEADLINE_EXCEEDED",
+)
+_on_abort: Any = None  # the handler, which must live as long as the process; None in a run of one
 _code = 0  # of the process that leaves
 _reported = False  # whether the last line was printed
 
@@ -51,7 +67,35 @@ def ending(error: BaseException) -> tuple[int, str] | None:
             f"out of memory ({type(error).__name__}: {said}): `vbon plan` with the same flags "
             "tells what a run needs and which keys lower it"
         )
+    if _of_the_others(error):
+        said = " ".join(str(error).split())[:200]
+        return LOST, f"{_LOST_LINE} ({type(error).__name__}: {said})"
     return None
+
+
+def end_with_the_others() -> None:
+    """From now on this process ends with code `LOST` when another one of its run is lost.
+
+    JAX's client aborts the process then, whatever its main thread waits for. A handler of Python's
+    own would not run: this one is called by the C library.
+    """
+    global _on_abort
+
+    def handle(signum: int) -> None:
+        os.write(2, f"vbon: {_LOST_LINE}\n".encode())
+        os._exit(LOST)
+
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _on_abort = kind(handle)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, kind], ctypes.c_void_p
+    libc.signal(signal.SIGABRT, _on_abort)
+
+
+def _of_the_others(error: BaseException) -> bool:
+    """Whether an error is what a process meets whose run has lost another one."""
+    known = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError", "ValueError")
+    return _on_abort is not None and known and str(error).startswith(_COLLECTIVE)
 
 
 def _out_of_memory(error: BaseException) -> bool:

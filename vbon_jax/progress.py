@@ -17,11 +17,19 @@ from rich.progress import (
 )
 
 LOG_SECONDS = 10.0  # between plain lines where there is no terminal
+_silent = False  # in a process of a run that is not its first
+
+
+def silence() -> None:
+    """From now on this process shows no progress: the first of its run does."""
+    global _silent
+    _silent = True
 
 
 def log(text: str) -> None:
     """A line to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    if not _silent:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Reporter:
@@ -32,7 +40,7 @@ class Reporter:
         self._first, self._start, self._last = done, time.monotonic(), time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
@@ -76,7 +84,7 @@ class Reporter:
 @contextmanager
 def reporting(title: str, total: int, done: int = 0) -> Iterator[Reporter]:
     """A Reporter on standard error, closed on the way out."""
-    reporter = Reporter(title, total, done, Console(file=sys.stderr))
+    reporter = Reporter(title, total, done, Console(file=sys.stderr, quiet=_silent))
     try:
         yield reporter
     finally:

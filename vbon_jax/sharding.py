@@ -6,8 +6,8 @@ vocabulary. The default mesh, (1, 1, 1), is one device: the same code runs there
 """
 
 import re
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def make_mesh(
     count = int(np.prod(list(sizes.values())))
     if count < 1 or count > len(devices):
         raise InputError(
-            f"mesh {sizes} needs {max(count, fixed)} devices, this process sees {len(devices)}: "
+            f"mesh {sizes} needs {max(count, fixed)} devices, there are {len(devices)}: "
             "set mesh.data, mesh.fsdp and mesh.tensor so that their product fits"
         )
     return jax.make_mesh(
@@ -133,8 +133,57 @@ def _below(prefix: str, key_path: Sequence[Any]) -> str:
 
 
 def place(tree: Any, mesh: Mesh, prefix: str = "") -> Any:
-    """``tree`` on the mesh, sharded by the table. Use prefix="batch" for rows of a batch."""
-    return jax.device_put(tree, shardings(tree, mesh, prefix))
+    """``tree`` on the mesh, sharded by the table. Use prefix="batch" for rows of a batch.
+
+    Where the mesh is that of several processes, all of them call it with the same values, and each
+    gives its own devices their parts.
+    """
+    where = shardings(tree, mesh, prefix)
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, where)
+    return jax.tree.map(_put, tree, where)
+
+
+def _put(x: Any, where: NamedSharding) -> jax.Array:
+    """One leaf on the devices of several processes."""
+    if isinstance(x, jax.Array):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            of_data = _of_key_data(where, x)
+            return jax.random.wrap_key_data(
+                _put(jax.random.key_data(x), of_data), impl=jax.random.key_impl(x)
+            )
+        if not x.is_fully_addressable:
+            return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def _of_key_data(where: NamedSharding, keys: jax.Array) -> NamedSharding:
+    """Where the words of random keys lie that lie as ``where`` says."""
+    return NamedSharding(where.mesh, P(*where.spec, *(None,) * (keys.ndim - len(where.spec))))
+
+
+def fetch(tree: Any) -> Any:
+    """The values of a tree's arrays on the host, of all processes: NumPy arrays.
+
+    Parts that lie on the devices of other processes are sent; so all processes call it alike.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    apart = [
+        i for i, x in enumerate(leaves)
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+    ]  # fmt: skip
+    if apart:
+        everywhere = NamedSharding(leaves[apart[0]].sharding.mesh, P())
+        whole = _on_each(everywhere)([leaves[i] for i in apart])
+        for i, x in zip(apart, whole, strict=True):
+            leaves[i] = x
+    return jax.device_get(jax.tree.unflatten(treedef, leaves))
+
+
+@lru_cache(maxsize=8)
+def _on_each(everywhere: NamedSharding) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    return jax.jit(lambda arrays: arrays, out_shardings=everywhere)
 
 
 def _divided() -> Any:

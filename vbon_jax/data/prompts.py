@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from vbon_jax import processes
 from vbon_jax.data import jsonl, records
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.errors import InputError, writing
@@ -181,6 +182,8 @@ def write_jsonl(path: str | os.PathLike[str], prompts: Sequence[Prompt]) -> None
       path: the file; one that exists is replaced.
       prompts: the prompts.
     """
+    if not processes.first():
+        return
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with writing(path):

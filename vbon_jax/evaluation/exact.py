@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vbon_jax import sharding
 from vbon_jax.bon import correction, enumeration
 from vbon_jax.models import log_probs
 from vbon_jax.models.lm import LanguageModel
@@ -46,9 +47,8 @@ def string_log_probs(
     """Log p(string | prompt) of every string, float64 nats [S], normalised over the strings."""
     count, length = strings_SxT.shape
     tokens = np.concatenate([np.tile(np.array(prompt, np.int32), (count, 1)), strings_SxT], axis=1)
-    log_p = np.asarray(
-        _teacher_forced(model.params, tokens, length, temperature, config=model.config), np.float64
-    )
+    found = _teacher_forced(model.params, tokens, length, temperature, config=model.config)
+    log_p = np.asarray(sharding.fetch(found), np.float64)
     # The world is closed, so what is missing from 1 is float32 rounding (about 1e-6).
     return log_p - np.logaddexp.reduce(log_p)
 

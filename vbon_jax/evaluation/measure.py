@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vbon_jax import sharding
 from vbon_jax.bon import jackknife, quantiles, theory
 from vbon_jax.bon import pool as bon_pool
 from vbon_jax.bon import references as bon_references
@@ -331,7 +332,7 @@ def throughput(
         batch = draw()
         if pick is not None:
             jax.block_until_ready(pick(batch))
-        mask = jax.device_get(batch.rollout.mask_BxT)
+        mask = sharding.fetch(batch.rollout.mask_BxT)
         return time.monotonic() - began, len(mask), int(mask.sum())
 
     once()  # compiles

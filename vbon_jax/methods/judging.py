@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from vbon_jax import sharding
 from vbon_jax.bon.pool import resample
 from vbon_jax.methods.base import Offline
 from vbon_jax.training import offline, policies, population
@@ -80,8 +81,8 @@ class Judge:
         if (step + 1) % self._every and step != self._last:
             return state, {}
         state, kl, looks = self._look(self._shared, state, self._rows, self._known)
-        ended = bool(np.all(np.asarray(looks) >= PATIENCE))
-        return state, {"kl_held_out": np.asarray(kl).tolist(), "ended": ended}
+        kl, looks = sharding.fetch((kl, looks))
+        return state, {"kl_held_out": kl.tolist(), "ended": bool(np.all(looks >= PATIENCE))}
 
 
 def words(found: dict[str, Any]) -> str:

@@ -490,7 +490,7 @@ def _offline_step(
             stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
             choices = sharding.place(stacked, mesh, population.AXIS)
         state, metrics = update((pool, base), state, choices, *scalars)
-        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        values = {name: value.tolist() for name, value in sharding.fetch(metrics).items()}
         values["learning_rate"] = float(schedule(step * examples.width))
         words = f"loss {np.mean(values['loss']):.4f}"
         if judge is not None:

@@ -183,7 +183,7 @@ def _head(
     else:
         config, own = job.value.config, params["value"]["decoder"]
     rollout, size = batch.rollout, job.training.score_batch
-    arrays = jax.device_get((
+    arrays = sharding.fetch((
         (batch.prompt_BxP, rollout.tokens_BxT), (batch.prompt_mask_BxP, rollout.mask_BxT), return_B
     ))  # fmt: skip
     tokens, mask = (np.concatenate(x, axis=1) for x in arrays[:2])

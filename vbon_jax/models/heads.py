@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vbon_jax import sharding
 from vbon_jax.models.decoder import DecoderConfig
 
 Params = dict[str, Any]
@@ -82,7 +83,7 @@ def fit_value(found: Moments) -> Params:
     Returns:
       {kernel [D, 1], bias [1]}, float32.
     """
-    gram, cross = (np.asarray(x, np.float64) for x in found[:2])
+    gram, cross = (np.asarray(x, np.float64) for x in sharding.fetch(found[:2]))
     count, width = max(gram[-1, -1], 1.0), len(cross) - 1
     mean_D, mean = gram[-1, :-1] / count, cross[-1] / count
     covariance = gram[:-1, :-1] / count - np.outer(mean_D, mean_D)
@@ -96,7 +97,7 @@ def fit_value(found: Moments) -> Params:
 
 def explained_variance(params: Params, found: Moments) -> float:
     """The share of the returns' variance that a value head explains; 0 where they do not vary."""
-    gram, cross, square = (np.asarray(x, np.float64) for x in found)
+    gram, cross, square = (np.asarray(x, np.float64) for x in sharding.fetch(tuple(found)))
     w_E = np.append(np.asarray(params["kernel"], np.float64), np.asarray(params["bias"]))
     count = max(gram[-1, -1], 1.0)
     variance = square / count - (cross[-1] / count) ** 2

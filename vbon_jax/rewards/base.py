@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.sample_lines import is_finite
 from vbon_jax.errors import InputError
@@ -111,7 +112,7 @@ def texts_of(
     Returns:
       A text for each prompt.
     """
-    tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
+    tokens, mask = sharding.fetch((response_BxT, response_mask_BxT))
     tokens, mask = tokens[: len(prompts)], mask[: len(prompts)]
     mask = mask & ~lm.is_end(tokens, end_ids)
     rows = [row[keep].tolist() for row, keep in zip(tokens, mask)]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.models import lm
@@ -122,13 +123,13 @@ class WeightedReward:
             return found[0]
         on_device = all(isinstance(rewards, jax.Array) for rewards in found)
         if not on_device:
-            found = [np.asarray(rewards)[: len(prompts)] for rewards in jax.device_get(found)]
+            found = [np.asarray(rewards)[: len(prompts)] for rewards in sharding.fetch(found)]
         missing = None
         if self._missing_eos != "none":
             tokens: Any = response_BxT
             mask: Any = response_mask_BxT
             if not on_device:
-                tokens, mask = (x[: len(prompts)] for x in jax.device_get((tokens, mask)))
+                tokens, mask = (x[: len(prompts)] for x in sharding.fetch((tokens, mask)))
             missing = ~(mask & lm.is_end(tokens, self._end_ids)).any(axis=1)
         if missing is not None or len(found) > 1:
             self._calls.append(_Call(len(prompts), tuple(found), missing))
@@ -174,7 +175,7 @@ class WeightedReward:
 
     def _fold(self) -> None:
         """Adds the statistics of the calls up; all but the newest have been computed by now."""
-        for real, parts, missing in jax.device_get(self._calls):
+        for real, parts, missing in sharding.fetch(self._calls):
             self._sums[0] += real
             if missing is not None:
                 self._sums[1] += np.sum(missing[:real])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from vbon_jax import processes, sharding
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
 from vbon_jax.rewards.base import Decode, checked, texts_of
@@ -137,9 +138,17 @@ class FunctionReward:
     ) -> np.ndarray:
         """Returns float32 rewards [len(prompts)]; see `base.Reward`.
 
+        Of a run of several processes each calls the function on rows of its own.
+
         Raises:
           InputError: as `call`.
         """
         del prompt_BxP, prompt_mask_BxP
-        responses = texts_of(prompts, response_BxT, response_mask_BxT, self._end_ids, self._decode)
-        return call(self._name, self._function, [p.text for p in prompts], responses, self._key)
+        tokens, mask = sharding.fetch((response_BxT, response_mask_BxT))
+
+        def score(rows: slice) -> np.ndarray:
+            own = prompts[rows]
+            responses = texts_of(own, tokens[rows], mask[rows], self._end_ids, self._decode)
+            return call(self._name, self._function, [p.text for p in own], responses, self._key)
+
+        return processes.joined(len(prompts), score)

@@ -254,7 +254,7 @@ class TextReward:
             )
         ]
         for part, values in found:
-            scores[part] = np.asarray(values)[: len(part)]
+            scores[part] = sharding.fetch(values)[: len(part)]
         return scores
 
     def _score(self, rows: Sequence[Sequence[int]], length: int) -> jax.Array:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vbon_jax import processes
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, SampleWriter
@@ -69,8 +70,7 @@ def write(
       Stopped: after a signal; what was drawn stays.
       InputError: a reward is not finite, or a file is at fault.
     """
-    with SampleWriter(path) as writer:
-        whole = {p.id for p in prompts} <= set(writer.done)
+    whole = {p.id for p in prompts} <= set(processes.by_first(lambda: _written(path)))
     found: dict[int, list[PromptSamples]] = {p.id: [] for p in prompts}
     open_, rounds = [] if whole else list(prompts), path.parent / "rounds"
     for number, which in enumerate(rule.rounds, 1):
@@ -86,13 +86,23 @@ def write(
         rewards = [[r for part in found[p.id] for r in part.rewards] for p in open_]
         enough = rule.enough(np.array(rewards, np.float32))
         open_ = [p for p, ends in zip(open_, enough, strict=True) if not ends]
-    with SampleWriter(path) as writer:
-        for prompt in prompts:
-            if prompt.id not in writer.done:
-                writer.append(sample_files.joined(found[prompt.id]))
-    shutil.rmtree(rounds, ignore_errors=True)  # there are none if the file was whole
+
+    def join() -> None:
+        with SampleWriter(path) as writer:
+            for prompt in prompts:
+                if prompt.id not in writer.done:
+                    writer.append(sample_files.joined(found[prompt.id]))
+        shutil.rmtree(rounds, ignore_errors=True)  # there are none if the file was whole
+
+    processes.by_first(join)
     stored = sample_files.samples_of(path, prompts, 1)
     count = sum(len(of.rewards) for of in stored)
     short = [of for of in stored if len(of.rewards) == rule.m]
     wide = sum(not rule.enough(np.array([of.rewards], np.float32))[0] for of in short)
     return count, wide
+
+
+def _written(path: Path) -> list[int]:
+    """Ids of the prompts in a samples file, which is made where it is not there."""
+    with SampleWriter(path) as writer:
+        return writer.done

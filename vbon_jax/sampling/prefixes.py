@@ -6,9 +6,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.rewards.base import Reward, checked, counts_of
 from vbon_jax.sampling.decode import Rollout
@@ -50,7 +50,7 @@ def rewards(
     of_prefixes = getattr(reward, "of_prefixes", None)
     at_once = None if of_prefixes is None else of_prefixes(prompts, *rows, tokens_BxT, mask_BxT)
     if at_once is not None:
-        values = np.asarray(jax.device_get(at_once), np.float32)[: len(prompts)]
+        values = np.asarray(sharding.fetch(at_once), np.float32)[: len(prompts)]
         for at in np.flatnonzero(~np.isfinite(values).all(axis=0)).tolist():  # to be named
             seen = mask_BxT & (np.arange(T) < at)
             _checked(sampler, prompts, values[:, at], tokens_BxT, seen)
@@ -87,21 +87,23 @@ def of_candidates(
       InputError: a reward is not finite; names prompt and prefix.
     """
     assert rollout.likeliest is not None
-    ids, tokens = np.asarray(rollout.likeliest.ids_BxTxK), np.asarray(rollout.tokens_BxT)
+    ids, tokens, drawn_mask = sharding.fetch(
+        (rollout.likeliest.ids_BxTxK, rollout.tokens_BxT, rollout.mask_BxT)
+    )
     T, K = ids.shape[1:]
     of = getattr(reward, "of_candidates", None)
     drawn = (rollout.tokens_BxT, rollout.mask_BxT, rollout.likeliest.ids_BxTxK)
     at_once = None if of is None else of(prompts, *rows, *drawn)
     if at_once is not None:
-        values = np.asarray(jax.device_get(at_once), np.float32)[: len(prompts)]
+        values = np.asarray(sharding.fetch(at_once), np.float32)[: len(prompts)]
         for t, k in np.argwhere(~np.isfinite(values).all(axis=0)).tolist():  # to be named
             tokens_here = np.where(np.arange(T) == t, ids[:, t, k, None], tokens)
-            seen = np.asarray(rollout.mask_BxT)[:, t : t + 1] & (np.arange(T) <= t)
+            seen = drawn_mask[:, t : t + 1] & (np.arange(T) <= t)
             _checked(sampler, prompts, values[:, t, k], tokens_here, seen)
         return values
     each = [prompt for prompt in prompts for _ in range(K)]
-    of_each = Prompts(*(np.repeat(np.asarray(x), K, axis=0) for x in rows))
-    mask, tokens = (np.repeat(np.asarray(x), K, axis=0) for x in (rollout.mask_BxT, tokens))
+    of_each = Prompts(*(np.repeat(x, K, axis=0) for x in sharding.fetch(tuple(rows))))
+    mask, tokens = (np.repeat(x, K, axis=0) for x in (drawn_mask, tokens))
     found = np.zeros(ids.shape, np.float32)
     for t in range(T):
         tokens_here = np.where(np.arange(T) == t, ids[:, t].reshape(-1, 1), tokens)
@@ -121,7 +123,7 @@ def _finite(
 ) -> np.ndarray:
     """Float32 rewards of what is ``seen`` of each of the first rows."""
     found = reward(prompts, *rows, tokens_BxT, seen_BxT)
-    values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
+    values = np.asarray(sharding.fetch(found), np.float32)[: len(prompts)]
     return _checked(sampler, prompts, values, tokens_BxT, seen_BxT)
 
 
@@ -135,7 +137,8 @@ def _checked(
     """The rewards of what is ``seen``, if they are finite."""
 
     def text_of(row: int) -> str:
-        ids = np.asarray(tokens_BxT)[row][np.asarray(seen_BxT)[row]].tolist()
+        tokens, seen = sharding.fetch((tokens_BxT[row], seen_BxT[row]))
+        ids = tokens[seen].tolist()
         return sampler.texts([prompts[row].tokens], [ids])[0]
 
     return checked(values_B, "the reward of a prefix is", [p.text for p in prompts], text_of)

@@ -253,7 +253,7 @@ class Sampler:
             params, key, requests, self.mesh, self.settings.temperature, setup, every
         ):
             at, of = at if rows is of else 0, rows
-            tokens, mask, finished = jax.device_get((*rollout[:2], rollout.finished_B))
+            tokens, mask, finished = sharding.fetch((*rollout[:2], rollout.finished_B))
             while at < len(rows):
                 ids = tokens[at][mask[at]].tolist()
                 now = self.texts([rows[at].tokens], [ids])[0]
@@ -307,10 +307,11 @@ class Sampler:
         self, found: Any, prompts: Sequence[Prompt], rollout: decode.Rollout, name: str
     ) -> np.ndarray:
         """What a reward found, of the first rows, float32 on the host; see ``rewards``."""
-        values = np.asarray(jax.device_get(found), np.float32)[: len(prompts)]
+        values = np.asarray(sharding.fetch(found), np.float32)[: len(prompts)]
 
         def text_of(row: int) -> str:
-            ids = rollout.tokens_BxT[row][rollout.mask_BxT[row]].tolist()
+            tokens, mask = sharding.fetch((rollout.tokens_BxT[row], rollout.mask_BxT[row]))
+            ids = tokens[mask].tolist()
             return self.texts([prompts[row].tokens], [ids])[0]
 
         return checked(values, f"the {name} gave", [p.text for p in prompts], text_of)
@@ -364,7 +365,7 @@ class Sampler:
         """The responses of a batch, with the scores that were found."""
         of = [by_id[r.prompt_id] for r in batch.requests]
         rewards = self._checked(found, of, batch.rollout, "reward")
-        rollout, extra = jax.device_get((batch.rollout, extra))
+        rollout, extra = sharding.fetch((batch.rollout, extra))
         rows = [
             row[keep].tolist()
             for row, keep in zip(rollout.tokens_BxT[: batch.size], rollout.mask_BxT)
@@ -420,7 +421,7 @@ class Sampler:
         found: list[str] = []
         key = named_key(seed, "generate")
         for batch in self.batches(key, requests, min(batch_size, max(len(requests), 1))):
-            tokens, mask = jax.device_get((batch.rollout.tokens_BxT, batch.rollout.mask_BxT))
+            tokens, mask = sharding.fetch((batch.rollout.tokens_BxT, batch.rollout.mask_BxT))
             rows = [t[m].tolist() for t, m in zip(tokens, mask)][: batch.size]
             found += self.texts([r.tokens for r in batch.requests], rows)
         return [found[i : i + count] for i in range(0, len(found), count)]

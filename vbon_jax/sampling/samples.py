@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
 
+from vbon_jax import processes
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, SampleWriter
 from vbon_jax.progress import Reporter, reporting
@@ -114,34 +116,43 @@ def write(
     reward, evaluator = rewards
     idle = Idle()
     sampler = dataclasses.replace(sampler, idle=idle)
-    with SampleWriter(path) as writer:
-        written = set(writer.done)
+    with ExitStack() as stack:
+        writers: list[SampleWriter] = []  # the first process has one
+
+        def open_file() -> tuple[list[int], str | None]:
+            writers.append(stack.enter_context(SampleWriter(path)))
+            return writers[0].done, writers[0].recovery
+
+        ids, recovery = processes.by_first(open_file)
+        written = set(ids)
         prompts = sorted(prompts, key=lambda p: p.id not in written)  # those first that are
         done = sum(p.id in written for p in prompts)
-        drawn = done * len(which)
-        with reporting(title, len(prompts) * len(which), drawn) as report, StopSignal() as stop:
-            if writer.recovery:
-                report.say(writer.recovery)
-            try:
-                for count, whole in _grouped(
-                    sampler, key, prompts, which, batch_size, reward, evaluator, done
-                ):
+        count, drawn = len(ids), done * len(which)
+        report = stack.enter_context(reporting(title, len(prompts) * len(which), drawn))
+        stop = stack.enter_context(StopSignal())
+        if recovery:
+            report.say(recovery)
+        try:
+            for responses, whole in _grouped(
+                sampler, key, prompts, which, batch_size, reward, evaluator, done
+            ):
+                for writer in writers:
                     for samples in whole:
                         writer.append(samples)
-                    drawn += count
-                    report.update(drawn)
-                    if stop.signum is not None:
-                        raise Interrupted(stop.signum)
-            except Interrupted as error:  # also inside a reward function that does not return
-                stop.take()
-                raise Stopped(
-                    error.signum, f"{len(writer.done)} of {len(prompts)} prompts are in {path}"
-                ) from error
-            _say_counts(report, title, reward, evaluator)
-            if idle.draws > 1:
-                report.say(
-                    f"{title}: the device waited {idle.share():.0%} of the time for the host"
-                )
+                count += len(whole)
+                drawn += responses
+                report.update(drawn)
+                if (signum := processes.signal(stop)) is not None:
+                    raise Interrupted(signum)
+        except Interrupted as error:  # also inside a reward function that does not return
+            stop.take()
+            raise Stopped(
+                error.signum, f"{count} of {len(prompts)} prompts are in {path}"
+            ) from error
+        _say_counts(report, title, reward, evaluator)
+        if idle.draws > 1:
+            report.say(f"{title}: the device waited {idle.share():.0%} of the time for the host")
+    processes.wait()
 
 
 def _say_counts(report: Reporter, title: str, reward: Reward, evaluator: Reward | None) -> None:

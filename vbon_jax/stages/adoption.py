@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from vbon_jax import sharding
+from vbon_jax import processes, sharding
 from vbon_jax.config import Config
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import tokenizer as tokenizers
@@ -312,7 +311,7 @@ def _rewards(
     arrays: Any = _padded(reference, prompts, rows)  # of the host: a few rows
     found = reward(prompts, *arrays)
     counts_of(reward)  # these count for no statistics
-    return np.asarray(jax.device_get(found), np.float64)[: len(prompts)]
+    return np.asarray(sharding.fetch(found), np.float64)[: len(prompts)]
 
 
 def _log_probs(
@@ -332,6 +331,10 @@ def _log_probs(
 
 def write(target: Path, samples: Sequence[PromptSamples]) -> None:
     """Writes adopted samples as the run's own."""
+    processes.by_first(lambda: _write(target, samples))
+
+
+def _write(target: Path, samples: Sequence[PromptSamples]) -> None:
     target.unlink(missing_ok=True)
     with SampleWriter(target) as writer:
         for of_prompt in samples:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from vbon_jax import sharding
+from vbon_jax import processes, sharding
 from vbon_jax.config import Config, as_dict
 from vbon_jax.errors import InputError
 from vbon_jax.progress import log
@@ -76,7 +76,7 @@ def perform(run: Run, stage: Stage, again: bool) -> None:
     """
     workdir = run.workdir
     due = stage.redo == "always" or (stage.redo == "asked" and again)
-    if workdir.begin(stage.name, due):
+    if processes.by_first(lambda: workdir.begin(stage.name, due)):
         log(f"{stage.name}: complete already in {workdir.root}")
         return
     workdir.write_json(workdir.root / "config.json", as_dict(run.config))
@@ -85,9 +85,10 @@ def perform(run: Run, stage: Stage, again: bool) -> None:
         with jax.set_mesh(run.mesh):
             stage.run(run)
     except InputError:
-        workdir.abandon(stage.name)
+        if processes.first():
+            workdir.abandon(stage.name)
         raise
-    workdir.complete(stage.name)
+    processes.by_first(lambda: workdir.complete(stage.name))
     log(f"{stage.name}: done in {time.monotonic() - began:.1f} s")
 
 

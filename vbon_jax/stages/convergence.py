@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from vbon_jax import processes
 from vbon_jax.data import samples as sample_files
 from vbon_jax.errors import InputError
 from vbon_jax.evaluation import convergence as study
@@ -36,5 +37,5 @@ def run(run: Run) -> None:
         s.sampling.temperature,
     )  # fmt: skip
     run.workdir.write_json(run.workdir.root / "convergence.json", result)
-    Console().print(tables.convergence_table(result))
+    Console(quiet=not processes.first()).print(tables.convergence_table(result))
     log(f"convergence: {result['why']}")

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from vbon_jax import methods
+from vbon_jax import methods, processes
 from vbon_jax.bon import log_f as lf
 from vbon_jax.config import Config
 from vbon_jax.data import samples as sample_files
@@ -40,7 +40,7 @@ def run(run: Run) -> None:
     s, workdir = run.config, run.workdir
     models = loading.models(run)
     policies = _policies(run)
-    console, markdown = Console(), ""
+    console, markdown = Console(quiet=not processes.first()), ""
     result: dict[str, Any] = {}
     for split in splits(s):
         key, suffix = ("rows", "") if split == "test" else (split, f"_{split}")
@@ -75,8 +75,9 @@ def run(run: Run) -> None:
         workdir.root / "evaluation.md",
         f"{markdown}{tables.samples_table(workdir.root, SAMPLES_SHOWN)}",
     )
-    for figure in figures.all_figures(workdir.root, looks(), trained=bool(policies)):
-        log(f"evaluate: {figure}")
+    if processes.first():
+        for figure in figures.all_figures(workdir.root, looks(), trained=bool(policies)):
+            log(f"evaluate: {figure}")
 
 
 def _policies(run: Run) -> dict[str, Sampler]:
@@ -152,6 +153,8 @@ def _evaluated(
 
 
 def _write_text(path: Path, text: str) -> None:
+    if not processes.first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         temporary.write_text(text)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vbon_jax import methods
+from vbon_jax import methods, processes
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.models.hf import peft
 from vbon_jax.progress import log
@@ -44,13 +44,18 @@ def run(run: Run) -> None:
             "train",
         )
     params = restored[0].params
-    for folder in (run.workdir.policy, run.workdir.last_iterate):
-        shutil.rmtree(folder, ignore_errors=True)  # perhaps of another form
+    processes.by_first(lambda: _clear(run.workdir.policy, run.workdir.last_iterate))
     _save(run, reference, policies.policy(params), run.workdir.policy)
     if s.export.form == "adapter":
         _say_dtype(s.memory.frozen_dtype, reference.model.source or {})
     if policies.AVERAGE in params:
         _save(run, reference, params["decoder"], run.workdir.last_iterate)
+
+
+def _clear(*folders: Path) -> None:
+    """Removes what an earlier export left, perhaps of another form."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save(run: Run, reference: Sampler, own: Any, folder: Path) -> None:

@@ -53,7 +53,7 @@ def fit(
     finally:
         checkpointer.close()
     held_out = supervised.mean_loss(params, loss, data["test"], options.batch_size, run.mesh)
-    return jax.device_get(params), held_out
+    return sharding.fetch(params), held_out
 
 
 def check_positions(name: str, max_tokens: int, positions: int) -> None:

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from vbon_jax import processes
 from vbon_jax.bon.references import references
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
@@ -54,7 +57,7 @@ def run(run: Run, texts: Sequence[str], best_of: int | None = None) -> None:
                 line = {"prompt": text} | _line(answer.response)
                 if best_of is not None:
                     line["candidates"] = [_line(r) for r in answer.candidates]
-                print(json.dumps(line, ensure_ascii=False), flush=True)
+                _print(json.dumps(line, ensure_ascii=False))
 
 
 def stream(run: Run, texts: Sequence[str]) -> None:
@@ -83,9 +86,15 @@ def stream(run: Run, texts: Sequence[str]) -> None:
         ):
             if begins:
                 is_chat = run.config.prompts.format == "chat"
-                print(text_of[request.prompt_id], end="\n" if is_chat else "")
-            print(piece, end="\n" if ends else "", flush=True)
+                _print(text_of[request.prompt_id], end="\n" if is_chat else "")
+            _print(piece, end="\n" if ends else "")
             begins = ends
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """To standard output, at once; of a run of several processes in the first."""
+    if processes.first():
+        print(text, end=end, flush=True)
 
 
 def _line(response: Response) -> dict[str, Any]:
@@ -99,6 +108,11 @@ def _prompts(run: Run, texts: Sequence[str], model: Sampler) -> list[Prompt]:
     found = [chat.Conversation((("user", text),), f"--prompt={text!r}") for text in texts]
     rendering = sources.rendering(run.config, run.workdir)
     return chat.prompts(found, model.tokenizer, rendering, run.config.prompts.longest)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a samples file of one prompt has its line."""
+    return path.exists() and path.read_bytes().endswith(b"\n")
 
 
 def _corrected(
@@ -118,7 +132,7 @@ def _corrected(
     found: list[PromptSamples] = []
     for prompt in prompts:
         path = run.workdir.given(prompt.tokens, g.temperature, m)
-        if not path.exists() or not path.read_bytes().endswith(b"\n"):
+        if not processes.by_first(partial(_is_whole, path)):
             with run.workdir.locked():
                 samples.write(
                     path, reference, run.key("given"), [prompt], range(m),

@@ -517,7 +517,7 @@ def device_bytes(s: Config) -> int:
     """
     if s.memory.device_gib:
         return int(s.memory.device_gib * GIB)
-    found = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    found = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if found is None:
         pages: Callable[[str], int] = os.sysconf
         found = pages("SC_PAGE_SIZE") * pages("SC_PHYS_PAGES") // jax.device_count()

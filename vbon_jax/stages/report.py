@@ -1,6 +1,6 @@
 """Stage ``report``: everything the workdir holds, on one page."""
 
-from vbon_jax import methods
+from vbon_jax import methods, processes
 from vbon_jax.methods.base import Series
 from vbon_jax.progress import log
 from vbon_jax.stages.base import Run
@@ -17,4 +17,5 @@ def run(run: Run) -> None:
 
     for stage in ("evaluate", "convergence"):  # whichever were done
         run.workdir.refuse_damage(stage)
-    log(f"report: {document.write(run.workdir.root, looks())}")
+    if processes.first():
+        log(f"report: {document.write(run.workdir.root, looks())}")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from vbon_jax import processes
 from vbon_jax.config import Config, template_arguments
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import tabular
@@ -33,6 +34,13 @@ class Texts(NamedTuple):
 
 def texts(run: Run, seed: int | None = None) -> Texts:
     """The user's labelled texts, or the embedded corpus of the run's seed or another."""
+    data = run.config.data
+    if data.tfds or data.corpus == "reviews":  # the first process prepares what all then read
+        processes.by_first(lambda: bool(_texts(run, seed)))
+    return _texts(run, seed)
+
+
+def _texts(run: Run, seed: int | None) -> Texts:
     data, seed = run.config.data, run.config.seed if seed is None else seed
     columns = data.text_column, data.label_column
     if data.path and data.test_path:

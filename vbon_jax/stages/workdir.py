@@ -11,11 +11,11 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from vbon_jax import config
+from vbon_jax import config, processes
 from vbon_jax.config import Config
 from vbon_jax.errors import DISK_FULL, InputError, space, writing
 from vbon_jax.progress import log
@@ -112,6 +112,9 @@ class Workdir:
         given = self._flat["prompts.date"]
         if given:
             return datetime.date.fromisoformat(given)
+        return datetime.date.fromisoformat(processes.by_first(lambda: self._date().isoformat()))
+
+    def _date(self) -> datetime.date:
         path = self.root / "date"
         try:
             return datetime.date.fromisoformat(path.read_text().strip())
@@ -177,8 +180,21 @@ class Workdir:
         Args:
           wait: until another process lets go of it, instead of raising.
 
+        Of a run of several processes the first holds it for all.
+
         Raises InputError where it cannot be made or written, or another process holds it.
         """
+        with ExitStack() as stack:
+
+            def hold() -> None:
+                stack.enter_context(self._locked(wait))
+
+            processes.by_first(hold)
+            processes.see_the_same(self.root)
+            yield
+
+    @contextmanager
+    def _locked(self, wait: bool) -> Iterator[None]:
         marks = [mark for mark in "[*?" if mark in str(self.root)]
         if marks:  # orbax would look for files that match, and leave checkpoints in pieces
             raise InputError(
@@ -410,6 +426,9 @@ class Workdir:
 
         It must be so under the settings of this run, with its results as it left them.
         """
+        processes.by_first(lambda: self._require(stage, what))
+
+    def _require(self, stage: str, what: str) -> None:
         note = self._read_note(stage)
         if note is None or not note.complete:
             raise InputError(
@@ -422,9 +441,13 @@ class Workdir:
 
     def refuse_damage(self, stage: str) -> None:
         """Raises InputError where ``stage`` is complete and its results are not as it left them."""
-        note = self._read_note(stage)
-        if note is not None and note.complete:
-            self._refuse_damage(stage, note)
+
+        def look() -> None:
+            note = self._read_note(stage)
+            if note is not None and note.complete:
+                self._refuse_damage(stage, note)
+
+        processes.by_first(look)
 
     def _refuse_damage(self, stage: str, note: Note) -> None:
         changes = self._changes(stage, note)
@@ -442,7 +465,9 @@ class Workdir:
 
     @staticmethod
     def write_text(path: Path, text: str) -> None:
-        """Writes a text so that the file is whole or not there."""
+        """Writes a text so that the file is whole or not there; in the first process alone."""
+        if not processes.first():
+            return
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: another worker may be writing the same file.

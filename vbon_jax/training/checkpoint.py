@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from vbon_jax import processes
 from vbon_jax.errors import InputError, space, writing
 from vbon_jax.progress import log
 from vbon_jax.training import fingerprints, seals
@@ -142,10 +143,7 @@ class Checkpointer:
         )
 
     def _set_aside(self, step: int, reason: Exception) -> None:
-        aside = self.directory.with_name(f"{self.directory.name}.damaged")
-        aside.mkdir(exist_ok=True)
-        target = seals.free_name(aside / str(step))
-        os.rename(self.directory / str(step), target)
+        target = processes.by_first(lambda: self._move(step))
         self._manager.reload()
         before = self.latest_step
         log(
@@ -153,6 +151,13 @@ class Checkpointer:
             f"{target}; "
             + ("beginning anew" if before is None else f"going on from checkpoint {before}")
         )
+
+    def _move(self, step: int) -> str:
+        aside = self.directory.with_name(f"{self.directory.name}.damaged")
+        aside.mkdir(exist_ok=True)
+        target = seals.free_name(aside / str(step))
+        os.rename(self.directory / str(step), target)
+        return str(target)
 
     def wait(self) -> None:
         """Returns once every save is on disk; raises InputError if one failed."""

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from vbon_jax import sharding
+
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes an element
 
 
@@ -25,7 +27,7 @@ def of_tree(tree: Any) -> dict[str, list[Any]]:
       By the path of each array: [dtype, shape, fingerprint], as JSON has it.
     """
     paths, leaves = _leaves(tree)
-    found = np.asarray(_sums(leaves)).tolist() if leaves else []
+    found = sharding.fetch(_sums(leaves)).tolist() if leaves else []
     shapes = described(tree)
     return {path: [*shapes[path], value] for path, value in zip(paths, found, strict=True)}
 

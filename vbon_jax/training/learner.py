@@ -181,7 +181,7 @@ class Learner:
         state, metrics = self.program.update(
             state, self.task.reference, scored, self._references, self._n, self._beta
         )
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {name: float(value) for name, value in sharding.fetch(metrics).items()}
         self._clock.lap("update")
         values |= {"learning_rate": self.program.learning_rate(step), **self._clock.metrics()}
         return state, values | counts_of(self.task.reward)

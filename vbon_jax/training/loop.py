@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vbon_jax import processes
 from vbon_jax.bon.references import References
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError, writing
@@ -72,13 +73,13 @@ class Record:
 
     Attributes:
       checkpointer: saves the state.
-      writer: writes the metrics of each iteration.
+      writer: writes the metrics of each iteration; None in a process that is not the first.
       metadata: JSON saved with every checkpoint.
       folder: where a profiler trace goes.
     """
 
     checkpointer: Checkpointer
-    writer: MetricsWriter
+    writer: MetricsWriter | None
     metadata: dict[str, Any]
     folder: Path = Path()
 
@@ -144,18 +145,19 @@ def run(state: Any, start: int, one: Step, schedule: Schedule, record: Record | 
                 return _End(schedule, record, report, error.signum).inside(state, step, start)
             trace.end(step + 1)
             ended = bool(values.pop("ended", False))
-            if record is not None:
+            if record is not None and record.writer is not None:
                 record.writer.write(step + 1, values)
             _refuse_not_finite(values, step + 1, record, restored=step == start > 0)
             report.update(step + 1, words)
             # What has ended is saved as the last iteration: a run that goes on finds it complete.
             done = schedule.iterations if ended else step + 1
             last = done == schedule.iterations
-            due = last or done % schedule.checkpoint_every == 0 or stop.signum is not None
+            signum = processes.signal(stop)
+            due = last or done % schedule.checkpoint_every == 0 or signum is not None
             if record is not None and due:
                 record.checkpointer.save(done, state, {**record.metadata, "step": done})
-            signum = stop.take()
             if signum is not None:
+                stop.take()
                 return _End(schedule, record, report, signum).after(state, step + 1)
             if ended:
                 break
@@ -200,14 +202,17 @@ def resume(
             state = restored[0]
             if start < schedule.iterations:
                 log(f"{schedule.title}: going on after iteration {start} of {schedule.iterations}")
-        with writing(place.metrics):
-            place.metrics.mkdir(parents=True, exist_ok=True)
-        writer = MetricsWriter(place.metrics, start, place.wandb)
+        writer = None
+        if processes.first():
+            with writing(place.metrics):
+                place.metrics.mkdir(parents=True, exist_ok=True)
+            writer = MetricsWriter(place.metrics, start, place.wandb)
         try:
             record = Record(checkpointer, writer, place.metadata, place.metrics)
             return run(state, start, one, schedule, record)
         finally:
-            writer.close()
+            if writer is not None:
+                writer.close()
     finally:
         checkpointer.close()
 

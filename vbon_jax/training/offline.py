@@ -209,7 +209,7 @@ def log_ref(
         log_prob_B = _log_prob_jit(
             params, *(x[rows] for x in arrays), config=config, temperature=temperature
         )
-        found.append(np.asarray(log_prob_B)[: size - start])
+        found.append(sharding.fetch(log_prob_B)[: size - start])
     return np.concatenate(found)
 
 

@@ -52,7 +52,7 @@ def repeated(one: state.TrainState, keys_K: jax.Array, mesh: Mesh) -> state.Trai
     count = keys_K.shape[0]
     copies = jax.tree.map(
         lambda x: np.broadcast_to(x, (count, *np.shape(x))),
-        jax.device_get(one._replace(key=jnp.zeros(()))),
+        sharding.fetch(one._replace(key=jnp.zeros(()))),
     )
     return sharding.place(copies._replace(key=keys_K), mesh, AXIS)
 
@@ -277,7 +277,7 @@ class PopulationLearner:
         state, metrics = self._update(
             (self.task.reference, self._common), state, scored, self._own, self._n_K, self._beta_K
         )
-        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        values = {name: value.tolist() for name, value in sharding.fetch(metrics).items()}
         self._clock.lap("update")
         values |= {"learning_rate": self.program.learning_rate(step), **self._clock.metrics()}
         return state, values | counts_of(self.task.reward)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vbon_jax import sharding
+from vbon_jax import processes, sharding
 from vbon_jax.errors import InputError
 from vbon_jax.models import decoder, heads
 from vbon_jax.progress import reporting
@@ -190,10 +190,13 @@ def fit(
                         + f"): lower {title}'s learning rate"
                     )
                 report.update(step, f"loss {np.mean(recent):.3f} nats")
-                if stop.signum is not None or time.monotonic() - saved_at > SAVE_SECONDS:
+                signum = processes.signal(stop)
+                due = processes.most(time.monotonic() - saved_at > SAVE_SECONDS)
+                if due or signum is not None:
                     checkpointer.save(step, state, {})
                     saved_at = time.monotonic()
-                if (signum := stop.take()) is not None:
+                if signum is not None:
+                    stop.take()
                     checkpointer.wait()
                     raise Stopped(signum, f"{title} is saved at step {step}")
     return state.params
@@ -204,7 +207,8 @@ def mean_loss(params: Any, loss: Loss, data: Corpus, batch_size: int, mesh: Mesh
     jitted = jax.jit(loss)
     sums = np.zeros(2)
     for batch in epoch_batches(data, batch_size, None):
-        sums += np.array(jitted(params, sharding.place(batch, mesh, "batch")), np.float64)
+        found = sharding.fetch(jitted(params, sharding.place(batch, mesh, "batch")))
+        sums += np.array(found, np.float64)
     return float(sums[0] / sums[1])
 
 
@@ -216,7 +220,7 @@ def accuracy(
     right = 0.0
     for batch in epoch_batches(data, batch_size, None):
         on_device = sharding.place(batch, mesh, "batch")
-        log_odds = np.asarray(score(params, on_device.tokens_BxT, on_device.mask_BxT))
+        log_odds = sharding.fetch(score(params, on_device.tokens_BxT, on_device.mask_BxT))
         real = batch.mask_BxT.any(axis=1)
         right += float(np.sum((log_odds > 0)[real] == batch.label_B[real]))
     return right / len(data.texts)

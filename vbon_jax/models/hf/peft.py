@@ -23,6 +23,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vbon_jax import sharding
 from vbon_jax.models import decoder, hf, trainable
 from vbon_jax.models.config import DecoderConfig, Params
 from vbon_jax.models.hf import hub, tensor_files
@@ -191,7 +192,7 @@ def save(
     if not 0 < alpha < float("inf"):
         raise ValueError(f"alpha is {alpha!r}: give a positive number")
     family = _family(hub.resolve(os.fspath(base)), config)
-    flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(own, sep="/").items()}
+    flat = sharding.fetch(flatten_dict(own, sep="/"))
     rank, targets = _adapters(flat, config)
     modules = _modules(family, config, targets)
     tensors: dict[str, np.ndarray] = {}

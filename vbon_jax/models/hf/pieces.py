@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from vbon_jax import sharding
 from vbon_jax.models.hf import tensor_files
 from vbon_jax.models.hf.layouts import Shape
 
@@ -122,5 +123,5 @@ def fetch(leaf: Any, layer: int | None) -> np.ndarray:
       layer: the index on the leading axis; None for the whole leaf.
     """
     if isinstance(leaf, jax.Array):
-        return np.asarray(_copy(leaf) if layer is None else _layer(leaf, np.int32(layer)))
+        return sharding.fetch(_copy(leaf) if layer is None else _layer(leaf, np.int32(layer)))
     return np.asarray(leaf[...] if layer is None else leaf[layer])

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from vbon_jax import processes
 from vbon_jax.errors import InputError, writing
 from vbon_jax.models.hf.layouts import Shape
 
@@ -321,6 +322,11 @@ def write(directory: Path, tensors: Sequence[TensorToWrite], shard_bytes: int) -
       shard_bytes: maximum size of a shard in bytes; a larger tensor has a shard of its own.
     """
     files = _split(tensors, shard_bytes)
+    if not processes.first():
+        for each in files:
+            for t in _in_order(each):  # all processes fetch what lies on the devices of all
+                t.array()
+        return
     n = len(files)
     names = [WEIGHTS] if n == 1 else [
         f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)
@@ -362,12 +368,17 @@ def _split(tensors: Sequence[TensorToWrite], shard_bytes: int) -> list[list[Tens
     return files
 
 
+def _in_order(tensors: list[TensorToWrite]) -> list[TensorToWrite]:
+    """The tensors of a file as it has them: wide numbers first, which keeps all aligned."""
+    return sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)
+
+
 def _write_file(path: Path, tensors: list[TensorToWrite]) -> None:
     """Writes a safetensors file: length of the header, header as JSON, data of all tensors.
 
     The writer of the safetensors package would need all of it in memory, and copies it.
     """
-    tensors = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)  # that keeps all aligned
+    tensors = _in_order(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for t in tensors:
@@ -394,11 +405,13 @@ def _json_writer(value: Mapping[str, Any]) -> Callable[[Path], object]:
 def replace_all(files: Mapping[Path, Callable[[Path], object]]) -> None:
     """Writes files under temporary names and then renames them, so that each is either old or new.
 
-    If one cannot be written, none is replaced.
+    If one cannot be written, none is replaced. The first process of a run alone writes.
 
     Args:
       files: for each path a function that writes the file at the path it is given.
     """
+    if not processes.first():
+        return
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, writer in files.items():

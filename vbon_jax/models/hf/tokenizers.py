@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vbon_jax import processes
 from vbon_jax.errors import InputError, writing
 from vbon_jax.models.hf.tensor_files import read_json
 
@@ -58,6 +59,8 @@ def save(tokenizer: PreTrainedTokenizerFast, path: str | os.PathLike[str]) -> No
       tokenizer: the tokenizer to write, with its chat template where it has one.
       path: the directory, made if absent.
     """
+    if not processes.first():
+        return
     with writing(path):
         tokenizer.save_pretrained(path)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from vbon_jax import processes
 from vbon_jax.models.config import DecoderConfig, Params
 from vbon_jax.models.hf import config_files, pieces, tables, tensor_files
 from vbon_jax.models.hf.config_files import Config, TokenIds
@@ -77,7 +78,7 @@ def _save(
     tensors = [_to_write(family, entry, shapes, leaves) for entry in entries]
     tensor_files.write(directory, tensors, shard_bytes)
     tensor_files.write_jsons(directory, jsons)
-    for adapter in tensor_files.adapter_files(directory):
+    for adapter in tensor_files.adapter_files(directory) if processes.first() else ():
         adapter.unlink()  # transformers would put it on top of the model
 
 
