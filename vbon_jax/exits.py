@@ -38,6 +38,10 @@ _reported = False  # whether the last line was printed
 _LOUD = ("absl", "orbax", "asyncio", "tensorstore")
 
 
+class Lost(Exception):
+    """Another process of the run is not there; all of them are to be started again."""
+
+
 def ending(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the one line of an error.
 
@@ -67,6 +71,8 @@ def ending(error: BaseException) -> tuple[int, str] | None:
             f"out of memory ({type(error).__name__}: {said}): `vbon plan` with the same flags "
             "tells what a run needs and which keys lower it"
         )
+    if isinstance(error, Lost):
+        return LOST, str(error)
     if _of_the_others(error):
         said = " ".join(str(error).split())[:200]
         return LOST, f"{_LOST_LINE} ({type(error).__name__}: {said})"

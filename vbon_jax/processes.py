@@ -36,7 +36,8 @@ def connect(
       index: of this one, from 0.
 
     Raises:
-      InputError: there is no cluster to be found, or not all processes come.
+      InputError: there is no cluster to be found.
+      Lost: not all processes came in time.
     """
     exits.end_with_the_others()
     how = "deactivate" if coordinator else None
@@ -52,7 +53,7 @@ def connect(
         ) from error
     except RuntimeError as error:
         said = " ".join(str(error).split())[:200]
-        raise InputError(
+        raise exits.Lost(
             f"--coordinator={coordinator}: process {index} of {count} did not meet the others "
             f"within {CONNECT_SECONDS} s ({said}): start all of them, with the address and a free "
             "port of process 0"

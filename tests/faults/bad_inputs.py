@@ -88,7 +88,7 @@ COMMANDS = [
     Case("profile of sample", ("--profile=1:2",), "sample"),
     Case("profile backwards", ("--profile=5:3",)),
     Case("generate without a prompt", (), "generate"),
-    Case("two processes", ("--coordinator=host:1", *SEVERAL)),
+    Case("two processes of a sweep", ("--coordinator=host:1", *SEVERAL), "sweep"),
     Case("coordinator without a port", ("--coordinator=host", *SEVERAL)),
     Case("coordinator port 70000", ("--coordinator=host:70000", *SEVERAL)),
     Case("coordinator alone", ("--coordinator=host:1",)),

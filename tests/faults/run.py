@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -74,32 +75,60 @@ def command(workdir: Path, *flags: str, stage: str = "run") -> list[str]:
     ]  # fmt: skip
 
 
-def environment(path: Path | None = None) -> dict[str, str]:
-    """Of such a process: this tree, one CPU device, and one cache of compiled programs for all.
+def environment(path: Path | None = None, devices: int = 1) -> dict[str, str]:
+    """Of such a process: this tree, CPU devices, and one cache of compiled programs for all.
 
     Args:
       path: a further folder to import from.
+      devices: how many it has.
     """
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         Path(tempfile.gettempdir()) / "vbon_jax_test_xla"
     )
     paths = [str(p) for p in (ROOT, path, os.environ.get("PYTHONPATH")) if p]
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    return dict(os.environ) | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "HF_HUB_OFFLINE": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(paths),
     }
 
 
+def together(count: int, workdir: Path, *flags: str, stage: str = "run") -> list[list[str]]:
+    """The command lines of a small run of several processes on this host."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    whose = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}")
+    return [
+        command(workdir, *flags, *whose, f"--process_id={i}", stage=stage) for i in range(count)
+    ]
+
+
 @contextlib.contextmanager
-def started(argv: Sequence[str], path: Path | None = None) -> Iterator[subprocess.Popen]:
+def all_started(argvs: Sequence[Sequence[str]], path: Path | None = None) -> Iterator[list[Any]]:
+    """`started`, of several processes."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(started(argv, path)) for argv in argvs]
+
+
+def all_done(argvs: Sequence[Sequence[str]], path: Path | None = None) -> list[Ended]:
+    """Runs several processes to their ends."""
+    with all_started(argvs, path) as processes:
+        return [finished(process) for process in processes]
+
+
+@contextlib.contextmanager
+def started(
+    argv: Sequence[str], path: Path | None = None, devices: int = 1
+) -> Iterator[subprocess.Popen]:
     """A process, its standard error on a pipe; killed where it still runs on the way out."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as `&` leaves it, for children too
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
-        argv, cwd=ROOT, env=environment(path), text=True, errors="replace",
+        argv, cwd=ROOT, env=environment(path, devices), text=True, errors="replace",
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
@@ -131,9 +160,11 @@ def _killer(process: subprocess.Popen, timeout: float) -> threading.Timer:
     return timer
 
 
-def done(argv: Sequence[str], timeout: float = SECONDS, path: Path | None = None) -> Ended:
+def done(
+    argv: Sequence[str], timeout: float = SECONDS, path: Path | None = None, devices: int = 1
+) -> Ended:
     """Runs a process to its end."""
-    with started(argv, path) as process:
+    with started(argv, path, devices) as process:
         return finished(process, timeout)
 
 

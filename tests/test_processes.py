@@ -1,0 +1,186 @@
+"""Runs of several processes on this host, against the same run in one."""
+
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.faults import run
+from vbon_jax import exits, processes, sharding
+from vbon_jax.data.tabular import reward
+from vbon_jax.errors import InputError
+from vbon_jax.signals import StopSignal
+
+REWARD = """
+import jax
+from vbon_jax.data.tabular import reward
+
+def failing(prompts, responses):
+    if jax.process_index() == 1:
+        raise ValueError("no more of this")
+    return reward(prompts, responses)
+
+def counted(prompts, responses):
+    with open(f"rows{jax.process_index()}", "a") as file:
+        file.write(f"{len(prompts)}\\n")
+    return reward(prompts, responses)
+"""
+
+
+def alone(devices, workdir, *flags, stage="run"):
+    """The small run in one process of so many devices: their threads decide the last bits."""
+    ended = run.done(run.command(workdir, *flags, stage=stage), devices=devices)
+    assert ended.code == 0, ended.lines
+
+
+def iterations(workdir):
+    path = workdir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def trained(group, workdir, count, seconds=300.0):
+    """Waits until so many iterations are done, and no process has ended."""
+    began = time.monotonic()
+    while iterations(workdir) < count:
+        assert all(p.poll() is None for p in group), "a process ended"
+        assert time.monotonic() - began < seconds, "it hangs"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def on_two_devices(tmp_path_factory):
+    """The run of one process with two devices: what two processes with one each are held to."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    alone(2, workdir, "--config.mesh.data=2")
+    return workdir
+
+
+def test_two_processes_give_the_bits_of_one_also_after_one_was_lost(on_two_devices, tmp_path):
+    workdir = tmp_path / "run"
+    argvs = run.together(2, workdir, "--config.mesh.data=-1")
+    with run.all_started(argvs) as group:
+        trained(group, workdir, 4)
+        group[1].kill()
+        began = time.monotonic()
+        ended = run.finished(group[0])
+    assert ended.code == exits.LOST, ended.lines
+    assert time.monotonic() - began < 60
+    assert any("another process of the run was lost" in line for line in ended.lines)
+    assert 4 <= iterations(workdir) < 12
+    again = run.all_done(argvs)
+    assert [e.code for e in again] == [0, 0], again
+    assert any("going on after iteration" in line for line in again[0].lines)
+    assert run.differing(run.digest_of(workdir), run.digest_of(on_two_devices)) == []
+    # What people read comes from the first alone.
+    assert not [line for line in again[1].lines if "done in" in line]
+
+
+def test_four_processes_and_another_mesh_go_on_from_a_checkpoint_of_one(on_two_devices, tmp_path):
+    """The fingerprints of a checkpoint say that what is restored is what was saved, to the bit."""
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    workdirs = [tmp_path / "four", tmp_path / "one"]
+    for workdir in workdirs:
+        shutil.copytree(on_two_devices, workdir)
+        for path in (workdir / "checkpoints" / "train").iterdir():
+            if int(path.name) > 8:
+                shutil.rmtree(path)
+        assert (workdir / "checkpoints" / "train" / "8").is_dir()
+        (workdir / "stages" / "train.json").write_text(
+            json.dumps(
+                json.loads((workdir / "stages" / "train.json").read_text())
+                | {"complete": False, "results": None}
+            )
+        )
+    ended = run.all_done(run.together(4, workdirs[0], *mesh, stage="train"))
+    assert [e.code for e in ended] == [0] * 4, ended
+    assert any("going on after iteration 8 of 12" in line for line in ended[0].lines)
+    assert not any("damaged" in line or "unchecked" in line for line in ended[0].lines)
+    alone(4, workdirs[1], *mesh, stage="train")
+    found = [[json.loads(x) for x in (w / "metrics.jsonl").open()] for w in workdirs]
+    for row, wanted in zip(*found, strict=True):
+        for name in ("reward", "kl_ref", "kl_bon", "loss", "grad_norm"):
+            np.testing.assert_allclose(row[name], wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_iteration(on_two_devices, tmp_path):
+    workdir = tmp_path / "run"
+    for name in ("reference", "tokenizer", "prompts", "samples", "stages"):
+        shutil.copytree(on_two_devices / name, workdir / name)
+    for name in ("train", "export", "evaluate"):
+        (workdir / "stages" / f"{name}.json").unlink()
+    (workdir / "date").write_text((on_two_devices / "date").read_text()) if (
+        on_two_devices / "date"
+    ).exists() else None
+    long = ("--config.train.iterations=4000", "--config.mesh.data=-1")
+    argvs = run.together(2, workdir, *long, stage="train")
+    with run.all_started(argvs) as group:
+        trained(group, workdir, 2)
+        group[1].send_signal(signal.SIGTERM)
+        ended = [run.finished(process) for process in group]
+    assert [e.code for e in ended] == [128 + signal.SIGTERM] * 2, ended
+    said = [e.last.partition("is saved")[0] for e in ended]
+    assert said[0] == said[1] and f"iteration {iterations(workdir)} of 4000" in said[0]
+
+
+def test_a_reward_is_called_on_rows_of_its_own_and_its_error_ends_all(tmp_path, on_two_devices):
+    (tmp_path / "several.py").write_text(REWARD)
+    for name, codes in (("counted", [0, 0]), ("failing", [2, 2])):
+        workdir = tmp_path / name
+        for folder in ("reference", "tokenizer", "stages"):
+            shutil.copytree(on_two_devices / folder, workdir / folder)
+        for stage in ("reward", "sample", "train", "export", "evaluate"):
+            (workdir / "stages" / f"{stage}.json").unlink()
+        flags = (f"--config.reward.function=several:{name}", "--config.mesh.data=-1")
+        flags += ("--config.stages=('reward','sample')",)
+        argvs = run.together(2, workdir, *flags)
+        ended = run.all_done(argvs, path=tmp_path)
+        assert [e.code for e in ended] == codes, ended
+        if name == "failing":
+            assert "raised ValueError: no more of this" in ended[1].last
+            assert "process 1 was refused its share of" in ended[0].last
+        else:
+            both = [sum(map(int, (run.ROOT / f"rows{i}").read_text().split())) for i in (0, 1)]
+            assert both == [16, 16]  # of 32 samples
+
+
+def test_processes_that_see_other_folders_are_told_so(tmp_path):
+    argvs = [
+        run.together(2, tmp_path / "a")[0],
+        run.together(2, tmp_path / "b")[1],
+    ]
+    argvs[1] = [a if "coordinator" not in a else argvs[0][argvs[1].index(a)] for a in argvs[1]]
+    flag = "--config.mesh.data=-1"
+    ended = run.all_done([[*argv, flag] for argv in argvs])
+    assert [e.code for e in ended] == [2, 2], ended
+    assert all("process 1 does not see what process 0 writes" in e.last for e in ended)
+
+
+def test_processes_that_do_not_come_are_told_with_the_code_to_start_again(tmp_path, monkeypatch):
+    argv = run.together(2, tmp_path / "run", "--config.mesh.data=-1")[0]
+    program = (
+        "import sys; from vbon_jax import processes; processes.CONNECT_SECONDS = 2; "
+        "from vbon_jax.__main__ import entry; entry()"
+    )
+    ended = run.done([argv[0], "-c", program, *argv[3:]])
+    assert ended.code == exits.LOST, ended.lines
+    assert "process 0 of 2 did not meet the others within 2 s" in ended.last
+
+
+def test_in_a_run_of_one_process_nothing_is_shared_out():
+    assert processes.count() == 1 and processes.first()
+    assert processes.by_first(lambda: [1, "a"]) == [1, "a"]
+    assert processes.most(3) == 3 and processes.signal(StopSignal()) is None
+    rewards = processes.joined(3, lambda rows: reward(["A"] * 3, ["BBBB", "CCCC", "DDDD"])[rows])
+    assert len(rewards) == 3
+    processes.wait()
+    processes.see_the_same("/nowhere")
+    processes.refuse_apart(sharding.make_mesh())
+
+
+def test_a_mesh_without_devices_of_a_process_is_refused(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(InputError, match=r"takes 8 of 8 devices and none of process 1"):
+        processes.refuse_apart(sharding.make_mesh(data=8))
