@@ -17,7 +17,7 @@ from vbon_jax.errors import InputError, disk_line
 LEAVE_SECONDS = 5.0  # for what libraries do at exit, after an error
 DONE_SECONDS = 60.0  # and after work that is done
 LOST = 75  # EX_TEMPFAIL of sysexits.h: start it again
-_LOST_LINE = (
+LOST_LINE = (
     "another process of the run was lost: start all of them again, the same command goes on from "
     "what is saved"
 )
@@ -36,10 +36,6 @@ _reported = False  # whether the last line was printed
 
 # They log errors that are raised as well, with tracebacks; ours is the one line.
 _LOUD = ("absl", "orbax", "asyncio", "tensorstore")
-
-
-class Lost(Exception):
-    """Another process of the run is not there; all of them are to be started again."""
 
 
 def ending(error: BaseException) -> tuple[int, str] | None:
@@ -71,24 +67,25 @@ def ending(error: BaseException) -> tuple[int, str] | None:
             f"out of memory ({type(error).__name__}: {said}): `vbon plan` with the same flags "
             "tells what a run needs and which keys lower it"
         )
-    if isinstance(error, Lost):
-        return LOST, str(error)
     if _of_the_others(error):
         said = " ".join(str(error).split())[:200]
-        return LOST, f"{_LOST_LINE} ({type(error).__name__}: {said})"
+        return LOST, f"{LOST_LINE} ({type(error).__name__}: {said})"
     return None
 
 
-def end_with_the_others() -> None:
+def end_with_the_others(line: str) -> None:
     """From now on this process ends with code `LOST` when another one of its run is lost.
 
     JAX's client aborts the process then, whatever its main thread waits for. A handler of Python's
     own would not run: this one is called by the C library.
+
+    Args:
+      line: what is said then.
     """
     global _on_abort
 
     def handle(signum: int) -> None:
-        os.write(2, f"vbon: {_LOST_LINE}\n".encode())
+        os.write(2, f"vbon: {line}\n".encode())
         os._exit(LOST)
 
     kind = ctypes.CFUNCTYPE(None, ctypes.c_int)

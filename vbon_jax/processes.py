@@ -36,14 +36,18 @@ def connect(
       index: of this one, from 0.
 
     Raises:
-      InputError: there is no cluster to be found.
-      Lost: not all processes came in time.
+      InputError: there is no cluster to be found. (Where not all processes come, JAX ends this
+        one, with the exit code of a lost process.)
     """
-    exits.end_with_the_others()
-    how = "deactivate" if coordinator else None
+    who = "this process" if index is None else f"process {index} of {count}"
+    exits.end_with_the_others(
+        f"--coordinator={coordinator}: {who} did not meet the others within {CONNECT_SECONDS} s: "
+        "start all of them, with the address and a free port of process 0"
+    )
     try:
         jax.distributed.initialize(
-            coordinator, count, index, cluster_detection_method=how,
+            coordinator, count, index,
+            cluster_detection_method="deactivate" if coordinator else None,
             initialization_timeout=CONNECT_SECONDS, heartbeat_timeout_seconds=LOST_SECONDS,
         )  # fmt: skip
     except ValueError as error:  # what jax says where it knows of no cluster
@@ -51,13 +55,7 @@ def connect(
             f"--distributed: JAX finds no cluster ({error}): start it by srun, mpirun or on a TPU "
             "slice, or give --coordinator, --num_processes and --process_id"
         ) from error
-    except RuntimeError as error:
-        said = " ".join(str(error).split())[:200]
-        raise exits.Lost(
-            f"--coordinator={coordinator}: process {index} of {count} did not meet the others "
-            f"within {CONNECT_SECONDS} s ({said}): start all of them, with the address and a free "
-            "port of process 0"
-        ) from error
+    exits.end_with_the_others(exits.LOST_LINE)
     if not first():
         progress.silence()
 
