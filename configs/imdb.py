@@ -15,8 +15,9 @@ minute and the samples several hours; a GPU should do all in under one (not meas
 
     vbon run --config=configs/imdb.py:sweep
 
-is the paper's grids of all methods (Appendix F), 252 policies of GPT-2 size: for a GPU, or several
-workers on one --workdir. Each takes what one run of train and evaluate takes.
+is the paper's grids of all methods (Appendix F), 252 policies of GPT-2 size: for a GPU, or for
+several: `vbon sweep --shard=i/N` does one share of N. Each takes what one run of train and evaluate
+takes.
 """
 
 import ml_collections

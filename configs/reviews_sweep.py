@@ -5,7 +5,7 @@ r"""Every method of the paper over its grid on the embedded reviews, and the pag
 The grids of the paper's Appendix F, scaled to 2 CPU cores: vBoN, PPO, DPO and BoNBoN at 11 values
 with 2 seeds each, the others at 3 values; smaller models and shorter training than
 configs/reviews.py. All policies of a method are trained in one program. It writes
-``report.html``; several workers may run the same command on one workdir.
+``report.html``. To share the sweep, see `vbon sweep --shard=i/N`.
 
     vbon run --config=configs/reviews_sweep.py:text --config.data.path=TRAIN.jsonl \
         --config.data.test_path=TEST.jsonl

@@ -67,6 +67,16 @@ def several(coordinator, processes, process):
         (["run", CONFIG, "--profile=0:5"], "--profile=0:5: iterations are counted from 1"),
         (["run", CONFIG, "--profile=5:3"], "--profile=5:3: iterations are counted from 1"),
         (["sample", CONFIG, "--profile=3:5"], "--profile=3:5: it traces training: use it with"),
+        (["run", CONFIG, "--shard=0/2"], "--shard=0/2: use it with `vbon sweep`"),
+        (["report", CONFIG, "--shard=0/2"], "--shard=0/2: use it with `vbon sweep`"),
+        *(
+            (["sweep", CONFIG, f"--shard={text}"], f"--shard={text}: write I/N")
+            for text in ("", "0", "/4", "0/", "a/4", "-1/4", "0/4/2", " 0/4", "1.0/4", "\u0661/4")
+        ),
+        *(
+            (["sweep", CONFIG, f"--shard={text}"], f"--shard={text}: of I/N, I counts from 0")
+            for text in ("4/4", "7/4", "0/0")
+        ),
     ],
 )
 def test_bad_command_lines(argv, message, capfd, tmp_path):
@@ -117,12 +127,18 @@ def test_profile_names_the_first_and_the_last_iteration():
     assert cli.parse(["train", CONFIG]).profile is None
 
 
+def test_shard_names_the_share_and_how_many_there_are():
+    assert cli.parse(["sweep", CONFIG, "--shard=0/4"]).shard == (0, 4)
+    assert cli.parse(["sweep", CONFIG, "--shard=10/12"]).shard == (10, 12)
+    assert cli.parse(["sweep", CONFIG]).shard == cli.parse(["run", CONFIG]).shard == (0, 1)
+
+
 def test_help_names_every_stage(capfd):
     assert cli.main(["--help"]) == 0
     out = capfd.readouterr().out
     assert all(f"  {name}" in out for name in cli.commands())
     assert {"run", "sft", "train", "report", "plan", "generate", "bench"} <= cli.commands().keys()
-    assert all(flag in out for flag in ("--workdir", "--profile=3:5", "--version"))
+    assert all(flag in out for flag in ("--workdir", "--profile=3:5", "--shard=0/4", "--version"))
 
 
 def test_version_names_what_a_report_of_a_fault_needs(capfd):

@@ -192,7 +192,6 @@ def test_a_misspelt_key_is_answered_with_those_that_come_near(tmp_path, line, fl
             "convergence.m has 400: each must be at least 1 and below convergence.m_full=400",
         ),
         ("sweep.seeds", 0, "sweep.seeds=0: must be at least 1"),
-        ("sweep.stale_seconds", 0.0, "sweep.stale_seconds=0.0: must be above 0"),
         (
             "sweep.lower_bound_estimator",
             "interval",

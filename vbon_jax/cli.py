@@ -44,6 +44,7 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         "process_id", None, "This process, from 0.", lower_bound=0, flag_values=values
     )
     flags.DEFINE_string("profile", None, "FIRST:LAST iterations to trace.", flag_values=values)
+    flags.DEFINE_string("shard", None, "I/N: the share of a sweep to do.", flag_values=values)
     return values, values(["vbon", *argv])[1:]
 
 
@@ -68,6 +69,7 @@ def usage() -> str:
         '  --stream         "generate" prints plain text as it is written\n'
         '  --topology=v5e:4x4  "plan" for a TPU slice, which need not be here\n'
         "  --profile=3:5    a JAX profiler trace of these iterations of training\n"
+        '  --shard=0/4      "sweep" does the first of 4 shares of its units\n'
         "  --version        the version of vbon_jax, of JAX and of its devices\n"
         "  --distributed    one of the processes of a run, which JAX finds by itself under Slurm,\n"
         "                   Open MPI, on Cloud TPU and GKE; elsewhere say who they are:\n"
@@ -109,6 +111,7 @@ class Command:
     topology: str | None
     profile: tuple[int, int] | None
     processes: Processes | None
+    shard: tuple[int, int]
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -144,6 +147,8 @@ def parse(argv: Sequence[str]) -> Command:
         raise InputError(f"--best_of={values.best_of}: use it with `vbon generate`")
     if values.topology is not None and rest[0] != "plan":
         raise InputError(f"--topology={values.topology}: use it with `vbon plan`")
+    if values.shard is not None and rest[0] != "sweep":
+        raise InputError(f"--shard={values.shard}: use it with `vbon sweep`")
     if values.stream and rest[0] != "generate":
         raise InputError("--stream: use it with `vbon generate`")
     if values.stream and values.best_of is not None:
@@ -167,6 +172,7 @@ def parse(argv: Sequence[str]) -> Command:
         values.topology,
         _profile(values.profile),
         several,
+        _shard(values.shard),
     )
 
 
@@ -204,6 +210,21 @@ def _profile(text: str | None) -> tuple[int, int] | None:
     if not 1 <= found[0] <= found[1]:
         raise InputError(f"--profile={text}: iterations are counted from 1, the first one first")
     return found
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    """What ``--shard=I/N`` says: which share, from 0, and of how many; the whole by default."""
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not found:
+        raise InputError(f"--shard={text}: write I/N, share I of N, such as --shard=0/4")
+    i, count = int(found[1]), int(found[2])
+    if i >= count:
+        raise InputError(
+            f"--shard={text}: of I/N, I counts from 0 to N-1, such as --shard=0/4 to --shard=3/4"
+        )
+    return i, count
 
 
 def _config_name(argv: Sequence[str]) -> str:
@@ -278,7 +299,7 @@ def execute(argv: Sequence[str]) -> None:
         plan.run(config, folder, command.topology)
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    run = base.Run(config, folder, mesh, command.profile)
+    run = base.Run(config, folder, mesh, command.profile, command.shard)
     processes.refuse_apart(mesh)
     if several and processes.count() > 1:
         raise InputError(
@@ -298,7 +319,7 @@ def execute(argv: Sequence[str]) -> None:
         else:
             generate.run(run, command.prompts, command.best_of)
         return
-    with run.workdir.locked(wait=several):
+    with run.workdir.locked(wait=command.stage == "sweep"):  # its shares start all at once
         if command.stage == "run":
             base.perform_all(run, [STAGES[name] for name in config.stages])
         else:

@@ -8,7 +8,7 @@ import pytest
 
 from vbon_jax import cli
 from vbon_jax.errors import InputError
-from vbon_jax.stages import STAGES, named, results, sweep
+from vbon_jax.stages import STAGES, named, results, units
 from vbon_jax.stages.base import Run
 from vbon_jax.stages.workdir import Workdir
 
@@ -130,8 +130,8 @@ def test_another_reward_under_its_name_gives_other_names():
             ["run", f"--config={TABULAR}:sweep", "--config.reward.function=mine:score"]
         ).config
         here = Workdir("w", c, STAGES)
-        units = {sweep.folder(Run(c, here, None), unit).name for unit in sweep.units(c)}
-        return units | {here.held_out("pool", "test", 1.0, 200).name}
+        found = {units.folder(Run(c, here, None), unit).name for unit in units.of(c)}
+        return found | {here.held_out("pool", "test", 1.0, 200).name}
 
     before = names()
     assert before == names()

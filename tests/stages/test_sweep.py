@@ -1,4 +1,4 @@
-"""Sweeps: their grids, and miniature ones of the tabular world by one worker and by two."""
+"""Sweeps: miniature ones of the tabular world, whole and in shares."""
 
 import contextlib
 import dataclasses
@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import types
 from pathlib import Path
 
 import jax
@@ -26,8 +24,8 @@ from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular
 from vbon_jax.errors import InputError
 from vbon_jax.methods import learning
-from vbon_jax.report import results
-from vbon_jax.stages import STAGES, claims, loading, sweep
+from vbon_jax.report import document, results
+from vbon_jax.stages import STAGES, loading, sweep, units
 from vbon_jax.stages.base import Run
 from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training.learner import Member
@@ -78,41 +76,7 @@ def parsed(**groups):
     return vbon_config.parse(config.to_dict())
 
 
-# --- The grids ---------------------------------------------------------------------------------
-
-
-def test_the_grid_of_each_method_times_its_seeds():
-    s = parsed(
-        seed=7, method={"beta": 0.25, "n": 8.0}, samples={"m": 100},
-        offline={"responses": 100, "pairs": 4000},
-        sweep={
-            "vbon": (2, 8, 32.5), "lower_bound": (), "ppo": (0.5,), "dpo": (1.0, 0.1),
-            "qrpo": (0.5,), "qrpo_identity": (), "bonbon": (2, 4, 8, 16),
-            "bon_sft": (3,), "bond": (2,), "m": (10, 100), "seeds": 2,
-        },
-    )  # fmt: skip
-    found = sweep.units(s)
-    sizes = {u.name: len(u.members) for u in found}
-    assert sizes == {
-        "bonbon": 8, "vbon": 6, "dpo": 4, "bond": 2, "bon_sft": 2, "ppo": 2, "qrpo": 2, "m": 2,
-    }  # fmt: skip
-    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
-    of = {u.name: u for u in found}
-    assert of["vbon"].members == tuple(
-        Member(n, 0.25, seed, 100) for n in (2.0, 8.0, 32.5) for seed in (7, 8)
-    )
-    assert of["dpo"].members == tuple(
-        Member(n, beta, seed, 100) for n, beta in ((2.0, 1.0), (11.0, 0.1)) for seed in (7, 8)
-    )
-    # m = 100 at n = 8 is among the units of vbon already.
-    assert of["m"].members == tuple(Member(8.0, 0.25, seed, 10) for seed in (7, 8))
-    assert (of["m"].label, of["m"].study, of["vbon"].study) == ("vbon", "m", "front")
-    for name in ("vbon", "m"):
-        assert of[name].method.name == "vbon"
-        assert (of[name].options.objective, of[name].options.estimator) == ("exact", "interval")
-    assert of["bond"].method.when(parsed(bond={"form": "backward"}))
-    assert of["bond"].options.estimator == "interval"
-    assert all(u.label == u.method.name for u in found)
+# --- The training of a curve -------------------------------------------------------------------
 
 
 def test_a_curve_is_trained_with_what_its_series_fixes_and_the_rest_of_the_run():
@@ -121,72 +85,6 @@ def test_a_curve_is_trained_with_what_its_series_fixes_and_the_rest_of_the_run()
         found = sweep._training(s, methods.SERIES[label][1])
         assert found.offline == dataclasses.replace(s.offline, transform=own)
         assert found.train == s.train
-
-
-def test_the_study_of_m_trains_all_of_its_own_where_vbon_has_not_its_n():
-    s = parsed(samples={"m": 100}, offline={"responses": 100, "pairs": 4000},
-               sweep={"vbon": (2,), "m": (10, 100), "lower_bound": (4,)})  # fmt: skip
-    of = {u.name: u for u in sweep.units(s)}
-    assert [m.m for m in of["m"].members] == [10, 100]
-    bound = of["lower_bound"]
-    assert bound.method.name == "vbon"
-    assert (bound.options.objective, bound.options.estimator) == ("lower_bound", "harmonic")
-    empty = dict.fromkeys(("bon", "m", *methods.SERIES), ())
-    assert sweep.units(parsed(sweep=empty)) == []
-
-
-def place(s, root="/nowhere"):
-    run = Run(s, Workdir(root, s, STAGES), None)
-    return {u.name: sweep.folder(run, u).name for u in sweep.units(s)}
-
-
-BASE = parsed(sweep={"vbon": (2, 8), "temperatures": (0.5,)})
-
-
-@pytest.mark.parametrize(
-    ("groups", "changed"),
-    [
-        ({"sweep": {"vbon": (2, 4), "temperatures": (0.5,)}}, {"vbon"}),
-        ({"sweep": {"vbon": (2, 8), "temperatures": (0.5,), "ppo": (9.0,)}}, {"ppo"}),
-        ({"sweep": {"vbon": (2, 8), "temperatures": (0.5,), "bon": (1,)}}, set()),  # no unit of it
-        (
-            {
-                "sweep": {
-                    "vbon": (2, 8),
-                    "temperatures": (0.5,),
-                    "lower_bound_estimator": "smoothed",
-                }
-            },
-            {"lower_bound"},
-        ),
-        ({"sweep": {"vbon": (2, 8), "temperatures": (0.5,), "stale_seconds": 9.0}}, set()),
-        ({"sweep": {"vbon": (2, 8), "temperatures": (0.5,), "at_once": 0}}, set()),
-        ({"sampling": {"batch_size": 8}}, set()),
-        ({"train": {"checkpoint_every": 7, "keep": 9}}, set()),
-        ({"method": {"objective": "exact", "name": "ppo"}}, set()),
-        ({"sweep": {"vbon": (2, 8), "temperatures": ()}}, None),
-        ({"sweep": {"vbon": (2, 8), "temperatures": (0.5,), "temperature_m": 3}}, None),
-        ({"sweep": {"vbon": (2, 8), "temperatures": (0.5,), "seeds": 2}}, None),
-        ({"seed": 1}, None),
-        ({"method": {"n": 4.0}}, None),
-        ({"method": {"ties": "order"}}, None),
-        ({"train": {"learning_rate": 1e-4}}, None),
-        ({"bond": {"beta": 0.7}}, None),
-        ({"evaluate": {"samples_per_prompt": 3}}, None),
-        ({"reward": {"function": "vbon_jax.data.tabular:verifier"}}, None),
-        ({"evaluator": {"function": "vbon_jax.data.tabular:verifier"}}, None),
-    ],
-)
-def test_a_folder_is_named_for_what_its_results_follow_from(groups, changed):
-    """changed: the units that get another folder; None for all."""
-    groups = {"sweep": {"vbon": (2, 8), "temperatures": (0.5,)}, **groups}
-    before, after = place(BASE), place(parsed(**groups))
-    assert before.keys() == after.keys()
-    assert {k for k in before if before[k] != after[k]} == (
-        before.keys() if changed is None else changed
-    )
-    assert all(name.startswith(f"{unit}-") for unit, name in before.items())
-    assert len(set(before.values())) == len(before)
 
 
 # --- A miniature sweep -------------------------------------------------------------------------
@@ -229,7 +127,7 @@ def assert_same_table(root, other):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished sweep of one worker."""
+    """A finished sweep of one process."""
     root = tmp_path_factory.mktemp("done")
     assert vbon("run", root) == 0
     return root
@@ -245,13 +143,6 @@ def sampled(done, tmp_path):
 
 def units_of(root):
     return {p.name.split("-")[0]: p for p in (root / "sweep").iterdir() if p.is_dir()}
-
-
-def history(folder):
-    """The records of a unit's claim: (state, pid) by generation."""
-    found = sorted(folder.glob("claim.*"), key=lambda p: int(p.suffix[1:]))
-    assert [p.suffix for p in found] == [f".{i + 1}" for i in range(len(found))]
-    return [(r["state"], r["pid"]) for r in (json.loads(p.read_text()) for p in found)]
 
 
 def test_the_table_of_a_sweep(done):
@@ -289,15 +180,14 @@ def test_the_table_of_a_sweep(done):
         assert row["kl_target"] > 0 and row["win_rate"] == pytest.approx(other["win_rate"], abs=0.4)
 
 
-def test_each_unit_was_claimed_once_and_says_what_it_did(done):
+def test_each_unit_says_what_it_did(done):
     folders = units_of(done)
     assert set(folders) == {"vbon", "dpo"}
     for name, passes in (("vbon", STEPS), ("dpo", 3)):
-        assert history(folders[name]) == [("held", os.getpid()), ("done", os.getpid())]
         metrics = read(folders[name] / "metrics.jsonl")
         assert [x["step"] for x in metrics] == list(range(1, passes + 1))
         assert all(len(x["loss"]) == len(x["refused"]) == 2 for x in metrics)
-    assert not list(done.rglob("*.tmp")) and not list(done.rglob(".claim-*"))
+    assert not list(done.rglob("*.tmp"))
 
 
 def test_running_again_does_nothing_new(done, capfd, monkeypatch):
@@ -306,7 +196,7 @@ def test_running_again_does_nothing_new(done, capfd, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in done.glob("sweep/*/*") if p.is_file()}
     table = (done / "sweep.jsonl").read_text()
     assert vbon("run", done) == 0
-    assert vbon("sweep", done, "--config.sweep.at_once=0", "--config.sweep.stale_seconds=5.0") == 0
+    assert vbon("sweep", done, "--config.sweep.at_once=0") == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert (done / "sweep.jsonl").read_text() == table
     assert capfd.readouterr().err.count("sweep: done in") == 2
@@ -316,8 +206,7 @@ def test_running_again_does_nothing_new(done, capfd, monkeypatch):
         vbon("sweep", done, "--config.sweep.dpo=(0.5,2.0)")
     assert asked == ["dpo"]
     for folder in (done / "sweep").glob("dpo-*"):
-        if not (folder / "rows.jsonl").exists():  # released: another may have it at once
-            assert [state for state, _ in history(folder)] == ["held", "released"]
+        if not (folder / "rows.jsonl").exists():
             shutil.rmtree(folder)
     assert vbon("sweep", done) == 0
     assert (done / "sweep.jsonl").read_text() == table
@@ -338,136 +227,145 @@ def on_training_reward(monkeypatch, at, act):
 
 
 def test_a_unit_that_was_stopped_goes_on_and_gives_the_same_rows(sampled, done, monkeypatch, capfd):
-    """SIGTERM in the second iteration: saved, released, exit code 143; and then the rest."""
+    """SIGTERM in the second iteration: saved, exit code 143; and then the rest."""
     on_training_reward(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert vbon("sweep", sampled) == 143
     folder = units_of(sampled)["vbon"]
-    assert [state for state, _ in history(folder)] == ["held", "released"]
     assert not (folder / "rows.jsonl").exists() and not (sampled / "tabular.json").exists()
     assert [x["step"] for x in read(folder / "metrics.jsonl")] == [1, 2]
     capfd.readouterr()
     assert vbon("sweep", sampled) == 0
     assert f"vbon x2: going on after iteration 2 of {STEPS}" in capfd.readouterr().err
     assert [x["step"] for x in read(folder / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert [state for state, _ in history(folder)] == ["held", "released", "held", "done"]
     assert_same_table(sampled, done)
 
 
-def test_a_worker_that_lost_its_claim_stops_and_publishes_nothing(
-    sampled, done, monkeypatch, capfd
-):
-    """Another worker, which thought it dead, has the unit for a while."""
+def note(root):
+    return json.loads((root / "stages" / "sweep.json").read_text())
 
-    def overtake():
-        folder = units_of(sampled)["vbon"]
-        assert claims._publish(folder, 2, "held")
 
-    def sleep(seconds):  # the loop waits: nothing of the unit may be there; the other gives it back
-        folder = units_of(sampled)["vbon"]
-        assert not (folder / "rows.jsonl").exists()
-        assert "vbon" not in (sampled / "sweep.jsonl").read_text()
-        claims._publish(folder, 3, "released")
+def test_shares_one_after_another_give_the_table_of_the_whole(sampled, done, monkeypatch, capfd):
+    """In between, the report shows what is done; a share that is done does nothing again."""
 
-    on_training_reward(monkeypatch, 2, overtake)
-    monkeypatch.setattr(sweep.time, "sleep", sleep)
-    assert vbon("sweep", sampled) == 0
-    said = capfd.readouterr().err
-    assert "sweep: vbon was taken over by another worker" in said
-    assert "sweep: waiting for vbon, held by other workers" in said
-    states = [state for state, _ in history(units_of(sampled)["vbon"])]
-    assert states == ["held", "held", "released", "held", "done"]
+    def said():
+        return capfd.readouterr().err
+
+    assert vbon("sweep", sampled, "--shard=2/3") == 0  # more shares than units
+    err = said()
+    assert "sweep: share 2/3 is 0 of 2 units, to do: -" in err
+    assert "; 2 of 2 units are left to other shares: vbon, dpo" in err
+    assert not (sampled / "sweep").exists()
+    assert vbon("report", sampled) == 0
+    assert "report: 0 of 2 units of the sweep are done" in said()
+
+    assert vbon("sweep", sampled, "--shard=1/2") == 0
+    err = said()
+    assert "sweep: share 1/2 is 1 of 2 units, to do: dpo" in err
+    assert "; 1 of 2 units are left to other shares: vbon" in err
+    assert set(units_of(sampled)) == {"dpo"} and not note(sampled)["complete"]
+    assert not (sampled / "sweep.jsonl").exists()
+    assert vbon("report", sampled) == 0
+    assert "report: 1 of 2 units of the sweep are done" in said()
+    assert "DPO" in (sampled / "report.html").read_text()
+    part = [r for r in read(done / "sweep.jsonl") if r["method"] != "vbon"]
+    assert without_times(read(sampled / "sweep.jsonl")) == near(without_times(part))
+    assert not note(sampled)["complete"]
+
+    real = sweep._work
+    monkeypatch.setattr(sweep, "_work", lambda *_: pytest.fail("a unit was done again"))
+    assert vbon("sweep", sampled, "--shard=1/2") == 0
+    assert "sweep: share 1/2 is 1 of 2 units, to do: -" in said()
+    monkeypatch.setattr(sweep, "_work", real)
+    assert vbon("sweep", sampled, "--shard=0/2") == 0
+    assert "left to other shares" not in said()
+    assert note(sampled)["complete"]
     assert_same_table(sampled, done)
 
 
-# Another worker: it begins its first unit when both have one, and kills itself in the third
-# iteration of vbon if asked to.
-WORKER = """
+def test_the_report_leaves_the_table_of_another_sweep(done, tmp_path, monkeypatch, capfd):
+    """One that is complete, or was begun under other settings, is not made again."""
+    monkeypatch.setattr(document, "write", lambda root, looks: None)
+    root = tmp_path / "w"
+    shutil.copytree(done, root)
+    (root / "sweep.jsonl").write_text("mine\n")
+    assert vbon("report", root) == 0
+    (root / "stages" / "sweep.json").unlink()
+    Workdir(root, parsed(), STAGES).begin("sweep", again=True)
+    assert vbon("report", root) == 0
+    assert (root / "sweep.jsonl").read_text() == "mine\n"
+    assert "units of the sweep" not in capfd.readouterr().err
+    opened(root).workdir.begin("sweep", again=True)
+    assert vbon("report", root) == 0
+    assert "report: 2 of 2 units of the sweep are done" in capfd.readouterr().err
+    assert_same_table(root, done)
+
+
+def test_a_unit_that_another_process_did_meanwhile_is_left_alone(done, tmp_path, monkeypatch):
+    """The whole sweep beside a share: it waits for the unit, and finds it done."""
+    root = tmp_path / "w"
+    shutil.copytree(done, root)
+    rows = units_of(root)["dpo"] / "rows.jsonl"
+    rows.rename(root / "rows")
+    held = units.held
+
+    @contextlib.contextmanager
+    def waited(place):
+        assert place == rows.parent
+        with held(place):
+            (root / "rows").rename(rows)
+            yield
+
+    monkeypatch.setattr(units, "held", waited)
+    monkeypatch.setattr(sweep, "_work", lambda *_: pytest.fail("a unit was done again"))
+    assert vbon("sweep", root) == 0
+    assert rows.exists()
+    assert_same_table(root, done)
+
+
+# A share that kills itself in the third iteration of vbon.
+KILLED = """
 import os, pathlib, signal, sys, time
 from vbon_jax import cli
-from vbon_jax.stages import sweep
 from vbon_jax.data import tabular
 
-root, kill, batch = pathlib.Path(sys.argv[1]), sys.argv[2] == "kill", int(sys.argv[3])
-sweep.POLL_SECONDS = 0.2
-real_work, real_reward, calls, places = sweep._work, tabular.reward, [], []
-
-def work(run, unit, place, *rest):
-    places.append(place)
-    while len(list(root.glob("sweep/*/claim.1"))) < 2:
-        time.sleep(0.01)
-    real_work(run, unit, place, *rest)
+root, batch = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+real, calls = tabular.reward, []
 
 def reward(prompts, responses):
-    if kill and places and places[-1].name.startswith("vbon") and len(responses) == batch:
+    if len(responses) == batch:
         calls.append(1)
         if len(calls) == 3:
-            while not any(p.name.isdigit() for p in places[-1].glob("checkpoints/*")):
+            while not list(root.glob("sweep/vbon-*/checkpoints/[0-9]")):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
-    return real_reward(prompts, responses)
+    return real(prompts, responses)
 
-sweep._work, tabular.reward = work, reward
-sys.exit(cli.main(sys.argv[4:]))
+tabular.reward = reward
+sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-@contextlib.contextmanager
-def another_worker(root, how, monkeypatch):
-    """A second process on the workdir; this one's first unit waits until that has one too."""
-    real = sweep._work
-
-    def work(run, unit, place, *rest):
-        wait_for(lambda: len(list(root.glob("sweep/*/claim.1"))) == 2)
-        real(run, unit, place, *rest)
-
-    monkeypatch.setattr(sweep, "_work", work)
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.2)
-    with (root.parent / "worker.log").open("w+") as log:
-        worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER, root, how, str(2 * BATCH), "sweep", *FLAGS,
-             f"--workdir={root}"],
+def test_shares_started_at_once_and_one_is_killed(sampled, done, monkeypatch, capfd):
+    """Started again, it goes on from its checkpoint; what the other did is not done again."""
+    with (sampled.parent / "share.log").open("w+") as log:
+        other = subprocess.Popen(
+            [sys.executable, "-c", KILLED, sampled, str(2 * BATCH), "sweep", *FLAGS,
+             f"--workdir={sampled}", "--shard=0/2"],
             cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            yield worker
+            assert vbon("sweep", sampled, "--shard=1/2") == 0
+            code = other.wait(120)
         finally:
-            worker.kill()
-            worker.wait()
-
-
-def wait_for(what, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "the other worker does not get on"
-        time.sleep(0.01)
-
-
-def test_two_processes_share_a_sweep(sampled, done, monkeypatch):
-    with another_worker(sampled, "live", monkeypatch) as worker:
-        assert vbon("sweep", sampled) == 0
-        assert worker.wait(120) == 0, (sampled.parent / "worker.log").read_text()
-    doers = []
-    for name, folder in units_of(sampled).items():
-        (first, holder), (last, finisher) = history(folder)  # claimed once, finished once
-        assert (first, last) == ("held", "done") and holder == finisher
-        doers.append(holder)
-        passes = {"vbon": STEPS, "dpo": 3}[name]
-        assert [x["step"] for x in read(folder / "metrics.jsonl")] == list(range(1, passes + 1))
-    assert sorted(doers) == sorted([os.getpid(), worker.pid])  # one each
-    assert_same_table(sampled, done)
-
-
-def test_a_killed_worker_is_followed_by_the_other(sampled, done, monkeypatch, capfd):
-    with another_worker(sampled, "kill", monkeypatch) as worker:
-        wait_for(lambda: list(sampled.glob("sweep/vbon-*/claim.1")))  # the longest goes first
-        assert vbon("sweep", sampled) == 0
-        assert worker.wait(1) == -signal.SIGKILL
-    me, folders = os.getpid(), units_of(sampled)
-    assert history(folders["dpo"]) == [("held", me), ("done", me)]
-    assert history(folders["vbon"]) == [("held", worker.pid), ("held", me), ("done", me)]
-    # It went on from the dead one's checkpoint, and did not begin anew.
+            other.kill()
+            other.wait()
+    assert code == -signal.SIGKILL, (sampled.parent / "share.log").read_text()
+    assert "; 1 of 2 units are left to other shares: vbon" in capfd.readouterr().err
+    assert vbon("sweep", sampled, "--shard=0/2") == 0
     assert "vbon x2: going on after iteration" in capfd.readouterr().err
+    folders = units_of(sampled)
     assert [x["step"] for x in read(folders["vbon"] / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [x["step"] for x in read(folders["dpo"] / "metrics.jsonl")] == [1, 2, 3]
     assert_same_table(sampled, done)
 
 
@@ -526,12 +424,12 @@ def test_members_start_from_the_stored_samples(done, tmp_path, monkeypatch):
     run = opened(done)
     train = dataclasses.replace(run.config.train, start="weighted")
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
-    tasks, claim = sweep._Tasks(run), types.SimpleNamespace(held=lambda: True)
+    tasks = sweep._Tasks(run)
     for label, study, member in (
         ("ppo", "front", Member(3.5, 0.4, 0, M)), ("vbon", "m", Member(8.0, 0.1, 0, 5)),
     ):  # fmt: skip
         with jax.set_mesh(run.mesh):
-            sweep._work(run, unit(label, study, [member]), tmp_path / label, tasks, None, claim)
+            sweep._work(run, unit(label, study, [member]), tmp_path / label, tasks, None)
         assert len(read(tmp_path / label / "start" / "metrics.jsonl")) == 3
         first, *rest = read(tmp_path / label / "metrics.jsonl")
         assert first["kl_ref"][0] > 1e-3 and len(rest) == STEPS - 1  # it is the reference no more
@@ -584,28 +482,3 @@ def test_a_workdir_is_held_shared_and_taken_back(tmp_path, capfd):
     assert entered.is_set()
     with (tmp_path / ".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free at the end
-
-
-def test_workers_may_write_the_same_file_at_once(tmp_path):
-    """Each write is whole, none fails, and nothing is left behind."""
-    path, errors = tmp_path / "sweep.jsonl", []
-    rows = [[{"worker": w, "row": i} for i in range(200)] for w in range(4)]
-    deadline = time.monotonic() + 1.0
-
-    def write(own):
-        try:
-            while time.monotonic() < deadline:
-                sweep._write_lines(path, own)
-                assert read(path) in rows
-                Workdir.write_json(tmp_path / "tabular.json", own)
-                assert json.loads((tmp_path / "tabular.json").read_text()) in rows
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=write, args=(own,)) for own in rows]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert {p.name for p in tmp_path.iterdir()} == {"sweep.jsonl", "tabular.json"}

@@ -9,7 +9,7 @@ import pytest
 
 from vbon_jax import cli, config
 from vbon_jax.errors import InputError
-from vbon_jax.stages import STAGES, sweep
+from vbon_jax.stages import STAGES, units
 from vbon_jax.stages.base import Run
 from vbon_jax.stages.workdir import Workdir
 
@@ -128,7 +128,7 @@ def test_held_out_samples_have_the_names_they_had(variant, role):
 def folders(*flags):
     s = parsed(":sweep", *flags)
     run = Run(s, Workdir("/w", s, STAGES), None)
-    return {sweep.folder(run, unit).name for unit in sweep.units(s)}
+    return {units.folder(run, unit).name for unit in units.of(s)}
 
 
 def test_folders_of_a_sweep_have_the_names_they_had():
@@ -209,7 +209,7 @@ def test_temporary_files_are_swept_at_the_next_start(tmp_path):
 
 def test_of_a_sweep_only_old_ones_are_swept_since_others_may_be_at_work(tmp_path):
     run = folder(tmp_path)
-    new, old = tmp_path / "sweep/u/.claim-new", tmp_path / "sweep/u/.claim-old"
+    new, old = tmp_path / "sweep/u/new.tmp", tmp_path / "sweep/u/old.tmp"
     new.parent.mkdir(parents=True)
     for path in (new, old):
         path.write_text("x")

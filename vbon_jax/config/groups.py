@@ -267,8 +267,6 @@ class SweepBase:
     seeds: int = key(1, "Number of seeds per setting.", least=1, most=10_000)
     at_once: int = key(1, "Policies that are vmapped on a device, the others following in the same "
                        "program; 0 for all: best on GPU and TPU, 1 on CPU.", least=0)  # fmt: skip
-    stale_seconds: float = key(60.0, "Seconds without a heartbeat after which a worker's share is "
-                               "taken over by another worker.", above=0)  # fmt: skip
 
 
 def _grids() -> list[tuple[str, Any, Any]]:

@@ -82,7 +82,7 @@ _STAGES = (
     ),
     Stage(
         "sweep",
-        "every method over its grid; several workers may share one workdir",
+        "every method over its grid, or a share of them (--shard)",
         depends=("evaluate", "evaluator", "sweep"),
         after=("train",),
         leaves=("sweep", "sweep.jsonl"),

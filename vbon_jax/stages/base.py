@@ -26,12 +26,14 @@ class Run:
       workdir: its folder.
       mesh: the device mesh.
       profile: iterations of training to trace, (first, last), counted from 1; None for none.
+      shard: which share of a sweep's units this process does, from 0, and how many there are.
     """
 
     config: Config
     workdir: Workdir
     mesh: Mesh
     profile: tuple[int, int] | None = None
+    shard: tuple[int, int] = (0, 1)
 
     def key(self, name: str) -> jax.Array:
         """The random key of a piece of work: a function of the run's seed and the name."""
@@ -83,13 +85,14 @@ def perform(run: Run, stage: Stage, again: bool) -> None:
     began = time.monotonic()
     try:
         with jax.set_mesh(run.mesh):
-            stage.run(run)
+            left = stage.run(run)
     except InputError:
         if processes.first():
             workdir.abandon(stage.name)
         raise
-    processes.by_first(lambda: workdir.complete(stage.name))
-    log(f"{stage.name}: done in {time.monotonic() - began:.1f} s")
+    if not left:
+        processes.by_first(lambda: workdir.complete(stage.name))
+    log(f"{stage.name}: done in {time.monotonic() - began:.1f} s" + (f"; {left}" if left else ""))
 
 
 def refuse_uneven(config: Config, mesh: Mesh) -> None:

@@ -32,8 +32,11 @@ class Stage:
     redo: Literal["never", "asked", "always"] = "never"
 
     @property
-    def run(self) -> Callable[[Any], None]:
-        """(run) -> None; imported when it is asked for, as that takes seconds."""
+    def run(self) -> Callable[[Any], str | None]:
+        """(run) -> None, or words for what is left to other processes.
+
+        It is imported when it is asked for, as that takes seconds.
+        """
         return importlib.import_module(f"vbon_jax.stages.{self.name}").run
 
     def follows(self, stages: "Mapping[str, Stage]") -> tuple[str, ...]:

@@ -1,83 +1,39 @@
-"""Many methods, values and seeds, each once: the grids of a sweep and the work on them.
+"""Many methods, values and seeds, each once: the work on the units of a sweep.
 
-A unit is a population: all values and seeds of one method, trained in one program. Workers (several
-processes or hosts on one workdir) claim units; each is done by exactly one, and goes on from its
-checkpoint when its worker dies.
+``vbon sweep`` does all units, ``vbon sweep --shard=i/N`` one share of them, for a scheduler that
+starts N processes on one workdir, on any hosts (see `units` for how they keep apart). Every process
+skips what is done, and goes on from the checkpoint of a unit that was cut.
+
+What all units are measured by, the held-out samples and the yardsticks, is made by whoever holds
+the workdir's lock; the others wait for it, and find it made. Then the lock is let go, and a share
+writes under its own units alone. The process that finds all units done in the end, under the lock
+again, writes the table and leaves the stage complete; one that does not leaves it not complete, and
+``vbon report`` shows the units that are done by then.
 """
 
 import dataclasses
-import os
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vbon_jax import methods
 from vbon_jax.bon import theory
 from vbon_jax.config import Config
 from vbon_jax.data import jsonl
 from vbon_jax.data.samples import PromptSamples
-from vbon_jax.errors import writing
 from vbon_jax.evaluation import exact, heldout
-from vbon_jax.methods import Method, Series, learning, starting
+from vbon_jax.methods import Series, learning, starting
 from vbon_jax.progress import log
-from vbon_jax.stages import claims, evaluate, loading
+from vbon_jax.stages import evaluate, loading, units
 from vbon_jax.stages.base import Run
+from vbon_jax.stages.units import Unit
 from vbon_jax.training import loop, policies, population
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
 from vbon_jax.training.references import references
-
-POLL_SECONDS = 5.0  # between looks at units that other workers hold
-
-
-class Unit(NamedTuple):
-    """A population of the sweep.
-
-    Attributes:
-      name: of its folder.
-      series: the method under the options that all members share.
-      study: "front", or "m" for one n at several numbers of reference samples.
-      options: of the method.
-      members: their values and seeds.
-    """
-
-    name: str
-    method: Method
-    series: Series
-    study: str
-    options: Any
-    members: tuple[Member, ...]
-
-    @property
-    def label(self) -> str:
-        """What its rows have for "method"."""
-        return self.series.label
-
-    @property
-    def by_beta(self) -> bool:
-        """Whether the members differ in beta, not in n."""
-        return self.series.varies == "beta"
-
-
-def _options(s: Config, method: Method, series: Series) -> Any:
-    """The options of a curve: the run's own, but for what the series fixes.
-
-    A method of several forms, such as bond, is swept in the form of its series.
-    """
-    given = {
-        f.name: getattr(s.method, f.name)
-        for f in dataclasses.fields(method.options)
-        if hasattr(s.method, f.name)
-    }
-    if series.estimators:
-        given["estimator"] = getattr(s.sweep, f"{series.label}_estimator")
-    return method.options(**given | series.fixed)
 
 
 def _training(s: Config, series: Series) -> learning.Training:
@@ -88,55 +44,6 @@ def _training(s: Config, series: Series) -> learning.Training:
     if s.sweep.at_once != 1:  # vmapped, each member would compute every length
         memory = dataclasses.replace(memory, lengths=1)
     return dataclasses.replace(training, offline=offline, memory=memory)
-
-
-def units(s: Config) -> list[Unit]:
-    """The units of a sweep, the longest first."""
-    m = s.samples.m
-    seeds = [s.seed + i for i in range(s.sweep.seeds)]
-    found = []
-    for label, (method, series) in methods.SERIES.items():
-        values = getattr(s.sweep, label)
-        if series.varies == "beta":
-            # The n that beta stands for, as far as one does: only for KL(policy || bon) in the log.
-            pairs = [(1 / beta + 1, float(beta)) for beta in values]
-        else:
-            pairs = [(float(n), s.method.beta) for n in values]
-        members = tuple(Member(n, beta, seed, m) for n, beta in pairs for seed in seeds)
-        found.append(Unit(label, method, series, "front", _options(s, method, series), members))
-    method, series = methods.SERIES["vbon"]
-    trained = getattr(s.sweep, series.label)
-    others = [value for value in s.sweep.m if value != m or s.method.n not in trained]
-    members = tuple(Member(s.method.n, s.method.beta, seed, v) for v in others for seed in seeds)
-    found.append(Unit("m", method, series, "m", _options(s, method, series), members))
-    return sorted((u for u in found if u.members), key=lambda u: -len(u.members))
-
-
-def folder(run: Run, unit: Unit) -> Path:
-    """Where a unit's files lie: named for all that its results follow from."""
-    s = run.config
-    follows = run.workdir.settled(
-        {
-            key: value
-            for key, value in run.workdir.relevant("sweep").items()
-            if not key.startswith(("method.", "sweep."))
-        }
-    )
-    follows |= run.workdir.contents(follows)
-    spec = [unit.method.name, unit.series.variant, unit.options.estimator]
-    digest = run.workdir.digest(
-        {
-            "settings": follows,
-            "method": [s.method.estimator, s.method.ties, s.method.n],
-            "unit": [*spec, *[list(m) for m in map(_values, unit.members)]],
-            "temperatures": [*s.sweep.temperatures, s.sweep.temperature_m],
-        }
-    )
-    return run.workdir.root / "sweep" / f"{unit.name}-{digest}"
-
-
-def _values(m: Member) -> tuple[float, float, int, int]:
-    return m.n, m.beta, m.seed, m.m
 
 
 class Splits:
@@ -167,44 +74,40 @@ class Splits:
                     yield self.get(split, temperature)
 
 
-def run(run: Run) -> None:
-    """``sweep.jsonl``: every unit trained and measured, by as many workers as come."""
-    splits = Splits(run)
-    todo = units(run.config)
-    if not todo:
+def run(run: Run) -> str | None:
+    """``sweep.jsonl``: every unit of this share trained and measured, and the table of all.
+
+    Returns:
+      The units that are left to other shares, in words; None where all are done.
+    """
+    (i, count), every = run.shard, units.of(run.config)
+    own = units.share(every, i, count)
+    todo = [unit for unit in own if not units.done(run, unit)]
+    if count > 1:
+        names = ", ".join(unit.name for unit in todo)
+        log(f"sweep: share {i}/{count} is {len(own)} of {len(every)} units, to do: {names or '-'}")
+    elif not every:
         log("sweep: the grids are empty (sweep.vbon, sweep.ppo, ...): only best-of-n is measured")
-    yardsticks(run, splits)
-    tasks = _Tasks(run)
-    told = ""
-    with run.workdir.shared():
-        while todo:
-            waiting = []
+    left = _left(run, every)
+    if todo or not left:
+        splits = Splits(run)
+        yardsticks(run, splits)
+        tasks = _Tasks(run)
+        with run.workdir.shared():
             for unit in todo:
-                place = folder(run, unit)
-                if claims.done(place):
-                    continue
-                claim = claims.try_claim(place, run.config.sweep.stale_seconds)
-                if claim is None:
-                    waiting.append(unit)
-                    continue
-                with claim:
-                    try:
-                        _work(run, unit, place, tasks, splits, claim)
-                        finished = claim.finish()
-                    except _TakenOver:
-                        finished = False
-                    if not finished:
-                        log(f"sweep: {unit.name} was taken over by another worker; it finishes it")
-                        waiting.append(unit)
-                write_table(run)
-            if waiting:
-                names = ", ".join(u.name for u in waiting)
-                if names != told:
-                    log(f"sweep: waiting for {names}, held by other workers")
-                told = names
-                time.sleep(POLL_SECONDS)
-            todo = waiting
-    write_table(run)
+                with units.held(units.folder(run, unit)):
+                    if not units.done(run, unit):  # by whoever held it before
+                        _work(run, unit, units.folder(run, unit), tasks, splits)
+        left = _left(run, every)
+    if left:
+        return f"{len(left)} of {len(every)} units are left to other shares: {', '.join(left)}"
+    units.write_table(run)
+    return None
+
+
+def _left(run: Run, every: Sequence[Unit]) -> list[str]:
+    """The names of the units that are not done."""
+    return [unit.name for unit in every if not units.done(run, unit)]
 
 
 def yardsticks(run: Run, splits: Splits) -> None:
@@ -232,7 +135,7 @@ def yardsticks(run: Run, splits: Splits) -> None:
             if n is not None:
                 found.append(("bon", "temperature", held.bon(n)))
         rows += [_row(row, method, study, common) for method, study, row in found]
-    _write_lines(run.workdir.root / "sweep" / "yardsticks.jsonl", _once(rows))
+    units.write_lines(run.workdir.root / "sweep" / "yardsticks.jsonl", _once(rows))
 
 
 def _once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -244,21 +147,6 @@ def _once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _row(row: dict[str, Any], method: str, study: str, common: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in row.items() if k != "policy"}
     return {"method": method, "study": study} | rest | common
-
-
-class _TakenOver(Exception):
-    """The claim was lost: the unit's files are another worker's now."""
-
-
-def _while_held(one: loop.Step, claim: claims.Claim) -> loop.Step:
-    """``one``, which raises _TakenOver instead of an iteration once the claim is lost."""
-
-    def held(state: Any, step: int) -> tuple[Any, dict[str, Any], str]:
-        if not claim.held():
-            raise _TakenOver
-        return one(state, step)
-
-    return held
 
 
 class _Tasks:
@@ -295,14 +183,8 @@ class _Tasks:
         return dataclasses.replace(task, references=stacked), samples
 
 
-def _work(
-    run: Run, unit: Unit, place: Path, tasks: _Tasks, splits: Splits, claim: claims.Claim
-) -> None:
-    """Trains a unit, from its checkpoint if there is one, and measures its members.
-
-    Raises:
-      _TakenOver: the claim is lost before the end of training.
-    """
+def _work(run: Run, unit: Unit, place: Path, tasks: _Tasks, splits: Splits) -> None:
+    """Trains a unit, from its checkpoint if there is one, and measures its members."""
     s = run.config
     task, samples = tasks.of(unit)
     config = task.sampler.model.config
@@ -321,7 +203,7 @@ def _work(
             state = starting.begun(state, own)
         return loop.resume(
             state,
-            _while_held(step, claim),
+            step,
             loop.Schedule(
                 title if is_last else f"start of {title}", total,
                 min(s.train.checkpoint_every, total),
@@ -377,7 +259,7 @@ def _measure(run: Run, unit: Unit, place: Path, task: Task, state: Any, splits: 
     for i in matched[:1]:
         texts = {unit.label: [[(r.text, r.reward) for r in g] for g in drawn_of[i]]}
         lines = heldout.sample_lines(test, texts)
-    _write_lines(place / "samples.jsonl", lines)
+    units.write_lines(place / "samples.jsonl", lines)
     exact_rows = []
     if evaluate.enumerable(s):
         world = evaluate.enumerated(run, splits.models.reference)
@@ -387,8 +269,8 @@ def _measure(run: Run, unit: Unit, place: Path, task: Task, state: Any, splits: 
                 policy(i).model, splits.models.reference.model, world, optimum
             )
             exact_rows.append(found | {"seed": member.seed, "m": member.m})
-    _write_lines(place / "exact.jsonl", exact_rows)
-    _write_lines(place / "rows.jsonl", rows)
+    units.write_lines(place / "exact.jsonl", exact_rows)
+    units.write_lines(place / "rows.jsonl", rows)
 
 
 def _training_figures(unit: Unit, place: Path) -> tuple[float, Any]:
@@ -436,45 +318,3 @@ def _matched(s: Config, unit: Unit, rows: Sequence[dict[str, Any]]) -> list[int]
 
     best = min(betas, key=distance)
     return [i for i, m in enumerate(unit.members) if m.beta == best]
-
-
-def write_table(run: Run) -> None:
-    """``sweep.jsonl`` and ``sweep_samples.jsonl`` from the units that are done."""
-    root, s = run.workdir.root, run.config
-    rows = [r for _, r in jsonl.read(root / "sweep" / "yardsticks.jsonl")]
-    lines: list[dict[str, Any]] = []
-    exact: list[dict[str, Any]] = []
-    for unit in units(s):
-        place = folder(run, unit)
-        if not claims.done(place):
-            continue
-        own = [r for _, r in jsonl.read(place / "rows.jsonl")]
-        rows += own
-        if (place / "exact.jsonl").stat().st_size and unit.study == "front":
-            exact += [r for _, r in jsonl.read(place / "exact.jsonl")]
-        if unit.name == "vbon":  # at method.n these belong to the study of m as well
-            rows += [
-                r | {"study": "m"}
-                for r in own
-                if r["study"] == "front" and r["n"] == s.method.n and r["m"] in s.sweep.m
-                and r["split"] == "test"
-            ]  # fmt: skip
-        if (place / "samples.jsonl").stat().st_size:
-            lines += [r for _, r in jsonl.read(place / "samples.jsonl")]
-    _write_lines(root / "sweep.jsonl", rows)
-    _write_lines(root / "sweep_samples.jsonl", lines)
-    if exact:
-        run.workdir.write_json(root / "tabular.json", {"rows": exact})
-
-
-def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Writes JSON lines so that the file is whole or not there, also beside other workers."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # pids of hosts may agree
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            for record in records:
-                file.write(jsonl.dump_line(record))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)

@@ -26,18 +26,17 @@ from vbon_jax.training.seals import free_name
 # Settings that change how fast a result comes, not what it is.
 FREE = (
     "data.tfds_dir", "sampling.batch_size", "train.checkpoint_every", "train.keep", "sweep.at_once",
-    "sweep.stale_seconds",
 )  # fmt: skip
 
 
 # Temporary names of what is written in our folders, and of the files of the workdir itself.
-TEMPORARY = ("*.tmp", "*.partial", ".claim-*", "*.orbax-checkpoint-tmp*")
+TEMPORARY = ("*.tmp", "*.partial", "*.orbax-checkpoint-tmp*")
 OURS = (
     "prompts", "samples", "stages", "tokenizer", "reference", "reward", "evaluator", "policy",
     "checkpoints", "figures", "sweep", "start", "last_iterate",
 )  # fmt: skip
 WRITTEN = ("config", "evaluation", "metrics", "report", "sweep", "tabular", "convergence")
-STALE_SECONDS = 600.0  # age of a temporary file that no other worker is still writing
+STALE_SECONDS = 600.0  # age of a temporary file that no other process is still writing
 
 _OTHER = object()
 
@@ -248,7 +247,7 @@ class Workdir:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Inside `locked`: lets other workers in, and takes the folder back on the way out."""
+        """Inside `locked`: lets other processes in, and takes the folder back on the way out."""
         fcntl.flock(self._lock, fcntl.LOCK_UN)
         try:
             yield
@@ -414,12 +413,17 @@ class Workdir:
     def _write_note(self, stage: str, complete: bool) -> None:
         wanted, s = self.relevant(stage), self._stages[stage]
         left = results.of(self.root, (*s.leaves, *s.logs)) if complete else None
-        if s.redo == "always":  # the files of a sweep are those of many workers
+        if s.redo == "always":  # the files of a sweep are those of many processes
             left = None
         self._put_note(stage, Note(wanted, complete, self._files(wanted), self._read, left))
 
     def _put_note(self, stage: str, note: Note) -> None:
         self.write_json(self._note(stage), notes.as_json(note))
+
+    def unfinished(self, stage: str) -> bool:
+        """Whether ``stage`` was begun under the settings of this run and is not complete."""
+        note = self._read_note(stage)
+        return note is not None and not note.complete and note.settings == self.relevant(stage)
 
     def require(self, stage: str, what: str) -> None:
         """Raises InputError unless ``stage``, which makes ``what``, is complete.
@@ -470,7 +474,7 @@ class Workdir:
             return
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: another worker may be writing the same file.
+        # A name of its own: another process may be writing the same file.
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         with writing(path):
             with temporary.open("w") as file:
