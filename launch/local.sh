@@ -63,10 +63,7 @@ prefixed() { # process I: its lines, whoever is signalled beside it
 start() { # process I of n, with the arguments that follow
   local i=$1 out=1 err=2 env=()
   shift
-  if ((each)); then # with its devices named, JAX looks for no cluster that would name them
-    env=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:i * each:each}")")
-    env+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((each - 1)))")
-  fi
+  if ((each)); then env=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:i * each:each}")"); fi
   if ((i)); then
     exec {out}> >(prefixed "$i")
     printers+=($!)

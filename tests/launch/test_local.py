@@ -97,7 +97,7 @@ def test_a_process_that_fails_ends_the_others(stage, code):
 
 def test_a_process_that_does_not_end_is_killed_after_a_grace(stage):
     process = stage.start(
-        LOCAL, "-n", "2", *RUN, FAKE_DOES={"0": ["deaf"], "1": ["hang"]}, LAUNCH_GRACE="1"
+        LOCAL, "-n", "2", *RUN, FAKE_DOES={"0": ["deaf"], "1": ["hang"]}, LAUNCH_GRACE="2"
     )
     until_ready(stage, 2)
     deaf, other = starts(stage)
@@ -105,7 +105,7 @@ def test_a_process_that_does_not_end_is_killed_after_a_grace(stage):
     os.kill(other["pid"], signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143
-    assert 0.5 < time.monotonic() - begun < 10
+    assert 1 <= time.monotonic() - begun < 10, "the grace, of which a second is rounded"
     assert gone(deaf["pid"])
 
 
@@ -174,11 +174,8 @@ def test_gpus_are_divided_evenly(stage):
     gpus(stage, 4)
     assert stage.run(LOCAL, "-n", "2", *RUN)[0] == 0
     assert stage.run(LOCAL, "-n", "2", *RUN, CUDA_VISIBLE_DEVICES="7,5")[0] == 0
-    shares = [
-        (line["process"], line["env"]["CUDA_VISIBLE_DEVICES"], line["env"]["JAX_LOCAL_DEVICE_IDS"])
-        for line in starts(stage)
-    ]
-    assert shares == [(0, "0,1", "0,1"), (0, "7", "0"), (1, "2,3", "0,1"), (1, "5", "0")]
+    shares = [(line["process"], line["env"]["CUDA_VISIBLE_DEVICES"]) for line in starts(stage)]
+    assert shares == [(0, "0,1"), (0, "7"), (1, "2,3"), (1, "5")]
 
 
 def test_gpus_that_do_not_divide_are_refused(stage):

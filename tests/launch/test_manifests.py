@@ -63,8 +63,8 @@ def expanded(kind, **variables):
 
 def flags(words):
     """What ``vbon`` reads from a command line; files of the repository are found."""
-    own = {name for name in ("distributed", "shard") if name not in cli._flags([])[0]}
-    said = [word for word in words if word.lstrip("-").partition("=")[0] not in own]
+    # --shard is a flag of `vbon sweep`, which the tests of the documents hold word for word.
+    said = [word for word in words if not word.startswith("--shard=")]
     values, rest = cli._flags([word.replace("configs/", f"{ROOT}/configs/") for word in said])
     assert values.config is not None and len(rest) == 1 and rest[0] in cli.commands()
     return values
@@ -145,8 +145,8 @@ def test_bad_input_ends_all_and_a_lost_process_starts_all_again(kind):
 
 def test_hosts_of_a_tpu_slice_find_each_other_by_the_variables_of_gke():
     words = expanded("tpu")
-    assert "--distributed" in words and not any("coordinator" in word for word in words)
-    flags(words)
+    values = flags(words)
+    assert values.distributed and values.coordinator is None
     chips = container("tpu")["resources"]["limits"]["google.com/tpu"]
     rows, columns = pod("tpu")["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
     assert jobs("tpu")["completions"] * chips == int(rows) * int(columns)
@@ -340,3 +340,20 @@ def test_another_accelerator_is_refused(stage):
     assert code == 2 and "ACCELERATOR=abacus: choose cpu, gpu or tpu" in err
     assert not stage.noted("pip")
     assert ("ARG", "ACCELERATOR=cpu") in instructions(), "what is built when nothing is said"
+
+
+def test_the_page_names_every_file_and_how_often_it_starts_again():
+    page = (ROOT / "docs" / "pages" / "launch.md").read_text()
+    files = {path.name for path in LAUNCH.iterdir() if path.is_file()} - {"sample_vllm.py"}
+    first, restarts = page.split("| file |")[1:]
+    assert {name for name in files if f"| `launch/{name}` |" in first} == files
+    rows = re.findall(r"^\| (`launch.*?) \| (\d+|without).*?\|", restarts, re.MULTILINE)
+    times = {name: count for names, count in rows for name in re.findall(r"`launch/(.*?)`", names)}
+    assert times.keys() == files - {"Dockerfile"}
+    for name in ("local.sh", "slurm.sbatch", "tpu_pod.sh"):
+        assert set(re.findall(r"LAUNCH_RESTARTS:-(\d+)", (LAUNCH / name).read_text())) == {
+            times[name]
+        }
+    for kind in ("tpu", "gpu"):
+        policy = MANIFESTS[kind]["spec"]["failurePolicy"]
+        assert str(policy["maxRestarts"]) == times["gke_jobset.yaml"]
