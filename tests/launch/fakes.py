@@ -21,31 +21,44 @@ def note(**more):
 """
 
 # FAKE_DOES: for each start of a process what it does, the last for all starts after it: an exit
-# code, or "hang" until a signal, "deaf" to SIGTERM, "killed" by nobody it knows.
+# code, or "hang" until a signal, "leave" with code 75 at a signal, "deaf" to SIGTERM, "killed" by
+# nobody it knows. One that is signalled takes a while to end, in which a second signal is noted.
+# FAKE_AFTER: how many must hang before one fails.
 VBON = """
 flags = dict(word.split("=", 1) for word in args if "=" in word)
 mine = flags.get("--process_id") or flags.get("--shard", "0").split("/")[0]
 mine = os.environ.get("SLURM_PROCID", mine)
 note(process=int(mine), stdin=sys.stdin.read())
-with open(os.environ["FAKE_LOG"]) as file:
-    lines = [json.loads(line) for line in file]
-starts = [x for x in lines if x["program"] == name and x.get("process") == int(mine)]
+def noted(key, value):
+    with open(os.environ["FAKE_LOG"]) as file:
+        lines = [json.loads(line) for line in file]
+    return sum(line["program"] == name and line.get(key) == value for line in lines)
 does = json.loads(os.environ.get("FAKE_DOES", "{}")).get(mine, [0])
-does = does[min(len(starts), len(does)) - 1]
+does = does[min(noted("process", int(mine)), len(does)) - 1]
 print("table of", mine, flush=True)
 print("remark of", mine, file=sys.stderr, end="", flush=True)
+came = []
 def stopped(signum, frame):
+    came.append(signum)
     note(signal=signum)
-    sys.exit(128 + signum)
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, stopped)
+while does and noted("ready", True) < int(os.environ.get("FAKE_AFTER", 0)):
+    if does in ("hang", "leave", "deaf"):
+        break
+    time.sleep(0.02)
 if does == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if does == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if does in ("hang", "deaf"):
+if does in ("hang", "leave", "deaf"):
     note(ready=True)
-    time.sleep(30)
+    for _ in range(600):
+        if came:
+            break
+        time.sleep(0.05)
+    time.sleep(0.2 + 0.4 * int(mine))
+    does = 75 if does == "leave" else 128 + came[0]
 sys.exit(does)
 """
 

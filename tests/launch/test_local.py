@@ -18,7 +18,9 @@ MESH = "--config.mesh.data=-1"
 
 @pytest.fixture
 def stage(tmp_path):
-    return Stage(tmp_path)
+    stage = Stage(tmp_path)
+    program(stage.bin, "nvidia-smi", 'print("NVIDIA-SMI has failed"); sys.exit(9)')
+    return stage
 
 
 def starts(stage):
@@ -86,12 +88,12 @@ def test_a_sweep_is_shared_and_has_no_coordinator(stage):
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_process_that_fails_ends_the_others(stage, code):
     does = {"0": ["hang"], "1": [code], "2": ["hang"]}
-    found, _, err = stage.run(LOCAL, "-n", "3", *RUN, FAKE_DOES=does)
+    found, _, err = stage.run(LOCAL, "-n", "3", *RUN, FAKE_DOES=does, FAKE_AFTER="2")
     assert found == code
     assert len(starts(stage)) == 3, "nothing is started again"
     assert "start again" not in err
     ended = [line["signal"] for line in stage.noted("vbon", "signal")]
-    assert set(ended) <= {signal.SIGTERM}
+    assert ended == [signal.SIGTERM] * 2
     assert all(gone(line["pid"]) for line in starts(stage))
 
 
@@ -112,7 +114,7 @@ def test_a_process_that_does_not_end_is_killed_after_a_grace(stage):
 @pytest.mark.parametrize("lost", [75, "killed"])
 def test_all_start_again_when_a_process_was_lost(stage, lost):
     does = {"0": ["hang", 0], "1": [lost, 0]}
-    code, _, err = stage.run(LOCAL, "-n", "2", *RUN, FAKE_DOES=does)
+    code, _, err = stage.run(LOCAL, "-n", "2", *RUN, FAKE_DOES=does, FAKE_AFTER="1")
     assert code == 0
     assert [line["process"] for line in starts(stage)] == [0, 0, 1, 1]
     said = [line for line in err.splitlines() if "local.sh" in line]
@@ -122,11 +124,10 @@ def test_all_start_again_when_a_process_was_lost(stage, lost):
 
 
 def test_starts_are_bounded(stage):
-    code, _, err = stage.run(
-        LOCAL, "-n", "2", *RUN, FAKE_DOES={"0": [75], "1": [75]}, LAUNCH_RESTARTS="2"
-    )
+    does = {"0": ["hang"], "1": [75]}
+    code, _, err = stage.run(LOCAL, "-n", "2", *RUN, FAKE_DOES=does, LAUNCH_RESTARTS="2")
     assert code == 75
-    assert [line["process"] for line in starts(stage)].count(0) == 3
+    assert [line["process"] for line in starts(stage)].count(1) == 3
     assert err.count("local.sh: ") == 2
 
 
@@ -139,6 +140,16 @@ def test_a_signal_is_handed_on_once_and_ends_it(stage, signum):
     assert process.returncode == 128 + signum
     assert [line["signal"] for line in stage.noted("vbon", "signal")] == [signum] * 4
     assert len(starts(stage)) == 4 and "local.sh" not in err
+
+
+def test_a_process_that_is_lost_while_all_stop_starts_nothing(stage):
+    does = {"0": ["leave"], "1": ["hang"]}
+    process = stage.start(LOCAL, "-n", "2", *RUN, FAKE_DOES=does)
+    until_ready(stage, 2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in (75, 143)
+    assert len(starts(stage)) == 2 and "local.sh" not in err
 
 
 def test_ctrl_c_of_a_terminal_reaches_each_process_once(stage):
