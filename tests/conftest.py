@@ -74,7 +74,7 @@ SLOW = (
     "bon/test_log_f.py", "bon/test_references.py", "data/sources/test_hub.py",
     "data/test_sample_writer.py", "evaluation/test_heldout.py", "evaluation/test_measure.py",
     "faults/test_bad_inputs.py", "faults/test_flips.py", "faults/test_processes.py",
-    "faults/test_remedies.py",
+    "faults/test_remedies.py", "launch/test_local.py", "launch/test_tpu_pod.py",
     "methods/test_jbond.py", "methods/test_learning.py", "methods/test_vbon.py",
     "models/hf/test_families.py", "models/hf/test_hf.py", "models/hf/test_peft.py",
     "models/test_decoder.py", "models/test_encoder.py", "models/test_trainable.py",
