@@ -81,7 +81,8 @@ SLOW = (
     "report/test_figures.py", "report/test_report.py", "rewards/test_classifier.py",
     "rl/test_chunked.py", "stages/test_adoption.py", "stages/test_experiments.py",
     "stages/test_export.py", "stages/test_plan.py", "stages/test_stages.py", "stages/test_sweep.py",
-    "test_api.py", "test_compiled.py", "test_docs.py", "test_tokenizer_kinds.py",
+    "test_api.py", "test_compiled.py", "test_docs.py", "test_processes.py",
+    "test_tokenizer_kinds.py",
     "training/test_offline.py",
     "training/test_partly_trained.py", "training/test_population.py", "training/test_ppo.py",
 )  # fmt: skip

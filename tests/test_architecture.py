@@ -39,6 +39,7 @@ ANY = ("vbon_jax",)
 LEAVES = (
     "vbon_jax.errors",
     "vbon_jax.keys",
+    "vbon_jax.processes",
     "vbon_jax.progress",
     "vbon_jax.sharding",
     "vbon_jax.signals",
@@ -54,6 +55,12 @@ CONFIG = ("vbon_jax.config", "vbon_jax.stages", "vbon_jax.cli", "vbon_jax.api")
         ("keys.py", ANY, ("vbon_jax.errors",)),
         ("progress.py", ANY, ()),
         ("sharding.py", ANY, ("vbon_jax.errors",)),
+        ("exits.py", ANY, ("vbon_jax.errors", "vbon_jax.signals")),
+        (
+            "processes.py",
+            ANY,
+            ("vbon_jax.errors", "vbon_jax.exits", "vbon_jax.progress", "vbon_jax.signals"),
+        ),
         ("bon", ANY, ("vbon_jax.bon",)),
         ("rl", ANY, ("vbon_jax.rl",)),
         (
@@ -61,10 +68,17 @@ CONFIG = ("vbon_jax.config", "vbon_jax.stages", "vbon_jax.cli", "vbon_jax.api")
             ANY,
             (
                 "vbon_jax.models", "vbon_jax.rl.next_token", "vbon_jax.rl.chunked",
-                "vbon_jax.errors", "vbon_jax.sharding",
+                "vbon_jax.errors", "vbon_jax.processes", "vbon_jax.sharding",
             ),
         ),
-        ("data", ANY, ("vbon_jax.data", "vbon_jax.errors", "vbon_jax.models.hf.tokenizers")),
+        (
+            "data",
+            ANY,
+            (
+                "vbon_jax.data", "vbon_jax.errors", "vbon_jax.processes",
+                "vbon_jax.models.hf.tokenizers",
+            ),
+        ),
         ("rewards", ANY, ("vbon_jax.rewards", "vbon_jax.models", "vbon_jax.data", *LEAVES)),
         (
             "sampling",

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from vbon_jax import cli
+from vbon_jax import cli, exits
 from vbon_jax.errors import InputError
 from vbon_jax.signals import Interrupted, Stopped
 
@@ -174,10 +174,30 @@ def test_exit_codes_are_those_of_the_help(error, code, said, monkeypatch, capfd)
         if error is not None:
             raise error
 
-    assert "exit codes: 0 done; 2 bad input, disk or memory full; 128 + the signal's" in cli.usage()
+    assert "exit codes: 0 done; 2 bad input, disk or memory full; 75 another process" in cli.usage()
     monkeypatch.setattr(cli, "execute", execute)
     assert cli.main(["run", CONFIG]) == code
     assert capfd.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: of the program"), False),
+        (ValueError("shapes differ"), False),
+        (KeyError("UNKNOWN: "), False),
+    ],
+)
+def test_what_a_lost_process_leaves_behind_is_a_call_to_start_again(error, ends, monkeypatch):
+    """In a run of several processes alone: in one it is a fault like any other."""
+    assert exits.ending(error) is None
+    monkeypatch.setattr(exits, "_on_abort", object())
+    found = exits.ending(error)
+    assert (found is not None and found[0] == 75) == ends
+    if found is not None:
+        assert "another process of the run was lost: start all of them again" in found[1]
 
 
 def test_a_fault_of_the_program_is_not_bad_input(monkeypatch):

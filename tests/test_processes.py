@@ -1,5 +1,6 @@
 """Runs of several processes on this host, against the same run in one."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ from vbon_jax import exits, processes, sharding
 from vbon_jax.data.tabular import reward
 from vbon_jax.errors import InputError
 from vbon_jax.signals import StopSignal
+from vbon_jax.stages import notes
 
 REWARD = """
 import jax
@@ -88,12 +90,9 @@ def test_four_processes_and_another_mesh_go_on_from_a_checkpoint_of_one(on_two_d
             if int(path.name) > 10:
                 shutil.rmtree(path)
         assert (workdir / "checkpoints" / "train" / "10").is_dir()
-        (workdir / "stages" / "train.json").write_text(
-            json.dumps(
-                json.loads((workdir / "stages" / "train.json").read_text())
-                | {"complete": False, "results": None}
-            )
-        )
+        path = workdir / "stages" / "train.json"
+        note = dataclasses.replace(notes.read(path), complete=False, results=None)
+        path.write_text(json.dumps(notes.as_json(note)))
     ended = run.all_done(run.together(4, workdirs[0], *mesh, stage="train"))
     assert [e.code for e in ended] == [0] * 4, ended
     assert any("going on after iteration 10 of 12" in line for line in ended[0].lines)

@@ -63,9 +63,7 @@ def expanded(kind, **variables):
 
 def flags(words):
     """What ``vbon`` reads from a command line; files of the repository are found."""
-    # --shard is a flag of `vbon sweep`, which the tests of the documents hold word for word.
-    said = [word for word in words if not word.startswith("--shard=")]
-    values, rest = cli._flags([word.replace("configs/", f"{ROOT}/configs/") for word in said])
+    values, rest = cli._flags([word.replace("configs/", f"{ROOT}/configs/") for word in words])
     assert values.config is not None and len(rest) == 1 and rest[0] in cli.commands()
     return values
 
