@@ -187,7 +187,7 @@ def test_devices_share_a_minibatch(world):
     assert [s for s in shapes if s[0] == tokens]  # 8 rows on 8 devices: one each
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
 def test_sharded_equals_one_device(world, mesh, shape):
     """Sampling and one PPO update under a mesh give what one device gives."""
     many = sharding.make_mesh(*shape)

@@ -45,7 +45,7 @@ def sampler(config, params, mesh, **settings):
 
 def token_reward(prompts, prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT):
     """A reward that a policy can raise: the share of small ids, made injective by the sum."""
-    tokens, mask = jax.device_get((response_BxT, response_mask_BxT))
+    tokens, mask = sharding.fetch((response_BxT, response_mask_BxT))
     small = np.sum((tokens < 18) & mask, axis=1)
     return (small + 1e-4 * np.sum(tokens * mask, axis=1)).astype(np.float32)
 
