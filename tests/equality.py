@@ -102,7 +102,7 @@ def of_processes(sizes: tuple[int, int, int]) -> Found:
     count = int(np.prod(sizes))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.npz"
-        flags = [a for a in run.together(count, Path(folder))[0] if "coordinator" in a][0]
+        flags = next(a for a in run.together(count, Path(folder))[0] if "coordinator" in a)
         address = flags.partition("=")[2]
         argvs = [
             [sys.executable, "-m", "tests.equality", "--out", str(out), "--coordinator", address,

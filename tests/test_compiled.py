@@ -6,9 +6,11 @@ import sys
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from tests import programs
 from vbon_jax import compiled, sharding
+from vbon_jax.errors import InputError
 from vbon_jax.sampling.logits import BLOCK
 from vbon_jax.stages import topology
 
@@ -110,3 +112,17 @@ def test_a_decoding_step_sends_neither_logits_nor_weights(mesh):
     assert SIZES.logits > 4 * SIZES.step and SIZES.logits > inside
     assert largest <= {"data": 8, "fsdp": 8}.get(name, max(SIZES.step, inside) + 4 * programs.ROWS)
     assert all(c.size <= SIZES.residual for c in found)
+
+
+def test_of_several_slices_data_alone_goes_from_one_to_another(v5e):
+    del v5e  # what libtpu is told of its machine
+    two = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:2x4", num_slices=2
+    ).devices
+    mesh = sharding.make_mesh(2, 4, 2, devices=two)
+    assert mesh.axis_names == sharding.AXES and mesh.devices.shape == (2, 4, 2)
+    slices = [{d.slice_index for d in half.flat} for half in mesh.devices]
+    assert slices == [{0}, {1}]
+    assert sharding.make_mesh(-1, 2, 2, devices=two).shape["data"] == 4
+    with pytest.raises(InputError, match="mesh.data may go from one to another: make it a mult"):
+        sharding.make_mesh(1, 8, 2, devices=two)

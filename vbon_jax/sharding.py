@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,7 +52,8 @@ def make_mesh(
     """A (data, fsdp, tensor) mesh over the first data*fsdp*tensor devices.
 
     One axis may be -1: it takes all devices the others leave. Axes are of type Auto (the compiler
-    propagates shardings): under explicit axes flax's embedding look-ups raise.
+    propagates shardings): under explicit axes flax's embedding look-ups raise. Of several TPU
+    slices ``data`` alone goes from one to another, over the network between them.
 
     Raises InputError when the sizes do not fit the devices there are.
     """
@@ -70,9 +72,18 @@ def make_mesh(
             f"mesh {sizes} needs {max(count, fixed)} devices, there are {len(devices)}: "
             "set mesh.data, mesh.fsdp and mesh.tensor so that their product fits"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
-    )
+    devices, types = devices[:count], (AxisType.Auto,) * 3
+    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    if sizes["data"] % slices:
+        raise InputError(
+            f"mesh {sizes} is over {slices} TPU slices, of which only mesh.data may go from one to "
+            f"another: make it a multiple of {slices}"
+        )
+    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    found = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return Mesh(found, AXES, axis_types=types)
 
 
 def ways(mesh: Mesh) -> int:

@@ -3,11 +3,13 @@
 python -m tests.faults.kills --lives 30
 python -m tests.faults.kills --lives 20 --processes 2
 
-Of a run of several processes one at random is killed, and the others must end by themselves.
+Of a run of several processes one at random is killed, and the others must end by themselves;
+those that wait for one that was killed before it met them are ended here, as a launcher does.
 """
 
 import argparse
 import random
+import signal
 import tempfile
 import threading
 import time
@@ -17,6 +19,7 @@ from tests.faults import run
 
 LOST = 75  # the exit code of a process that lost another one
 WITHIN = 60.0  # seconds in which it ends
+MEET = 10.0  # seconds of a start in which processes may not have met yet
 
 
 def argvs(workdir: Path, processes: int) -> list[list[str]]:
@@ -32,30 +35,34 @@ def until_complete(
     """Starts the run again and again, each killed within ``seconds``, until one ends by itself.
 
     Returns:
-      Of each kill the seconds in which the other processes ended (0 where there are none), and the
-      faults: tracebacks, an end with another code than 0, or a process that stays.
+      Of each kill the seconds in which the other processes ended (0 where there are none, or they
+      were ended here), and the faults: tracebacks, an end with another code, a process that stays.
     """
     kills: list[float] = []
     faults: list[str] = []
     while True:
         killed: list[float] = []
+        after = rng.uniform(0.0, seconds)
         with run.all_started(argvs(workdir, processes)) as group:
             victim = group[rng.randrange(processes)]
 
-            def kill(victim=victim, killed=killed) -> None:
+            def kill(victim=victim, group=group, killed=killed, early=after < MEET) -> None:
                 if victim.poll() is None:
                     killed.append(time.monotonic())
                     victim.kill()
+                    for other in group if early else ():
+                        other.terminate()
 
-            timer = threading.Timer(rng.uniform(0.0, seconds), kill)
+            timer = threading.Timer(after, kill)
             timer.start()
             ended = [run.finished(process) for process in group]
             timer.cancel()
         faults += ["a traceback" for each in ended if each.traceback]
         if killed and any(each.code == -9 for each in ended):
-            kills.append(time.monotonic() - killed[0] if processes > 1 else 0.0)
+            alone = processes == 1 or after < MEET
+            kills.append(0.0 if alone else time.monotonic() - killed[0])
             others = [each.code for each in ended if each.code != -9]
-            if kills[-1] > WITHIN or set(others) - {LOST}:
+            if kills[-1] > WITHIN or set(others) - {LOST, *([128 + signal.SIGTERM] * alone)}:
                 faults.append(f"{kills[-1]:.0f} s after a kill the others ended with {others}")
             continue
         faults += [f"exit {each.code}: {each.last}" for each in ended if each.code != 0]
