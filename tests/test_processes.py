@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -149,6 +150,30 @@ def test_a_reward_is_called_on_rows_of_its_own_and_its_error_ends_all(tmp_path, 
         else:
             both = [sum(map(int, (tmp_path / f"rows{i}").read_text().split())) for i in (0, 1)]
             assert both == [16, 16]  # of 32 samples
+
+
+def test_what_is_generated_is_printed_by_the_first_alone(on_two_devices):
+    """Also Gloo, which says on standard output whom it met, must not stand among the results."""
+    flags = ("--config.mesh.data=-1", "--prompt=a", "--prompt=b", "--best_of=2")
+    argvs = [
+        run.command(on_two_devices, *flags, stage="generate"),
+        *run.together(2, on_two_devices, *flags, stage="generate"),
+    ]
+    group = [
+        subprocess.Popen(
+            argv,
+            cwd=run.ROOT,
+            env=run.environment(devices=devices),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        for argv, devices in zip(argvs, (2, 1, 1), strict=True)
+    ]
+    alone, first, second = (process.communicate(timeout=300)[0] for process in group)
+    assert [process.returncode for process in group] == [0, 0, 0]
+    assert [json.loads(line)["prompt"] for line in alone.splitlines()] == ["a", "b"]
+    assert (first, second) == (alone, "")
 
 
 def test_processes_that_see_other_folders_are_told_so(tmp_path):

@@ -7,6 +7,7 @@ user. In a run of one process nothing here does anything.
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -56,8 +57,16 @@ def connect(
             "slice, or give --coordinator, --num_processes and --process_id"
         ) from error
     exits.end_with_the_others(exits.LOST_LINE)
+    _keep_stdout()
     if not first():
         progress.silence()
+
+
+def _keep_stdout() -> None:
+    """Leaves standard output to Python: Gloo writes to it, which is for results."""
+    own = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = own
 
 
 def count() -> int:

@@ -71,13 +71,14 @@ def run(run: Run) -> None:
         )
         console.print(tables.exact_table(result["exact"]))
     workdir.write_json(workdir.evaluation, result)
+    if not processes.first():
+        return  # what follows is made of the files
     _write_text(
         workdir.root / "evaluation.md",
         f"{markdown}{tables.samples_table(workdir.root, SAMPLES_SHOWN)}",
     )
-    if processes.first():
-        for figure in figures.all_figures(workdir.root, looks(), trained=bool(policies)):
-            log(f"evaluate: {figure}")
+    for figure in figures.all_figures(workdir.root, looks(), trained=bool(policies)):
+        log(f"evaluate: {figure}")
 
 
 def _policies(run: Run) -> dict[str, Sampler]:
@@ -86,7 +87,7 @@ def _policies(run: Run) -> dict[str, Sampler]:
     if name == methods.BEST_OF_N:
         return {}
     found = {name: loading.policy(run)}
-    if run.workdir.last_iterate.is_dir():
+    if processes.by_first(run.workdir.last_iterate.is_dir):
         found[f"{name}, last iterate"] = loading.policy(run, run.workdir.last_iterate)
     return found
 
