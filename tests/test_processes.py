@@ -167,7 +167,7 @@ def test_what_is_generated_is_printed_by_the_first_alone(on_two_devices):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         for argv, devices in zip(argvs, (2, 1, 1), strict=True)
     ]
     alone, first, second = (process.communicate(timeout=300)[0] for process in group)

@@ -73,7 +73,8 @@ def make_mesh(
             "set mesh.data, mesh.fsdp and mesh.tensor so that their product fits"
         )
     devices, types = devices[:count], (AxisType.Auto,) * 3
-    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    tpus = devices[0].platform == "tpu"  # elsewhere a host may count as a slice
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if tpus else 1
     if slices == 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
     if sizes["data"] % slices:
