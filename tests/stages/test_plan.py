@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -202,6 +203,15 @@ def test_prompts_are_counted_where_they_can_be(root, tmp_path):
     assert plan._prompts(chat, nowhere) == (64, 16)
     prefixes = config(root, "samples.path=", "prompts.path=", "prompts.max_tokens=5")
     assert plan._prompts(prefixes, nowhere) == (prefixes.prompts.train, 5)
+
+
+def test_a_config_alone_is_enough_of_a_model(root, tmp_path, monkeypatch):
+    """Neither weights nor a tokenizer, as long as no text has to be counted."""
+    shutil.copy(root / "policy" / "config.json", tmp_path)
+    bare = (f"reference.path={tmp_path}", "samples.path=", "prompts.path=", "prompts.max_tokens=7")
+    assert held(root, monkeypatch, *bare)["reference"] == held(root, monkeypatch)["reference"]
+    with pytest.raises(InputError, match="no tokenizer could be loaded"):
+        held(root, monkeypatch, f"reference.path={tmp_path}")
 
 
 def test_phases_of_every_method(root):

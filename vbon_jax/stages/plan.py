@@ -25,6 +25,7 @@ from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import compiled, methods, sharding
 from vbon_jax.bon.exponential import ExponentialFit
@@ -201,16 +202,17 @@ def _prompts(s: Config, workdir: Workdir) -> tuple[int, int]:
     if _done(workdir, "sample"):
         return _counted(prompt_files.read_jsonl(workdir.prompts("train")))
     known = s.tokenizer.path or s.reference.path
-    tokenizer = None
-    if known:
-        tokenizer = tokenizers.set_bos(tokenizers.load(hub.resolve(known)), s.tokenizer.add_bos)
+
+    def tokenizer() -> PreTrainedTokenizerFast:  # where texts are counted: no other plan needs one
+        return tokenizers.set_bos(tokenizers.load(hub.resolve(known)), s.tokenizer.add_bos)
+
     if s.samples.path:
         found = sample_files.read(s.samples.path, scored=False)
-        if tokenizer is None:
+        if not known:
             return len(found), p.longest
-        return _counted(adoption.prompts_of(s, workdir, found, tokenizer))
-    if p.path and p.format == "text" and tokenizer is not None:
-        return _counted(prompt_files.read_texts(p.path, tokenizer))
+        return _counted(adoption.prompts_of(s, workdir, found, tokenizer()))
+    if p.path and p.format == "text" and known:
+        return _counted(prompt_files.read_texts(p.path, tokenizer()))
     if p.path and p.format == "chat":
         return len(chat.read(p.path)), p.longest
     return p.train, p.longest if p.path else p.max_tokens
