@@ -1,10 +1,13 @@
 """What the compiled programs of each mesh send between devices."""
 
+import dataclasses
 import itertools
 import platform
+import re
 import sys
 
 import jax
+import jax.export
 import pytest
 
 from tests import programs
@@ -110,3 +113,19 @@ def test_a_decoding_step_sends_neither_logits_nor_weights(mesh):
     assert SIZES.logits > 4 * SIZES.step and SIZES.logits > inside
     assert largest <= {"data": 8, "fsdp": 8}.get(name, max(SIZES.step, inside) + 4 * programs.ROWS)
     assert all(c.size <= SIZES.residual for c in found)
+
+
+@pytest.mark.parametrize("of", [programs.update_of, programs.rollout_of])
+def test_programs_are_lowered_for_gpus_that_are_not_here(of):
+    """XLA compiles for a GPU only where there is one; all that JAX itself does is done anywhere."""
+    config = dataclasses.replace(programs.CONFIG, compute_dtype="bfloat16")
+    mesh = sharding.make_mesh(*MESHES["2x2x2"], devices=jax.devices("cpu"))
+    step, args = of(mesh, config)
+    with jax.set_mesh(mesh):
+        exported = jax.export.export(step, platforms=["cuda"])(*args)
+    assert exported.platforms == ("cuda",) and exported.nr_devices == 8
+    text = exported.mlir_module()
+    products = re.findall(r"stablehlo.dot_general.*: \(tensor<[^>]*x(\w+)>, tensor<", text)
+    assert products.count("bf16") > len(products) / 2
+    for axis in ("fsdp", "tensor"):
+        assert re.search(rf"sdy.sharding_constraint.*{axis}", text)
