@@ -25,16 +25,17 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (Need({"a": GIB}, {"rollout": GIB // 2}, GIB, 0, {}), "fits: 1.50 of 2.00 GiB a device"),
-        (Need({"a": GIB, "trained": 2 * GIB}, {"x": 1}, 1, 0, {}),
+        (Need({"a": GIB}, {"rollout": GIB // 2}, GIB, 0, {}, {}),
+         "fits: 1.50 of 2.00 GiB a device"),
+        (Need({"a": GIB, "trained": 2 * GIB}, {"x": 1}, 1, 0, {}, {}),
          "what is held alone (trained most)"),
-        (Need({"a": GIB}, {"rollout": 1, "update": 2 * GIB}, 1, 0, {}),
+        (Need({"a": GIB}, {"rollout": 1, "update": 2 * GIB}, 1, 0, {}, {}),
          "does not fit: 3.00 GiB a device are needed and there are 2.00; the phase 'update' is too "
          "large: raise memory.accumulate"),
-        (Need({"a": GIB}, {"rollout": 2 * GIB}, 1, 0, {}),
+        (Need({"a": GIB}, {"rollout": 2 * GIB}, 1, 0, {}, {}),
          "'rollout' is too large: lower train.batch"),
-        (Need({"a": 1}, {"score by reward": 2 * GIB}, 1, 0, {}), "lower reward.max_tokens"),
-        (Need({"a": GIB}, {"update": 1}, 3 * GIB, 0, {}),
+        (Need({"a": 1}, {"score by reward": 2 * GIB}, 1, 0, {}, {}), "lower reward.max_tokens"),
+        (Need({"a": GIB}, {"update": 1}, 3 * GIB, 0, {}, {}),
          "3.00 GiB a device are needed and there are 2.00; stage 'sample' is too large: lower "
          "sampling.batch_size"),
     ],
@@ -54,7 +55,8 @@ def test_the_command_prints_tables_and_a_verdict(root, tmp_path, capfd):
     assert cli.main([*command(root), f"--workdir={tmp_path / 'w'}"]) == 0
     out = capfd.readouterr().out
     for words in ("held by each device (data 1 x fsdp 1 x tensor 1)", "optimizer", "update",
-                  "keys and values", "stage train", "fits: 0.00 of 1.00 GiB"):  # fmt: skip
+                  "keys and values", "stage train", "operations of each device",
+                  "fits: 0.00 of 1.00 GiB"):  # fmt: skip
         assert words in out
     assert not (tmp_path / "w").exists()
 

@@ -20,17 +20,18 @@ from vbon_jax.methods.learning import Job
 from vbon_jax.models import cache, trainable
 from vbon_jax.rewards import classifier, text
 from vbon_jax.sampling import decode, slots
-from vbon_jax.stages import loading, shapes
+from vbon_jax.stages import flops, loading, shapes
 from vbon_jax.stages.shapes import World, abstract, bytes_of, shape
 from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training import offline
+from vbon_jax.training.learner import Program
 from vbon_jax.training.options import microbatches
 
 TEXT_ROWS = 32  # rows a text reward scores at once
 
 
 class Need(NamedTuple):
-    """Bytes of each device.
+    """What each device needs: bytes of memory and of what it sends, operations.
 
     Attributes:
       held: bytes held throughout stage ``train``, by name.
@@ -38,6 +39,8 @@ class Need(NamedTuple):
       sample: peak bytes of stage ``sample``.
       cache: of the phase "rollout", its keys and values.
       sent: bytes that each device sends to others in a phase, once for each run of it, by name.
+      flops: floating-point operations of each device by the formulas of ``flops``, if all devices
+        share the work evenly: of stage ``sample`` and of an iteration of stage ``train``.
     """
 
     held: dict[str, int]
@@ -45,6 +48,7 @@ class Need(NamedTuple):
     sample: int
     cache: int
     sent: dict[str, float]
+    flops: dict[str, float]
 
     @property
     def train(self) -> int:
@@ -75,7 +79,7 @@ def need(s: Config, mesh: Mesh, made: Workdir) -> Need:
     with jax.set_mesh(mesh):
         sample = _sampling(w, held)
         cached = 0 if s.method.name == methods.BEST_OF_N else _training(w, held, phases)
-    return Need(held, phases, sample, cached, w.sent)
+    return Need(held, phases, sample, cached, w.sent, w.flops)
 
 
 def _sampling(w: World, held: dict[str, int]) -> int:
@@ -92,6 +96,8 @@ def _sampling(w: World, held: dict[str, int]) -> int:
     if not s.samples.path:  # samples made elsewhere are only copied
         params = w.reference["decoder"]
         on_top.append(_slots_bytes(w, params, rows, w.prompts, s.samples.m, "sample, a page")[0])
+        work = flops.draw(w.config, w.prompts, s.samples.m, w.prompt, s.sampling.max_new_tokens)
+        w.flops["stage sample, all of it"] = sum(work.values()) / w.mesh.size
     return sum(held.values()) + max(on_top)
 
 
@@ -106,8 +112,8 @@ def _score_bytes(
     if r.path:
         rows, length = TEXT_ROWS, text.bucket(length, r.max_tokens or config.positions)
     batch = abstract((shape(rows, length), shape(rows, length, dtype=bool)), w.mesh, "batch")
-    lowered = classifier.score.lower(params, *batch, config=config, kind="logit", label=0)
-    return _new_bytes(w, lowered, phase)
+    traced = classifier.score.trace(params, *batch, config=config, kind="logit", label=0)
+    return _new_bytes(w, traced, phase)
 
 
 def _slots_bytes(
@@ -123,12 +129,12 @@ def _slots_bytes(
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pages.responses))
     prompts, keys = abstract((page, keys), w.mesh, "batch")
     one = np.int32(1)
-    lowered = (
-        slots.supply.lower(state, params, prompts, keys, one, one, setup=setup),
-        slots.draw.lower(state, params, np.float32(1), one, one, setup=setup),
+    traced = (
+        slots.supply.trace(state, params, prompts, keys, one, one, setup=setup),
+        slots.draw.trace(state, params, np.float32(1), one, one, setup=setup),
     )
     kept = [(x.k, x.v) for x in (state.store, state.held, state.rows)]
-    return bytes_of(state) + max(_new_bytes(w, x, phase) for x in lowered), bytes_of(kept)
+    return bytes_of(state) + max(_new_bytes(w, x, phase) for x in traced), bytes_of(kept)
 
 
 def _rollout_bytes(
@@ -140,7 +146,7 @@ def _rollout_bytes(
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     batch = abstract((*page, keys), w.mesh, "batch")
     ends = (0,) if s.sampling.stop_at_eos else ()
-    lowered = decode.rollout.lower(
+    traced = decode.rollout.trace(
         params, *batch, np.float32(s.sampling.temperature), config=w.config,
         limits=decode.Limits(
             s.sampling.max_new_tokens, ends, pad_id=0, likeliest=likeliest,
@@ -154,7 +160,7 @@ def _rollout_bytes(
         )
     )
     kept_bytes = sum(bytes_of(abstract(x, w.mesh, "cache")) for x in kept)
-    return _new_bytes(w, lowered, "rollout"), kept_bytes
+    return _new_bytes(w, traced, "rollout"), kept_bytes
 
 
 def _training(w: World, held: dict[str, int], phases: dict[str, int]) -> int:
@@ -195,15 +201,27 @@ def _training(w: World, held: dict[str, int], phases: dict[str, int]) -> int:
         rollout, kv = _slots_bytes(w, policy, own.rows, rows // own.group, own.group, "rollout")
     else:
         rollout, kv = _rollout_bytes(w, policy, rows, own.group, *told)
+    _operations(w, job, own)
     batch = abstract(shapes.batch_of(w, rows, own), w.mesh, "batch")
     batches = tuple(batch for _ in own.sources)
     phases["rollout"] = rollout + bytes_of(batches[1:])
     scalar = shape(dtype=jnp.float32)
     program = jax.jit(own.update, donate_argnums=0)
-    lowered = program.lower(state, w.reference, batches, table, scalar, scalar)
+    traced = program.trace(state, w.reference, batches, table, scalar, scalar)
     step = s.train.minibatch_size // microbatches(s.train, s.memory)
-    phases["update"] = _new_bytes(w, lowered, "update") + bytes_of(batches) + w.packing(step)
+    phases["update"] = _new_bytes(w, traced, "update") + bytes_of(batches) + w.packing(step)
     return kv
+
+
+def _operations(w: World, job: Job, program: Program) -> None:
+    """Adds those of an iteration; of an update only where there is a formula for it."""
+    new, sources = w.settings.sampling.max_new_tokens, len(program.sources)
+    prompts = program.batch_size // program.group
+    work = flops.draw(w.config, prompts, program.group, w.prompt, new)
+    parts = {f"rollout, {name}": sources * count for name, count in work.items()}
+    if job.objective:
+        parts |= {f"update, {x}": count for x, count in flops.update(job, w.prompt, new).items()}
+    w.flops.update({name: count / w.mesh.size for name, count in parts.items()})
 
 
 def _start(w: World, job: Job, after: int) -> int:
@@ -233,23 +251,23 @@ def _offline(w: World, job: Job, state: Any, held: dict[str, int], phases: dict[
         scored = jax.jit(
             partial(offline.log_prob, config=w.config, temperature=s.sampling.temperature)
         )
-        phases["log pi_ref"] = _new_bytes(w, scored.lower(w.reference, *few), "log pi_ref")
+        phases["log pi_ref"] = _new_bytes(w, scored.trace(w.reference, *few), "log pi_ref")
     many = (min(learning.STEPS, job.offline_steps), s.offline.batch_size)
     chosen = offline.Choices(shape(*many), shape(*many), shape(*many, dtype=jnp.float32))
     base = None if job.training.trained.whole else w.reference["decoder"]
     scalar = shape(dtype=jnp.float32)
     program = jax.jit(partial(offline.steps, setup=job.offline_setup()), donate_argnums=0)
-    lowered = program.lower(state, pool, chosen, scalar, scalar, base)
-    phases["gradient steps"] = _new_bytes(w, lowered, "gradient steps") + w.packing(
+    traced = program.trace(state, pool, chosen, scalar, scalar, base)
+    phases["gradient steps"] = _new_bytes(w, traced, "gradient steps") + w.packing(
         2 * s.offline.batch_size
     )
 
 
-def _new_bytes(w: World, lowered: jax.stages.Lowered, phase: str) -> int:
+def _new_bytes(w: World, traced: jax.stages.Traced, phase: str) -> int:
     """What a program allocates beside its arguments, bytes a device; adds what it sends."""
     # Memory is settled before machine code is made, which on CPU need not be good for this.
     options: Any = {"xla_backend_optimization_level": 0} if w.platform == "cpu" else None
-    program = lowered.compile(compiler_options=options)
+    program = traced.lower().compile(compiler_options=options)
     if w.mesh.size > 1:
         sent = sum(c.moved * c.times for c in compiled.collectives(program.as_text() or ""))
         w.sent[phase] = w.sent.get(phase, 0.0) + sent

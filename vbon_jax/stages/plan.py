@@ -11,7 +11,7 @@ not in the figures: a few hundred MB, whatever the model.
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.extend.backend import clear_backends
@@ -91,37 +91,30 @@ def verdict(found: Need, limit: int) -> str:
 def tables(found: Need, mesh: Mesh, limit: int) -> Sequence[Table]:
     """What ``vbon plan`` prints."""
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    held = Table(title=f"held by each device ({shape})")
-    phases = Table(title="peak beyond that, by phase")
-    stages = Table(title=f"all together, of {limit / 2**20:,.0f} MiB a device")
 
-    def add(table: Table, name: str, size: int) -> None:
-        table.add_row(name, f"{size / 2**20:,.1f}")
-
-    for table, rows in (
-        (held, found.held),
-        (phases, found.phases),
-        (stages, {"stage sample": found.sample, "stage train": found.train}),
-    ):
-        table.min_width = len(str(table.title))  # or the title would be broken
-        table.add_column("what")
-        table.add_column("MiB", justify="right")
+    def table(title: str, unit: str, scale: float, rows: Mapping[str, float]) -> Table:
+        made = Table(title=title, min_width=len(title))  # or the title would be broken
+        made.add_column("what")
+        made.add_column(unit, justify="right")
         for name, size in rows.items():
-            add(table, name, size)
+            made.add_row(name, f"{size / scale:,.1f}")
+        return made
+
+    held = table(f"held by each device ({shape})", "MiB", 2**20, found.held)
     held.add_section()
-    add(held, "together", sum(found.held.values()))
+    held.add_row("together", f"{sum(found.held.values()) / 2**20:,.1f}")
+    phases = table("peak beyond that, by phase", "MiB", 2**20, found.phases)
     if found.cache:
         phases.add_section()
-        add(phases, "keys and values, in rollout", found.cache)
-    if not found.sent:
-        return held, phases, stages
-    sent = Table(title="sent by each device, once a phase")
-    sent.min_width = len(str(sent.title))
-    sent.add_column("what")
-    sent.add_column("MiB", justify="right")
-    for name, moved in found.sent.items():
-        add(sent, name, int(moved))
-    return held, phases, stages, sent
+        phases.add_row("keys and values, in rollout", f"{found.cache / 2**20:,.1f}")
+    stages = {"stage sample": found.sample, "stage train": found.train}
+    together = table(f"all together, of {limit / 2**20:,.0f} MiB a device", "MiB", 2**20, stages)
+    made = [held, phases, together]
+    if found.sent:
+        made.append(table("sent by each device, once a phase", "MiB", 2**20, found.sent))
+    if found.flops:
+        made.append(table("operations of each device, by formula", "GFLOP", 1e9, found.flops))
+    return made
 
 
 def run(config: Config, workdir: Workdir, slice_name: str | None = None) -> None:

@@ -72,6 +72,7 @@ class World:
     prompts: int
     prompt: int  # columns of a padded prompt
     sent: dict[str, float]  # as in Need
+    flops: dict[str, float]  # as in Need
 
     @property
     def platform(self) -> str:
@@ -111,7 +112,7 @@ def world(s: Config, mesh: Mesh, made: Workdir) -> World:
     reference = {"decoder": abstract(tree, mesh, "decoder", s.memory.frozen_dtype)}
     prompts, longest = _prompts(s, made)
     columns = min(bucket_length(longest), config.positions)
-    return World(s, mesh, made, config, reference, prompts, columns, {})
+    return World(s, mesh, made, config, reference, prompts, columns, {}, {})
 
 
 def _done(workdir: Workdir, stage: str) -> bool:
