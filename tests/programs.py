@@ -31,6 +31,13 @@ def placed(tree, mesh, prefix=""):
 
 def update(mesh, config=CONFIG, **memory):
     """One gradient step of vBoN on a rollout, lowered for the mesh."""
+    step, args = update_of(mesh, config, **memory)
+    with jax.set_mesh(mesh):
+        return step.lower(*args)
+
+
+def update_of(mesh, config=CONFIG, **memory):
+    """That step, a jitted function, and the shapes that it is called with."""
     optimizer = state.adamw(lambda step: 1e-5, 1e-5, 0.0, 1.0)
     train = Train(batch_size=ROWS, minibatch_size=ROWS, ppo_epochs=1)
     setup = scoring.Setup(config, optimizer, train, Memory(chunk=ROWS * NEW // 4, **memory))
@@ -49,26 +56,26 @@ def update(mesh, config=CONFIG, **memory):
     rewards = np.zeros((ROWS, 4), np.float32)
     table = jax.eval_shape(lambda: references.references(rewards, "interval"))
     scalar = S((), jnp.float32)
-    with jax.set_mesh(mesh):
-        step = jax.jit(partial(vbon.update, setup=setup), donate_argnums=0)
-        return step.lower(
-            first, placed({"decoder": base}, mesh), (batch,), placed(table, mesh), scalar, scalar
-        )
+    step = jax.jit(partial(vbon.update, setup=setup), donate_argnums=0)
+    reference = placed({"decoder": base}, mesh)
+    return step, (first, reference, (batch,), placed(table, mesh), scalar, scalar)
 
 
 def rollout(mesh, config=CONFIG):
     """A rollout, lowered for the mesh."""
+    step, args = rollout_of(mesh, config)
+    with jax.set_mesh(mesh):
+        return step.lower(*args)
+
+
+def rollout_of(mesh, config=CONFIG):
+    """That rollout, a jitted function, and the shapes that it is called with."""
     base = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS))
     rows = (S((ROWS, PROMPT), jnp.int32), S((ROWS, PROMPT), bool), keys)
-    with jax.set_mesh(mesh):
-        return decode.rollout.lower(
-            placed({"decoder": base}, mesh)["decoder"],
-            *placed(rows, mesh, "batch"),
-            np.float32(1),
-            config=config,
-            limits=decode.Limits(NEW, (0,), 0),
-        )
+    limits = decode.Limits(NEW, (0,), 0)
+    step = jax.jit(partial(decode.rollout, temperature=1.0, config=config, limits=limits))
+    return step, (placed({"decoder": base}, mesh)["decoder"], *placed(rows, mesh, "batch"))
 
 
 @dataclasses.dataclass(frozen=True)

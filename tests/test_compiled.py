@@ -1,10 +1,13 @@
 """What the compiled programs of each mesh send between devices."""
 
+import dataclasses
 import itertools
 import platform
+import re
 import sys
 
 import jax
+import jax.export
 import pytest
 from jax.experimental import topologies
 
@@ -126,3 +129,19 @@ def test_of_several_slices_data_alone_goes_from_one_to_another(v5e):
     assert sharding.make_mesh(-1, 2, 2, devices=two).shape["data"] == 4
     with pytest.raises(InputError, match=r"mesh\.data may go from one to another: make it a mult"):
         sharding.make_mesh(1, 8, 2, devices=two)
+
+
+@pytest.mark.parametrize("of", [programs.update_of, programs.rollout_of])
+def test_programs_are_lowered_for_gpus_that_are_not_here(of):
+    """XLA compiles for a GPU only where there is one; all that JAX itself does is done anywhere."""
+    config = dataclasses.replace(programs.CONFIG, compute_dtype="bfloat16")
+    mesh = sharding.make_mesh(*MESHES["2x2x2"], devices=jax.devices("cpu"))
+    step, args = of(mesh, config)
+    with jax.set_mesh(mesh):
+        exported = jax.export.export(step, platforms=["cuda"])(*args)
+    assert exported.platforms == ("cuda",) and exported.nr_devices == 8
+    text = exported.mlir_module()
+    products = re.findall(r"stablehlo.dot_general.*: \(tensor<[^>]*x(\w+)>, tensor<", text)
+    assert products.count("bf16") > len(products) / 2
+    for axis in ("fsdp", "tensor"):
+        assert re.search(rf"sdy.sharding_constraint.*{axis}", text)

@@ -31,7 +31,8 @@ from vbon_jax.bench.machine import Row
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.models import decoder, heads, hf
 from vbon_jax.models.config import DecoderConfig
-from vbon_jax.stages import STAGES, base, plan
+from vbon_jax.stages import STAGES, base
+from vbon_jax.stages.need import need
 from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training import loop
 from vbon_jax.training.checkpoint import Checkpointer
@@ -191,7 +192,7 @@ def _in_a_process(what: str, root: Path, line: list[str], devices: int) -> dict[
 def _plan_here(root: Path, line: list[str]) -> dict[str, Any]:
     c = cli.parse(["plan", *line]).config
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    found = plan.need(c, mesh, Workdir(root / "workdir", c, STAGES))
+    found = need(c, mesh, Workdir(root / "workdir", c, STAGES))
     held, phases = sum(found.held.values()), dict(found.phases)
     saving = phases.pop("checkpoint")
     phase = max(phases, key=phases.__getitem__)

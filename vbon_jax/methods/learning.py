@@ -208,15 +208,19 @@ class Job:
             self.training.memory.optimizer_dtype,
         )  # fmt: skip
 
-    def program(self) -> Program:
-        """What an online method computes each iteration."""
+    def setup(self) -> Setup:
+        """What an online method's update is compiled for."""
         assert isinstance(self.method.learns, Online)
-        t, schedule = self.training.train, self.schedule
-        setup = Setup(
-            self.config, self.optimizer, t, self.training.memory, self.objective,
+        return Setup(
+            self.config, self.optimizer, self.training.train, self.training.memory, self.objective,
             self.options.estimator, None if self.value is None else self.value.config,
             self.from_store,
         )  # fmt: skip
+
+    def program(self) -> Program:
+        """What an online method computes each iteration."""
+        assert isinstance(self.method.learns, Online)
+        t, schedule, setup = self.training.train, self.schedule, self.setup()
         each = self.steps_an_iteration
         update = self.method.learns.build(self.options, setup)
         if t.average_half_life:
