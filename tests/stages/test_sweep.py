@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -18,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.stages.sweeps import parsed
 from vbon_jax import cli, methods, sharding
-from vbon_jax import config as vbon_config
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular
 from vbon_jax.errors import InputError
@@ -63,17 +62,6 @@ FLAGS = [
     "--config.sweep.temperature_m=8",
 ]
 TIMES = ("seconds", "sample_seconds")
-
-
-def parsed(**groups):
-    """The tabular config, changed."""
-    config = runpy.run_path(str(ROOT / "configs" / "tabular.py"))["get_config"]("sweep")
-    for name, changes in groups.items():
-        if isinstance(changes, dict):
-            config[name].update(changes)
-        else:
-            config[name] = changes
-    return vbon_config.parse(config.to_dict())
 
 
 # --- The training of a curve -------------------------------------------------------------------

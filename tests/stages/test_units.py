@@ -1,14 +1,13 @@
 """The units of a sweep: the grids, their folders, shares and locks."""
 
 import json
-import runpy
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from vbon_jax import config as vbon_config
+from tests.stages.sweeps import parsed
 from vbon_jax import methods
 from vbon_jax.stages import STAGES, units
 from vbon_jax.stages.base import Run
@@ -16,17 +15,6 @@ from vbon_jax.stages.workdir import Workdir
 from vbon_jax.training.learner import Member
 
 ROOT = Path(__file__).parents[2]
-
-
-def parsed(**groups):
-    """The tabular config, changed."""
-    config = runpy.run_path(str(ROOT / "configs" / "tabular.py"))["get_config"]("sweep")
-    for name, changes in groups.items():
-        if isinstance(changes, dict):
-            config[name].update(changes)
-        else:
-            config[name] = changes
-    return vbon_config.parse(config.to_dict())
 
 
 def test_the_grid_of_each_method_times_its_seeds():
