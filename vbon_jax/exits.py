@@ -67,7 +67,7 @@ def ending(error: BaseException) -> tuple[int, str] | None:
             f"out of memory ({type(error).__name__}: {said}): `vbon plan` with the same flags "
             "tells what a run needs and which keys lower it"
         )
-    if _of_the_others(error):
+    if of_the_others(error):
         said = " ".join(str(error).split())[:200]
         return LOST, f"{LOST_LINE} ({type(error).__name__}: {said})"
     return None
@@ -95,7 +95,7 @@ def end_with_the_others(line: str) -> None:
     libc.signal(signal.SIGABRT, _on_abort)
 
 
-def _of_the_others(error: BaseException) -> bool:
+def of_the_others(error: BaseException) -> bool:
     """Whether an error is what a process meets whose run has lost another one."""
     known = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError", "ValueError")
     return _on_abort is not None and known and str(error).startswith(_COLLECTIVE)

@@ -244,3 +244,21 @@ def test_removing_a_checkpoint_of_another_shape_goes_on_from_the_one_before(tmp_
     shutil.rmtree(folder / "2")
     assert str(folder / "2") in str(error.value)
     assert after_damage(folder, mesh) == ({1.0}, 1)
+
+
+def test_a_process_that_was_lost_is_no_full_disk(tmp_path, monkeypatch):
+    """The sums of a state's bits are of all processes: their error is no error of the disk."""
+    lost = ValueError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer")
+
+    def sealed(*_):
+        raise lost
+
+    monkeypatch.setattr("vbon_jax.training.seals.sealed", sealed)
+    checkpointer = Checkpointer(tmp_path / "run", 1)
+    with pytest.raises(InputError, match="could not be written"):  # in a run of one process
+        checkpointer.save(1, {"x": jnp.ones(2)}, {})
+    monkeypatch.setattr("vbon_jax.exits._on_abort", object())
+    with pytest.raises(ValueError, match="Gloo") as error:
+        checkpointer.save(1, {"x": jnp.ones(2)}, {})
+    assert error.value is lost
+    checkpointer.close()

@@ -35,8 +35,8 @@ class Texts(NamedTuple):
 def texts(run: Run, seed: int | None = None) -> Texts:
     """The user's labelled texts, or the embedded corpus of the run's seed or another."""
     data = run.config.data
-    if data.tfds or data.corpus == "reviews":  # the first process prepares what all then read
-        processes.by_first(lambda: bool(_texts(run, seed)))
+    if processes.count() > 1 and not (data.path or data.hub):
+        processes.by_first(lambda: bool(_texts(run, seed)))  # it prepares what all then read
     return _texts(run, seed)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from vbon_jax import processes
+from vbon_jax import exits, processes
 from vbon_jax.errors import InputError, space, writing
 from vbon_jax.progress import log
 from vbon_jax.training import fingerprints, seals
@@ -72,6 +72,8 @@ class Checkpointer:
                 ),
             )
         except (OSError, ValueError) as error:  # tensorstore's own errors are ValueErrors
+            if exits.of_the_others(error):
+                raise
             raise self._disk_error(step, error) from error
         if jax.default_backend() == "cpu":
             # Host arrays are views of device memory here: the write would race with a donation.
@@ -130,6 +132,8 @@ class Checkpointer:
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # of this machine or process, not of the checkpoint
         except Exception as error:  # broken bytes surface as whatever their reader raises
+            if exits.of_the_others(error):
+                raise
             reason = next(iter(str(error).strip().splitlines()), "")[:200]
             raise seals.Damaged(
                 f"its {item} cannot be read: {type(error).__name__}: {reason}"
@@ -164,6 +168,8 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
+            if exits.of_the_others(error):
+                raise
             raise self._disk_error(None, error) from error
 
     def close(self) -> None:
