@@ -286,7 +286,7 @@ def execute(argv: Sequence[str]) -> None:
     command = parse(argv)
     logging.set_verbosity(logging.FATAL)  # libraries' remarks would stand between our own lines
     config = command.config
-    several = command.stage == "sweep" or (command.stage == "run" and "sweep" in config.stages)
+    sweeps = command.stage == "sweep" or (command.stage == "run" and "sweep" in config.stages)
     from vbon_jax import processes, sharding  # after the flags: jax starts here
     from vbon_jax.stages import base, plan, sizes, workdir
 
@@ -301,7 +301,7 @@ def execute(argv: Sequence[str]) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run = base.Run(config, folder, mesh, command.profile, command.shard)
     processes.refuse_apart(mesh)
-    if several and processes.count() > 1:
+    if sweeps and processes.count() > 1:
         raise InputError(
             "stage sweep: a run of several processes has none; leave it out of the config's "
             "stages and share its units out by `vbon sweep --shard=I/N`"

@@ -40,10 +40,10 @@ def connect(
       InputError: there is no cluster to be found. (Where not all processes come, JAX ends this
         one, with the exit code of a lost process.)
     """
-    who = "this process" if index is None else f"process {index} of {count}"
+    who = f"--coordinator={coordinator}: process {index} of {count}"
     exits.end_with_the_others(
-        f"--coordinator={coordinator}: {who} did not meet the others within {CONNECT_SECONDS} s: "
-        "start all of them, with the address and a free port of process 0"
+        f"{who if coordinator else '--distributed: this process'} did not meet the others within "
+        f"{CONNECT_SECONDS} s: start all of them, with the address and a free port of process 0"
     )
     try:
         jax.distributed.initialize(
@@ -144,10 +144,10 @@ def joined(total: int, score: Callable[[slice], np.ndarray]) -> np.ndarray:
 
     Args:
       total: of rows.
-      score: gives float32 [stop - start, ...] of the rows of a slice, which is not empty.
+      score: gives float32 [stop - start] of the rows of a slice, which is not empty.
 
     Returns:
-      float32 [total, ...], in all processes.
+      float32 [total], in all processes.
 
     Raises:
       InputError: a process's share was refused; the others tell of which.
@@ -159,10 +159,10 @@ def joined(total: int, score: Callable[[slice], np.ndarray]) -> np.ndarray:
     start = min(jax.process_index() * each, total)
     mine = slice(start, min(start + each, total))
     failure: InputError | signals.Interrupted | None = None
-    found = np.zeros((0,), np.float32)
+    share = np.zeros(each, np.float32)
     try:
         if mine.stop > mine.start:
-            found = np.asarray(score(mine), np.float32)
+            share[: mine.stop - mine.start] = score(mine)
     except (InputError, signals.Interrupted) as error:
         failure = error
     code = {type(None): 0, InputError: -1}.get(type(failure), getattr(failure, "signum", -1))
@@ -174,11 +174,7 @@ def joined(total: int, score: Callable[[slice], np.ndarray]) -> np.ndarray:
     if (codes < 0).any():
         bad = int(np.argmax(codes < 0))
         raise InputError(f"process {bad} was refused its share of {total} responses: see its line")
-    shape = (each, *(found.shape[1:]))
-    room = np.zeros(shape, np.float32)
-    room[: len(found)] = found
-    parts = np.asarray(multihost_utils.process_allgather(room))
-    return parts.reshape(-1, *shape[1:])[:total]
+    return np.asarray(multihost_utils.process_allgather(share)).ravel()[:total]
 
 
 def see_the_same(path: str | os.PathLike[str]) -> None:
