@@ -11,7 +11,7 @@ from vbon_jax import sharding
 from vbon_jax.bon import references
 from vbon_jax.methods import vbon
 from vbon_jax.models import decoder, heads
-from vbon_jax.sampling import decode
+from vbon_jax.sampling import decode, pages, slots
 from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.training import scoring, state
 from vbon_jax.training.options import Memory, Train
@@ -29,15 +29,8 @@ def placed(tree, mesh, prefix=""):
     return jax.tree.map(lambda x, to: S(x.shape, x.dtype, sharding=to), tree, where)
 
 
-def update(mesh, config=CONFIG, **memory):
-    """One gradient step of vBoN on a rollout, lowered for the mesh."""
-    step, args = update_of(mesh, config, **memory)
-    with jax.set_mesh(mesh):
-        return step.lower(*args)
-
-
 def update_of(mesh, config=CONFIG, **memory):
-    """That step, a jitted function, and the shapes that it is called with."""
+    """One gradient step of vBoN, a jitted function, and the shapes that it is called with."""
     optimizer = state.adamw(lambda step: 1e-5, 1e-5, 0.0, 1.0)
     train = Train(batch_size=ROWS, minibatch_size=ROWS, ppo_epochs=1)
     setup = scoring.Setup(config, optimizer, train, Memory(chunk=ROWS * NEW // 4, **memory))
@@ -61,21 +54,32 @@ def update_of(mesh, config=CONFIG, **memory):
     return step, (first, reference, (batch,), placed(table, mesh), scalar, scalar)
 
 
-def rollout(mesh, config=CONFIG):
-    """A rollout, lowered for the mesh."""
-    step, args = rollout_of(mesh, config)
-    with jax.set_mesh(mesh):
-        return step.lower(*args)
-
-
 def rollout_of(mesh, config=CONFIG):
-    """That rollout, a jitted function, and the shapes that it is called with."""
+    """A rollout, a jitted function, and the shapes that it is called with."""
     base = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS))
     rows = (S((ROWS, PROMPT), jnp.int32), S((ROWS, PROMPT), bool), keys)
     limits = decode.Limits(NEW, (0,), 0)
     step = jax.jit(partial(decode.rollout, temperature=1.0, config=config, limits=limits))
     return step, (placed({"decoder": base}, mesh)["decoder"], *placed(rows, mesh, "batch"))
+
+
+def slots_of(mesh, config=CONFIG):
+    """A page of responses in slots, a jitted function, and the shapes that it is called with."""
+    shape = pages.shape_for(ROWS, 2 * ROWS, 4, PROMPT, NEW, sharding.ways(mesh))
+    setup = slots.Setup(config, shape, decode.Limits(NEW, (0,), 0))
+    state = placed(jax.eval_shape(partial(slots.empty, setup)), mesh, "slots")
+    base = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+    params = placed({"decoder": base}, mesh)["decoder"]
+    step = jax.jit(partial(slots.draw, setup=setup), donate_argnums=0)
+    return step, (state, params, S((), jnp.float32), S((), jnp.int32), S((), jnp.int32))
+
+
+def lowered(of, mesh):
+    """What ``of`` gives, lowered for the mesh."""
+    step, args = of(mesh)
+    with jax.set_mesh(mesh):
+        return step.lower(*args)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,14 +80,14 @@ def mesh(request):
     return name, sharding.make_mesh(*MESHES[name], devices=devices)
 
 
-def collectives(lowered):
-    return compiled.collectives(lowered.compile().as_text())
+def collectives(of, mesh):
+    return compiled.collectives(programs.lowered(of, mesh).compile().as_text())
 
 
 def test_an_update_sends_weights_and_their_gradients_not_activations(mesh):
     """Arrays of a layer are in loops, twice as deep as those of the ends of the model."""
     name, mesh = mesh
-    found = collectives(programs.update(mesh))
+    found = collectives(programs.update_of, mesh)
     assert SIZES.residual > 2 * (SIZES.layer + SIZES.embedding)  # it would be seen
     # Shuffled rows may come from any device: a minibatch's tokens, and hidden states of the
     # reference for the penalty, are sent about once a step, by any mesh.
@@ -109,12 +109,25 @@ def test_an_update_sends_weights_and_their_gradients_not_activations(mesh):
 
 def test_a_decoding_step_sends_neither_logits_nor_weights(mesh):
     name, mesh = mesh
-    found = collectives(programs.rollout(mesh))
+    found = collectives(programs.rollout_of, mesh)
     largest = max(c.size for c in found if c.loops)
     inside = 4 * programs.ROWS * BLOCK  # the masses of a row's own block of the vocabulary
     assert SIZES.logits > 4 * SIZES.step and SIZES.logits > inside
     assert largest <= {"data": 8, "fsdp": 8}.get(name, max(SIZES.step, inside) + 4 * programs.ROWS)
     assert all(c.size <= SIZES.residual for c in found)
+
+
+def test_rows_that_take_responses_in_turns_send_nothing_along_data_and_fsdp(mesh):
+    """Each device has slots of its own, which those along ``tensor`` alone compute together."""
+    name, mesh = mesh
+    sent = [c for c in collectives(programs.slots_of, mesh) if c.loops]
+    if name in ("data", "fsdp"):
+        assert not sent
+    else:
+        inside = 4 * programs.ROWS * BLOCK
+        assert 4 < max(c.size for c in sent) <= max(SIZES.step, inside) + 4 * programs.ROWS
+        shared = [c for c in sent if c.devices > mesh.shape["tensor"]]
+        assert all(c.size <= 4 for c in shared)  # whether any of them goes on
 
 
 def test_of_several_slices_data_alone_goes_from_one_to_another(v5e):

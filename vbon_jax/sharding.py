@@ -40,7 +40,9 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"/(scale|bias|lora_a|lora_b|wtt)$", P()),  # norms, biases, adapters
     (r"(score(/out|/dense)?|pooler|value/head)/kernel$", P()),  # heads of classifiers and values
     (r"^batch\b", P(BATCH)),  # rows first: tokens, masks, log-probs, rewards
-    (r"^(cache|slots/(store|held|rows))/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, G, S, K]
+    (r"^cache/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, G, S, K]
+    (r"^slots/(store|held|rows)/(k|v)\b", P(BATCH, None, "tensor", None, None)),  # devices first
+    (r"^slots\b", P(BATCH)),
     (r"^cache/(mask_BxS|trunk_BxSxD)$", P(BATCH)),  # [B, S, ...]
 )
 MODEL = re.compile(r"\b((de|en)coder|score|value)/")
@@ -111,10 +113,10 @@ def spec_for(path: str, shape: Sequence[int], mesh: Any) -> P:
     spec = spec or P()
     if len(spec) > len(shape):  # a factored or scalar moment of a sharded parameter
         return P()
-    kept = []
+    kept, sizes = [], _sizes(mesh)
     for size, axes in zip(shape, spec, strict=False):
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-        ways = int(np.prod([mesh.shape[name] for name in names])) if names else 1
+        ways = int(np.prod([sizes[name] for name in names])) if names else 1
         kept.append(axes if ways > 1 and size % ways == 0 else None)
     while kept and kept[-1] is None:  # one spelling of a spec: jit tells P(None) from P()
         kept.pop()
@@ -198,10 +200,39 @@ def _on_each(everywhere: NamedSharding) -> Callable[[list[jax.Array]], list[jax.
     return jax.jit(lambda arrays: arrays, out_shardings=everywhere)
 
 
+def _sizes(mesh: Any) -> dict[str, int]:
+    """Devices along each axis of a mesh, one along those where each works by itself."""
+    alone = getattr(mesh, "manual_axes", ())
+    return {name: 1 if name in alone else size for name, size in mesh.shape.items()}
+
+
 def _divided() -> Any:
     """Inside jit: the mesh set by ``jax.set_mesh``; None where there is nothing to divide."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh  # or all is local
+    return None if mesh.empty or set(_sizes(mesh).values()) == {1} else mesh
+
+
+def apart(f: Callable[..., Any], shared: Any, *own: Any) -> Any:
+    """Inside jit: ``f(shared, *own)`` by each device on its own rows; nothing is sent to others.
+
+    The devices along ``tensor`` still compute what they have in common together.
+
+    Args:
+      f: gets its share of the rows of ``own``; what it returns has rows first as well.
+      shared: the same for all, or divided by ``tensor`` alone.
+      own: trees of arrays whose first axis the number of devices along BATCH divides.
+
+    Returns:
+      The rows of all, in the order of the devices.
+    """
+    mesh = _divided()
+    if mesh is None or ways(mesh) == 1:
+        return f(shared, *own)
+    rows = P(BATCH)
+    return jax.shard_map(
+        f, in_specs=(P(), *[rows] * len(own)), out_specs=rows, axis_names=set(BATCH),
+        check_vma=False,
+    )(shared, *own)  # fmt: skip
 
 
 def constrain(tree: Any, prefix: str) -> Any:
@@ -229,7 +260,7 @@ def parts(axes: str | tuple[str, ...], *sizes: int) -> int:
     """
     mesh = _divided()
     names = (axes,) if isinstance(axes, str) else axes
-    ways = 1 if mesh is None else int(np.prod([mesh.shape[name] for name in names]))
+    ways = 1 if mesh is None else int(np.prod([_sizes(mesh)[name] for name in names]))
     return ways if all(size % ways == 0 for size in sizes) else 1
 
 
@@ -244,11 +275,12 @@ def held(x: jax.Array, *axes: Any) -> jax.Array:
     mesh = _divided()
     if mesh is None:
         return x
-    spec = []
+    spec: list[Any] = []
     for size, of in zip(x.shape, axes, strict=False):
         names = (of,) if isinstance(of, str) else of or ()
+        names = tuple(name for name in names if name not in mesh.manual_axes)
         fits = size % int(np.prod([mesh.shape[name] for name in names])) == 0
-        spec.append(of if fits else P.UNCONSTRAINED if of == BATCH else None)
+        spec.append((names or None) if fits else P.UNCONSTRAINED if of == BATCH else None)
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 

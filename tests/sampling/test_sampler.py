@@ -132,7 +132,7 @@ def test_merging_keeps_the_update_or_says_what_is_lost(drawing, dtype, capsys):
 def test_the_next_page_is_dispatched_before_the_host_works_on_the_last(drawing, monkeypatch, where):
     """A device's scores are behind the page it draws, so they are waited for after one more."""
     events = []
-    pages = engine.slots.pages
+    pages = engine.pages.drawn
 
     def dispatched(*args):
         for number, page in enumerate(pages(*args)):
@@ -144,7 +144,7 @@ def test_the_next_page_is_dispatched_before_the_host_works_on_the_last(drawing, 
         found = lengths(of, *rows)
         return jnp.asarray(found) if where == "device" else found
 
-    monkeypatch.setattr(engine.slots, "pages", dispatched)
+    monkeypatch.setattr(engine.pages, "drawn", dispatched)
     many = [Prompt(i, f"p{i}", (5 + i % 4, 9 + i // 4)) for i in range(24)]
     requests, key = requests_for(many, 1), jax.random.key(1)
     found = []

@@ -9,7 +9,7 @@ import pytest
 from tests.sampling.test_decode import EOS, T, requests, rows, sampler
 from vbon_jax import sharding
 from vbon_jax.models import decoder
-from vbon_jax.sampling import slots
+from vbon_jax.sampling import pages, slots
 
 KEY = jax.random.key(5)  # of `rows`
 
@@ -99,7 +99,7 @@ def test_one_compile_of_each_program_serves_a_run(params, config, mesh):
 
 def test_the_decode_loop_copies_no_keys_or_values(params, config):
     """In the compiled program: every layer's are written in place, step by step."""
-    shape = slots.shape_for(8, 6, 16, 8, T)
+    shape = pages.shape_for(8, 6, 16, 8, T)
     setup = slots.Setup(config, shape, sampler(params, config, None).settings.limits)
     state = jax.eval_shape(lambda: slots.empty(setup))
     text = slots.draw.lower(state, params, 1.0, 0, 8, setup=setup).compile().as_text()
@@ -134,12 +134,19 @@ def test_on_several_devices_the_responses_are_the_same(params, config, mesh):
     assert any(tokens[-1] == EOS for tokens, *_ in found.values())
 
 
-def test_pages_hold_what_memory_and_work_ask_for():
-    assert slots.shape_for(64, 100, 200, 8, 32) == slots.Shape(64, 64, 1, 200, 8)
-    assert slots.shape_for(64, 1, 5_000, 8, 32).each == 250  # 4 x 64 at most, a divisor
-    long = slots.shape_for(64, 1_000, 1, 1_024, 64)
-    assert (long.prompts, long.group, long.held) == (64, 1, 1)
-    assert slots.shape_for(64, 1_000, 1, 8, 64).prompts == 256
-    assert slots.shape_for(64, 1, 64, 8, 64) == slots.Shape(64, 64, 1, 64, 8)
-    few = slots.shape_for(512, 2, 3, 8, 32)
-    assert (few.rows, few.responses, few.padded) == (6, 6, 6)
+def test_text_is_streamed_from_several_devices(params, config):
+    """Whether a page is whole is asked of all of them."""
+    many = sharding.make_mesh(4, 1, 1)
+    placed = sharding.place({"decoder": params}, many)["decoder"]
+    wanted = requests(5, 2)
+    drawing = sampler(placed, config, many)
+    shape = pages.shape_for(4, 5, 2, 8, T, devices=4)
+    setup = slots.Setup(config, shape, drawing.settings.limits)
+    looks = list(pages.drawn(placed, KEY, wanted, many, 1.0, setup, every=3))
+    whole = list(pages.drawn(placed, KEY, wanted, many, 1.0, setup))
+    assert len(looks) > len(whole) >= 2
+    counts = [int(rollout.mask_BxT.sum()) for rows, rollout in looks if rows == whole[0][0]]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+    last = {id(rows): rollout for rows, rollout in looks}
+    for (_, one), other in zip(whole, last.values(), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)

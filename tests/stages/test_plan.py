@@ -31,7 +31,7 @@ def root(tmp_path_factory):
          "what is held alone (trained most)"),
         (Need({"a": GIB}, {"rollout": 1, "update": 2 * GIB}, 1, 0, {}, {}),
          "does not fit: 3.00 GiB a device are needed and there are 2.00; the phase 'update' is too "
-         "large: raise memory.accumulate"),
+         "large: set memory.remat=full"),
         (Need({"a": GIB}, {"rollout": 2 * GIB}, 1, 0, {}, {}),
          "'rollout' is too large: lower train.batch"),
         (Need({"a": 1}, {"score by reward": 2 * GIB}, 1, 0, {}, {}), "lower reward.max_tokens"),

@@ -336,9 +336,24 @@ class ClassifierReward:
         response_mask_BxT: jax.Array,
     ) -> tuple[Any, jax.Array, jax.Array]:
         """The parameters, prompts and responses in one row, and what of it is read."""
-        response_mask_BxT = response_mask_BxT & ~lm.is_end(response_BxT, self._end_ids)
-        return (
-            self._model.params,
-            jnp.concatenate([prompt_BxP, response_BxT], axis=1),
-            jnp.concatenate([prompt_mask_BxP, response_mask_BxT], axis=1),
+        rows = _whole(
+            prompt_BxP, prompt_mask_BxP, response_BxT, response_mask_BxT, end_ids=self._end_ids
         )
+        return self._model.params, *rows
+
+
+@partial(jax.jit, static_argnames="end_ids")
+def _whole(
+    prompt_BxP: jax.Array,
+    prompt_mask_BxP: jax.Array,
+    response_BxT: jax.Array,
+    response_mask_BxT: jax.Array,
+    *,
+    end_ids: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Prompts and responses in one row, [B, P + T], and all of it but what ends a response."""
+    response_mask_BxT &= ~lm.is_end(response_BxT, end_ids)
+    return (
+        jnp.concatenate([prompt_BxP, response_BxT], axis=1),
+        jnp.concatenate([prompt_mask_BxP, response_mask_BxT], axis=1),
+    )

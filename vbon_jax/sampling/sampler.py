@@ -25,7 +25,7 @@ from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.progress import log
 from vbon_jax.rewards.base import Reward, checked
-from vbon_jax.sampling import decode, slots
+from vbon_jax.sampling import decode, pages, slots
 from vbon_jax.sampling.idle import Idle
 from vbon_jax.sampling.requests import (
     Prompts,
@@ -137,14 +137,14 @@ class Sampler:
         prompts = pad_left([r.tokens for r in requests], length, self.settings.pad_id)
         if 0 < rows < len(requests):
             setup = self._slots(requests, rows, length)
-            pages = [
-                _first(rollout, len(part))
-                for part, rollout in slots.pages(
+            parts = [
+                _first(rollout, len(page))
+                for page, rollout in pages.drawn(
                     self.model.params, key, requests, self.mesh, self.settings.temperature, setup,
                     step=step,
                 )
             ]  # fmt: skip
-            whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *pages)
+            whole = jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
             prompts, whole = sharding.place((prompts, whole), self.mesh, "batch")
             return Batch(requests, prompts, whole, self.settings.temperature)
         each = adjacent(requests, sharding.ways(self.mesh))
@@ -172,8 +172,8 @@ class Sampler:
           skip: how many of the requests, the first, were drawn before.
 
         Yields:
-          Batch of ``batch_size`` rows with arrays still on the device; only its first
-          ``batch.size`` rows are real.
+          Batch of ``batch_size`` rows, or as many less as devices do not divide, with arrays still
+          on the devices; only its first ``batch.size`` rows are real.
         """
         for page in self._pages(key, requests, batch_size, skip):
             yield from page
@@ -189,7 +189,7 @@ class Sampler:
             return
         setup = self._slots(requests, batch_size)
         ahead: list[Batch] = []
-        for rows, rollout in slots.pages(
+        for rows, rollout in pages.drawn(
             self.model.params, key, requests[skip:], self.mesh, self.settings.temperature, setup
         ):
             if self.idle is not None:
@@ -206,27 +206,24 @@ class Sampler:
         length = length or bucket_length(max(len(r.tokens) for r in requests))
         each = adjacent(requests)
         T = self.settings.max_new_tokens
-        shape = slots.shape_for(batch_size, len(requests) // each, each, length, T)
+        devices = sharding.ways(self.mesh)
+        shape = pages.shape_for(batch_size, len(requests) // each, each, length, T, devices)
         return slots.Setup(self.model.config, shape, self.settings.limits)
 
     def _batches_of(
         self, requests: Sequence[Request], rollout: decode.Rollout, shape: slots.Shape
     ) -> list[Batch]:
-        """A page as batches of R rows."""
+        """A page as batches of as many rows as are drawn at once."""
         found = []
-        for first in range(0, len(requests), shape.rows):
-            rows = requests[first : first + shape.rows]
+        with jax.set_mesh(self.mesh):
+            parts = pages.batches(rollout, shape=shape)
+        for first, part in zip(range(0, len(requests), shape.batch), parts, strict=False):
+            rows = requests[first : first + shape.batch]
             tokens = [r.tokens for r in rows]
-            filled = [*tokens, *tokens[:1] * (shape.rows - len(tokens))]
+            filled = [*tokens, *tokens[:1] * (shape.batch - len(tokens))]
             prompts = pad_left(filled, shape.length, self.settings.pad_id)
-            found.append(
-                Batch(
-                    rows,
-                    sharding.place(prompts, self.mesh, "batch"),
-                    jax.tree.map(lambda x, i=first: x[i : i + shape.rows], rollout),
-                    self.settings.temperature,
-                )
-            )
+            placed = sharding.place(prompts, self.mesh, "batch")
+            found.append(Batch(rows, placed, part, self.settings.temperature))
         return found
 
     def streamed(
@@ -249,7 +246,7 @@ class Sampler:
         setup, params = self._slots(requests, batch_size), self.model.params
         of: Sequence[Request] = ()
         at, told, text = 0, "", ""
-        for rows, rollout in slots.pages(
+        for rows, rollout in pages.drawn(
             params, key, requests, self.mesh, self.settings.temperature, setup, every
         ):
             at, of = at if rows is of else 0, rows

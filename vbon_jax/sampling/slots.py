@@ -9,6 +9,9 @@ next prompt while the last responses to the one before are still written. A prom
 are held once for a group. Each row writes the slot of its own token, and reads its prompt wherever
 it stands, so that a response has the same log-probs to the last bit whatever came before it.
 
+On a mesh each device has slots and pages of its own, and none waits for another: a page of the run
+is one of each of D devices, whose prompts follow each other. All arrays of a `State` begin with D.
+
 Shape suffixes: R rows, W groups, J prompts held by a group, C responses of a page, S = 2N prompts
 and 2C responses on the device.
 """
@@ -17,29 +20,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from vbon_jax import sharding
 from vbon_jax.models import cache as kv_cache
 from vbon_jax.models import decoder, lm
 from vbon_jax.sampling import decode
-from vbon_jax.sampling.requests import Request, pad_left
-
-# Responses of a page for each row, about. Rows run dry if the longest response of one page outlasts
-# all of the next: with 4, if it is more than 4 times as long as the mean.
-PAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Rows and pages.
+    """Rows and pages of each device.
 
     Attributes:
       rows: R, decoded at once.
@@ -47,6 +44,7 @@ class Shape:
       prompts: N, of a page.
       each: responses to a prompt of a page.
       length: padded length of a prompt in tokens.
+      devices: D, that share the prompts out.
     """
 
     rows: int
@@ -54,39 +52,27 @@ class Shape:
     prompts: int
     each: int
     length: int
+    devices: int = 1
 
     @property
     def responses(self) -> int:
-        """C, of a page; its arrays have a multiple of R rows, to be read R at a time."""
+        """C, of a page of one device."""
         return self.prompts * self.each
 
     @property
-    def padded(self) -> int:
-        """C rounded up to a multiple of R."""
-        return -(-self.responses // self.rows) * self.rows
+    def batch(self) -> int:
+        """Rows of all devices, which are decoded at once."""
+        return self.devices * self.rows
+
+    @property
+    def page(self) -> int:
+        """Responses of a page of all devices."""
+        return self.devices * self.responses
 
     @property
     def held(self) -> int:
         """J: where a prompt has one row alone, its end is the prompt's."""
         return 1 if self.group == self.each == 1 else 2
-
-
-def shape_for(rows: int, prompts: int, each: int, length: int, new_tokens: int) -> Shape:
-    """The pages that ``prompts`` prompts of ``each`` responses are drawn in, ``rows`` at a time.
-
-    A prompt of very many responses is more than one prompt of a page. Prompts of few responses are
-    as many as need no more memory than the rows, twice over.
-    """
-    most = PAGES * rows
-    part = max(k for k in range(1, min(each, most) + 1) if each % k == 0)
-    total = prompts * (each // part)
-    rows = min(rows, total * part)
-    # Half of a prompt's responses or fewer, so that rows seldom wait for a prompt's last; but no
-    # more groups than prompts.
-    wide = max(1, part // 2, -(-rows // total))
-    group = max(k for k in range(1, wide + 1) if rows % k == 0)
-    fit = max(rows, 2 * rows * new_tokens // length)
-    return Shape(rows, group, min(max(most // part, 1), fit, total), part, length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +155,7 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that stays on the device between pages."""
+    """All that stays on a device between pages; between programs that of all, [D, ...]."""
 
     store: Store
     held: Held
@@ -178,17 +164,23 @@ class State(NamedTuple):
 
 
 def empty(setup: Setup) -> State:
-    """Slots without work."""
+    """Slots of all devices without work."""
+    devices = setup.shape.devices
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), _empty(setup))
+
+
+def _empty(setup: Setup) -> State:
+    """Those of one device."""
     shape, limits = setup.shape, setup.limits
     R, T, P = shape.rows, limits.max_new_tokens, shape.length
     groups, pages = R // shape.group, 2 * shape.prompts
     kept = partial(kv_cache.init, setup.config)
     store, held, own = kept(pages, P), kept(groups, shape.held * P), kept(R, T)
     out = decode.Rollout(
-        jnp.full((2, shape.padded, T), limits.pad_id, jnp.int32),
-        jnp.zeros((2, shape.padded, T), bool),
-        jnp.zeros((2, shape.padded, T)),
-        jnp.zeros((2, shape.padded), bool),
+        jnp.full((2, shape.responses, T), limits.pad_id, jnp.int32),
+        jnp.zeros((2, shape.responses, T), bool),
+        jnp.zeros((2, shape.responses, T)),
+        jnp.zeros((2, shape.responses), bool),
     )
     none = jnp.zeros(pages, jnp.int32)
     data = jax.random.key_data(jax.random.split(jax.random.key(0), 2 * shape.responses))
@@ -216,6 +208,16 @@ def start(setup: Setup, mesh: Mesh) -> Callable[[], State]:
     return jax.jit(own, out_shardings=sharding.shardings(jax.eval_shape(own), mesh, "slots"))
 
 
+def _by_device(f: Callable[..., Any], shared: Any, state: State, *own: Any) -> Any:
+    """``f(shared, state, *own)`` by each device on its own; gives the State first, [D, ...]."""
+
+    def local(shared: Any, state: State, *own: Any) -> Any:
+        new, *others = f(shared, jax.tree.map(lambda x: x[0], state), *own)
+        return jax.tree.map(lambda x: x[None], new), *others
+
+    return sharding.apart(local, shared, state, *own)
+
+
 @partial(jax.jit, static_argnames="setup", donate_argnames="state")
 def supply(
     state: State,
@@ -223,7 +225,7 @@ def supply(
     prompts: tuple[jax.Array, jax.Array],
     keys_C: jax.Array,
     page: jax.Array | int,
-    real: jax.Array | int,
+    real_D: jax.Array,
     *,
     setup: Setup,
 ) -> State:
@@ -232,17 +234,32 @@ def supply(
     Args:
       state: is donated.
       params: decoder parameters.
-      prompts: int32 ids [N, P], padded on the left, and their mask.
-      keys_C: a key of each response, see ``decode.identity_keys``.
+      prompts: int32 ids [D * N, P], padded on the left, and their mask.
+      keys_C: a key of each response, [D * C], see ``decode.identity_keys``.
       page: its number; all pages before the last are full.
-      real: how many of the prompts, the first, are to be answered.
+      real_D: how many of each device's prompts, the first, are to be answered.
       setup: of the slots.
 
     Returns:
       The state with the page.
     """
+    data_C = jax.random.key_data(keys_C)
+    shared = (decoder.for_decoding(params, setup.config), page)
+    put = partial(_put_page, setup=setup)
+    return sharding.constrain(_by_device(put, shared, state, prompts, data_C, real_D)[0], "slots")
+
+
+def _put_page(
+    shared: tuple[Any, jax.Array],
+    state: State,
+    prompts: tuple[jax.Array, jax.Array],
+    data_C: jax.Array,
+    real_1: jax.Array,
+    setup: Setup,
+) -> tuple[State]:
+    """`supply` on one device."""
+    (params, page), (tokens_NxP, mask_NxP), real = shared, prompts, real_1[0]
     config, shape, limits = setup.config, setup.shape, setup.limits
-    tokens_NxP, mask_NxP = prompts
     half = page % 2
     old, first = state.store, half * shape.prompts
     k, v, mask, position = old.k, old.v, old.mask_SxP, old.position_SxP
@@ -250,9 +267,7 @@ def supply(
     def put(all_: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(all_, new.astype(all_.dtype), at, 0)
 
-    before = decode.prompts_before(
-        decoder.for_decoding(params, config), config, tokens_NxP, mask_NxP, 1
-    )
+    before = decode.prompts_before(params, config, tokens_NxP, mask_NxP, 1)
     if before is not None:
         k = tuple(put(a, b, first) for a, b in zip(k, before.k, strict=True))
         v = tuple(put(a, b, first) for a, b in zip(v, before.v, strict=True))
@@ -268,13 +283,13 @@ def supply(
             k, v, mask, position,
             put(old.last_S, tokens_NxP[:, -1], first),
             put(old.before_S, lengths_N - 1, first),
-            put(old.keys_C2, jax.random.key_data(keys_C), half * shape.responses),
+            put(old.keys_C2, data_C, half * shape.responses),
             jax.tree.map(lambda a, b: put(a, b, half), old.out, none),
             old.left_2.at[half].set(real * shape.each),
             old.supplied + real,
         )
     )  # fmt: skip
-    return sharding.constrain(found, "slots")
+    return (found,)
 
 
 def _load(state: State, shape: Shape) -> tuple[Held, jax.Array]:
@@ -375,17 +390,36 @@ def draw(
       setup: of the slots.
 
     Returns:
-      The state, and the Rollout of the page: C rows, and rows without a token up to a multiple
-      of R.
+      The state, and the Rollout of the page: D * C rows, and rows without a token up to a
+      multiple of D * R, to be read so many at a time.
     """
+    shared = (decoder.for_decoding(params, setup.config), temperature, page, most)
+    state, rollout = _by_device(partial(_draw, setup=setup), shared, state)
+    short = -setup.shape.page % setup.shape.batch
+
+    def filled(x: jax.Array, value: Any = 0) -> jax.Array:
+        return jnp.pad(x, ((0, short), *[(0, 0)] * (x.ndim - 1)), constant_values=value)
+
+    rollout = jax.tree.map(filled, rollout)._replace(
+        tokens_BxT=filled(rollout.tokens_BxT, setup.limits.pad_id)
+    )
+    return sharding.constrain(state, "slots"), sharding.constrain(rollout, "batch")
+
+
+def _draw(shared: tuple[Any, ...], state: State, setup: Setup) -> tuple[State, decode.Rollout]:
+    """`draw` on one device."""
+    params, temperature, page, most = shared
     config, shape, limits = setup.config, setup.shape, setup.limits
-    params = decoder.for_decoding(params, config)
     half, C, T = page % 2, shape.responses, limits.max_new_tokens
     group_R = jnp.arange(shape.rows) // shape.group
+    # Those that compute a step together, along `tensor`, must all take it; all others are let.
+    in_step = shape.devices > 1 and sharding.parts("tensor") > 1
 
     def cond(carry: tuple[State, jax.Array]) -> jax.Array:
         state, steps = carry
-        return (state.store.left_2[half] > 0) & (steps < most)
+        left = state.store.left_2[half]
+        left = jax.lax.pmax(left, sharding.BATCH) if in_step else left
+        return (left > 0) & (steps < most)
 
     def body(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         state, steps = carry
@@ -430,64 +464,4 @@ def draw(
         return State(store, held, rows, taken), steps + 1
 
     state, _ = jax.lax.while_loop(cond, body, (state, jnp.int32(0)))
-    rollout = jax.tree.map(lambda x: x[half], state.store.out)
-    return sharding.constrain(state, "slots"), sharding.constrain(rollout, "batch")
-
-
-def pages(
-    params: Any,
-    key: jax.Array,
-    requests: Sequence[Request],
-    mesh: Mesh,
-    temperature: float,
-    setup: Setup,
-    every: int | None = None,
-    step: int = 0,
-) -> Iterator[tuple[Sequence[Request], decode.Rollout]]:
-    """Draws responses to requests, a page at a time.
-
-    Args:
-      params: decoder parameters.
-      key: with (prompt id, sample) it fixes a response.
-      requests: in order, ``each`` to a prompt.
-      mesh: where the rows are.
-      temperature: > 0.
-      setup: of the slots.
-      every: gives a page as far as it is drawn after so many tokens of each row, and again until it
-        is whole; None gives it once.
-      step: the training step, which fixes a response as well.
-
-    Yields:
-      The requests of a page and their Rollout, see `draw`. The page after it is dispatched when it
-      is asked for.
-    """
-    shape, pad_id = setup.shape, setup.limits.pad_id
-    parts = [requests[i : i + shape.responses] for i in range(0, len(requests), shape.responses)]
-
-    def supplied(state: State, number: int) -> State:
-        if number >= len(parts):
-            return state
-        rows = parts[number]
-        prompts = [r.tokens for r in rows[:: shape.each]]
-        filled = [*prompts, *prompts[:1] * (shape.prompts - len(prompts))]
-        of_all = [*rows, *[rows[0]] * (shape.responses - len(rows))]
-        ids, samples = (
-            np.array([getattr(r, name) for r in of_all], np.int32)
-            for name in ("prompt_id", "sample")
-        )
-        tokens, ids, samples = sharding.place(
-            (pad_left(filled, shape.length, pad_id), ids, samples), mesh, "batch"
-        )
-        keys = decode.identity_keys(key, step, ids, samples)
-        return supply(state, params, tokens, keys, number, len(prompts), setup=setup)
-
-    state = supplied(supplied(start(setup, mesh)(), 0), 1)
-    most = np.int32(every or np.iinfo(np.int32).max)
-    for number, rows in enumerate(parts):
-        while True:
-            state, rollout = draw(state, params, np.float32(temperature), number, most, setup=setup)
-            if every is None or not int(state.store.left_2[number % 2]):
-                break
-            yield rows, rollout
-        state = supplied(state, number + 2)
-        yield rows, rollout
+    return state, jax.tree.map(lambda x: x[half], state.store.out)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vbon_jax import compiled, methods
+from vbon_jax import compiled, methods, sharding
 from vbon_jax.config import Config, Reward, RewardPart
 from vbon_jax.errors import InputError
 from vbon_jax.methods import learning, starting
 from vbon_jax.methods.learning import Job
 from vbon_jax.models import cache, trainable
 from vbon_jax.rewards import classifier, text
-from vbon_jax.sampling import decode, slots
+from vbon_jax.sampling import decode, pages, slots
 from vbon_jax.stages import flops, loading, shapes
 from vbon_jax.stages.shapes import World, abstract, bytes_of, shape
 from vbon_jax.stages.workdir import Workdir
@@ -122,15 +122,17 @@ def _slots_bytes(
     """Slots for ``each`` responses to prompts, and a page of them; of that keys and values."""
     s = w.settings
     new, ends = s.sampling.max_new_tokens, (0,) if s.sampling.stop_at_eos else ()
-    pages = slots.shape_for(rows, prompts, each, w.prompt, new)
-    setup = slots.Setup(w.config, pages, decode.Limits(new, ends, pad_id=0))
+    ways = sharding.ways(w.mesh)
+    slotted = pages.shape_for(rows, prompts, each, w.prompt, new, ways)
+    setup = slots.Setup(w.config, slotted, decode.Limits(new, ends, pad_id=0))
     state = abstract(jax.eval_shape(partial(slots.empty, setup)), w.mesh, "slots")
-    page = (shape(pages.prompts, w.prompt), shape(pages.prompts, w.prompt, dtype=bool))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pages.responses))
-    prompts, keys = abstract((page, keys), w.mesh, "batch")
+    many = ways * slotted.prompts
+    page = (shape(many, w.prompt), shape(many, w.prompt, dtype=bool))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slotted.page))
+    prompts, keys, real = abstract((page, keys, shape(ways, dtype=jnp.int32)), w.mesh, "batch")
     one = np.int32(1)
     traced = (
-        slots.supply.trace(state, params, prompts, keys, one, one, setup=setup),
+        slots.supply.trace(state, params, prompts, keys, one, real, setup=setup),
         slots.draw.trace(state, params, np.float32(1), one, one, setup=setup),
     )
     kept = [(x.k, x.v) for x in (state.store, state.held, state.rows)]

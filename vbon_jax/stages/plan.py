@@ -56,7 +56,8 @@ def device_bytes(s: Config) -> int:
 
 
 SMALLER = {
-    "update": "raise memory.accumulate, set memory.remat=full, lower memory.chunk",
+    "update": "set memory.remat=full, lower memory.chunk, or raise memory.accumulate, which holds "
+    "one more array of gradients and helps where activations take more",
     "gradient steps": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
     "start": "lower offline.batch_size, set memory.remat=full, lower memory.chunk",
     "rollout": "lower train.batch_size, or set memory.rollout_rows",
