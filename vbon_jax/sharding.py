@@ -117,6 +117,8 @@ def spec_for(path: str, shape: Sequence[int], mesh: Any) -> P:
     for size, axes in zip(shape, spec, strict=False):
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
         ways = int(np.prod([sizes[name] for name in names])) if names else 1
+        if len(names) > 1:
+            axes = tuple(name for name in names if name not in _alone(mesh))
         kept.append(axes if ways > 1 and size % ways == 0 else None)
     while kept and kept[-1] is None:  # one spelling of a spec: jit tells P(None) from P()
         kept.pop()
@@ -200,10 +202,14 @@ def _on_each(everywhere: NamedSharding) -> Callable[[list[jax.Array]], list[jax.
     return jax.jit(lambda arrays: arrays, out_shardings=everywhere)
 
 
+def _alone(mesh: Any) -> tuple[str, ...]:
+    """Axes along which each device works by itself, inside `apart` and `summed`."""
+    return tuple(getattr(mesh, "manual_axes", ()))
+
+
 def _sizes(mesh: Any) -> dict[str, int]:
     """Devices along each axis of a mesh, one along those where each works by itself."""
-    alone = getattr(mesh, "manual_axes", ())
-    return {name: 1 if name in alone else size for name, size in mesh.shape.items()}
+    return {name: 1 if name in _alone(mesh) else size for name, size in mesh.shape.items()}
 
 
 def _divided() -> Any:
@@ -233,6 +239,50 @@ def apart(f: Callable[..., Any], shared: Any, *own: Any) -> Any:
         f, in_specs=(P(), *[rows] * len(own)), out_specs=rows, axis_names=set(BATCH),
         check_vma=False,
     )(shared, *own)  # fmt: skip
+
+
+def summed(f: Callable[[Any, Any], Any], shared: Any, rows: Any, dtype: Any = None) -> Any:
+    """Inside jit: ``f(shared, rows)``, which is a sum over rows, sent once along ``data``.
+
+    Each device adds up what its own rows give, in however many microbatches. Left to the compiler,
+    every one of them is summed over all devices. It is left where ``fsdp`` and ``tensor`` both
+    divide: XLA then aborts on a gather from logits (`spmd_partitioner_util.cc`, jaxlib 0.10.2).
+
+    Args:
+      f: gives sums over rows, such as gradients; paths of parameters are those of the table.
+      shared: the same for all rows.
+      rows: a tree of arrays with rows first.
+      dtype: in which matrices are sent, as they would be from the products that they come from.
+    """
+    mesh = _divided()
+    sizes = {} if mesh is None else _sizes(mesh)
+    if sizes.get("data", 1) == 1 or min(sizes["fsdp"], sizes["tensor"]) > 1:
+        return f(shared, rows)
+
+    def together(key_path: Sequence[Any], x: jax.Array) -> jax.Array:
+        path = path_of(key_path)
+        is_matrix = next((any(spec) for pattern, spec in TABLE if re.search(pattern, path)), False)
+        sent = x.astype(dtype) if is_matrix and dtype is not None else x
+        return jax.lax.psum(sent, "data").astype(x.dtype)
+
+    def local(shared: Any, rows: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(together, f(shared, rows))
+
+    return jax.shard_map(
+        local, in_specs=(P(), P("data")), out_specs=P(), axis_names={"data"}, check_vma=False
+    )(shared, rows)
+
+
+def in_step(x: jax.Array) -> jax.Array:
+    """Inside `apart` and `summed`: a number that decides what is computed next.
+
+    Where devices compute together along other axes it is the greatest of all, so that all do the
+    same; elsewhere each decides by its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not _alone(mesh) or set(_sizes(mesh).values()) == {1}:
+        return x
+    return jax.lax.pmax(x, _alone(mesh))
 
 
 def constrain(tree: Any, prefix: str) -> Any:
@@ -278,7 +328,7 @@ def held(x: jax.Array, *axes: Any) -> jax.Array:
     spec: list[Any] = []
     for size, of in zip(x.shape, axes, strict=False):
         names = (of,) if isinstance(of, str) else of or ()
-        names = tuple(name for name in names if name not in mesh.manual_axes)
+        names = tuple(name for name in names if name not in _alone(mesh))
         fits = size % int(np.prod([mesh.shape[name] for name in names])) == 0
         spec.append((names or None) if fits else P.UNCONSTRAINED if of == BATCH else None)
     return jax.lax.with_sharding_constraint(x, P(*spec))

@@ -412,14 +412,10 @@ def _draw(shared: tuple[Any, ...], state: State, setup: Setup) -> tuple[State, d
     config, shape, limits = setup.config, setup.shape, setup.limits
     half, C, T = page % 2, shape.responses, limits.max_new_tokens
     group_R = jnp.arange(shape.rows) // shape.group
-    # Those that compute a step together, along `tensor`, must all take it; all others are let.
-    in_step = shape.devices > 1 and sharding.parts("tensor") > 1
 
     def cond(carry: tuple[State, jax.Array]) -> jax.Array:
         state, steps = carry
-        left = state.store.left_2[half]
-        left = jax.lax.pmax(left, sharding.BATCH) if in_step else left
-        return (left > 0) & (steps < most)
+        return (sharding.in_step(state.store.left_2[half]) > 0) & (steps < most)
 
     def body(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         state, steps = carry

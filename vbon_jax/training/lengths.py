@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vbon_jax import sharding
+
 
 def order(mask_BxT: jax.Array, parts: int, together: int = 1) -> jax.Array:
     """The order of rows in which those of `scoring.in_parts` have responses of like length.
@@ -55,7 +57,7 @@ def at_shortest(f: Callable[[Any], Any], rows: Any, mask_BxT: jax.Array, lengths
 
         return lambda rows: f(jax.tree.map(cut, rows))
 
-    longest = jnp.max(jnp.sum(mask_BxT, axis=1))
+    longest = sharding.in_step(jnp.max(jnp.sum(mask_BxT, axis=1)))
     fits = jnp.sum(longest > jnp.array(each[:-1], jnp.int32))
     return jax.lax.switch(fits, [at(length) for length in each], rows)
 

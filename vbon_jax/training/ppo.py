@@ -122,6 +122,17 @@ def gradients(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient of ``loss`` and its metrics, by its microbatches in turn."""
     count = jnp.maximum(jnp.sum(minibatch.response_mask_BxT), 1).astype(jnp.float32)
+    of_rows = partial(_gradients, setup=setup)
+    return sharding.summed(
+        of_rows, (params, ref_params, count), minibatch, setup.config.compute_dtype
+    )
+
+
+def _gradients(
+    shared: tuple[Any, Any, jax.Array], minibatch: Experience, setup: Setup
+) -> tuple[Any, dict[str, jax.Array]]:
+    """What some of a minibatch's rows add to `gradients`."""
+    params, ref_params, count = shared
 
     def at_length(rows: Experience) -> tuple[Any, dict[str, jax.Array]]:
         return jax.grad(loss, has_aux=True)(params, ref_params, rows, count, setup=setup)
