@@ -60,12 +60,12 @@ def lines(workdir, role):
     return [json.loads(line) for line in path.open()]
 
 
-def test_what_it_leaves_is_read_off_the_pool(chosen, capfd):
+def test_what_it_leaves_is_read_off_the_pool(chosen):
     found = read_choose(chosen)
     own, opponents = lines(chosen, "pool"), lines(chosen, "opponents")
     assert found["n_max"] == 12 and found["prompts"] == len(own) == 16
     rewards = np.array([line["rewards"] for line in own], np.float32)
-    judged = np.array([tabular.verifier([""] * 12, line["responses"]) for line in own])
+    judged = np.array([tabular.verifier(["a"] * 12, line["responses"]) for line in own])
     wins = compare.win_rates(judged, np.sort([line["evaluator_rewards"] for line in opponents]))
     for row in found["rows"][:12]:
         weights = pool.winner_weights(rewards, int(row["n"]))
@@ -103,9 +103,10 @@ def test_evaluated_policies_stand_beside_best_of_n_which_is_the_same_there(chose
     shutil.copytree(chosen, tmp_path, dirs_exist_ok=True)
     for stage in ("train", "export", "evaluate", "choose"):
         assert vbon(stage, tmp_path, EVALUATOR) == 0
-    assert "PPO" in capfd.readouterr().out or "vBoN" in capfd.readouterr().out
+    own = [line for line in capfd.readouterr().out.splitlines() if line.startswith("vBoN ")]
     rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
-    (bon,) = [row for row in rows if row["policy"] == "bon"]
+    bon, policy = (next(r for r in rows if r["policy"] == name) for name in ("bon", "vbon"))
+    assert own[-1].split()[1:3] == [f"{policy[key]:.3f}" for key in ("kl_ref", "evaluator_reward")]
     (same,) = [r for r in read_choose(tmp_path)["rows"] if (r["family"], r["n"]) == ("bon", 8.0)]
     for key in ("reward", "win_rate", "evaluator_reward", "evaluator_win_rate"):
         assert same[key] == pytest.approx(bon[key], abs=1e-6), key

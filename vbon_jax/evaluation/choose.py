@@ -229,14 +229,19 @@ def why(decision: Decision, m: int, mean_K: np.ndarray, falls_short: Sequence[fl
             f"Best-of-n is over-optimised from n = {worse} on: the evaluator's mean is lower there "
             f"than at its peak, n = {peak}"
         )
-    if best == peak:
-        reason = f"n = {best} has the highest mean of the evaluator, and every smaller n a lower"
+    near = (
+        f"not told apart from the highest ({mean_K[peak - 1]:.3f}, at n = {peak}); it is at most "
+        f"{falls_short[2]:.3f} lower"
+    )
+    mean = f"mean of the evaluator ({mean_K[best - 1]:.3f})"
+    if best == peak == 1:
+        reason = f"n = 1, the reference itself, has the highest {mean}"
+    elif best == 1:
+        reason = f"The {mean} of n = 1, the reference itself, is {near}"
+    elif best == peak:
+        reason = f"n = {best} has the highest {mean}, and every smaller n is told apart from it"
     else:
-        reason = (
-            f"n = {best} is the smallest whose mean of the evaluator ({mean_K[best - 1]:.3f}) is "
-            f"not told apart from the highest ({mean_K[peak - 1]:.3f}, at n = {peak}); it is at "
-            f"most {falls_short[2]:.3f} lower"
-        )
+        reason = f"n = {best} is the smallest whose {mean} is {near}"
     if best == 1:
         reason += ", so that best-of-n is not seen to gain anything"
     return f"{seen}. {reason} (95% bands, all n at once)."

@@ -108,7 +108,6 @@ def table(result: dict[str, Any], own: Sequence[Row], looks: Looks) -> Table:
                 with_interval(row["evaluator_reward"], row["evaluator_reward_ci95"]),
                 "",
                 with_interval(row["evaluator_win_rate"], row["evaluator_win_rate_ci95"]),
-                number(row["win_rate"]),
             )
         )
     said = (
@@ -122,8 +121,7 @@ def table(result: dict[str, Any], own: Sequence[Row], looks: Looks) -> Table:
             Column("KL(·‖ref),\nnats"),
             Column("evaluator"),
             Column("below the\npeak"),
-            Column("win rate,\nevaluator"),
-            Column("win rate,\nreward"),
+            Column("evaluator\nwin rate"),
         ),
         rows=tuple(cells),
         title=f"Best-of-n by the evaluator: {said} (±: half the 95% band)",
@@ -146,7 +144,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         with_interval(row["evaluator_reward"], row["evaluator_reward_band"]),
         with_interval(mean, (low, high)) if high > low else "the peak",
         with_interval(row["evaluator_win_rate"], row["evaluator_win_rate_band"]),
-        number(row["win_rate"]),
     )
 
 

@@ -83,9 +83,7 @@ _STAGES = (
     Stage(
         "choose",
         "which n of best-of-n a separate evaluator trusts",
-        depends=(
-            "method.n", "method.ties", "sampling.temperature", "evaluate.m", "evaluator",
-        ),
+        depends=("method.n", "method.ties", "evaluate.m", "evaluator"),
         after=("sample",),
         leaves=("choose.json",),
         redo="asked",
