@@ -114,13 +114,13 @@ def study(kind, prompts, times, draws, seed=0):
         curve_PxK = pool.place_means(values, rewards) @ weights_MxK
         got = bands.simultaneous(curve_PxK, np.random.default_rng(i), draws=draws)
         errors_KxK = got.difference_KxK - (truth_K[:, None] - truth_K)
-        peak, best, worse = choose.decide(got, M)
+        peak, best, worse, last = choose.decide(got, M)
         most = got.difference_KxK + got.difference_half_KxK
         lost = truth_K[peak - 1] - truth_K[best - 1]
         tallies.append((
             (np.abs(got.mean_K - truth_K) <= got.half_K).all(),
             (np.abs(errors_KxK) <= got.difference_half_KxK + 1e-12).all(),
-            worse is None or truth_K[peak - 1] > truth_K[worse - 1] + 1e-9,
+            worse is None or (truth_K[peak - 1] > truth_K[worse - 1 : last] + 1e-9).all(),
             lost <= most[peak - 1, best - 1],
             worse is not None,
         ))  # fmt: skip

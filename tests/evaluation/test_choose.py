@@ -90,7 +90,8 @@ def test_an_evaluator_that_turns_against_the_reward_is_found_out(hacked):
     assert abs(hacked["peak"] - best) <= 1 and 1 < hacked["recommended"] <= hacked["peak"]
     worse = hacked["over_optimised_from"]
     assert hacked["peak"] < worse <= M and truth_K[worse - 1] < truth_K[hacked["peak"] - 1]
-    assert f"over-optimised from n = {worse} on" in hacked["why"]
+    assert f"over-optimised from n = {worse} on: " in hacked["why"]
+    assert hacked["over_optimised_to"] == M
     assert f"n = {hacked['recommended']} " in hacked["why"]
     rows = hacked["rows"][:M]
     for row, truth in zip(rows, truth_K):
@@ -145,24 +146,45 @@ def found_bands(means, half):
 @pytest.mark.parametrize(
     ("means", "half", "want"),
     [
-        ([0.0, 0.5, 0.9, 1.0, 0.95, 0.7, 0.2], 0.2, (4, 3, 6)),
-        ([0.0, 0.5, 0.9, 1.0, 0.95, 0.85, 0.81], 0.2, (4, 3, None)),
-        ([0.0, 0.5, 0.9, 1.0, 0.95, 0.85, 0.81], 2.0, (4, 1, None)),
-        ([0.0, 0.5, 0.9, 1.0], 0.05, (4, 4, None)),
-        (
-            [1.0, 0.9, 0.5, 0.95],
-            0.3,
-            (1, 1, 3),
-        ),  # not told apart at 4 again: from 3 on all the same
-        ([0.3, 0.3, 0.3], 0.0, (1, 1, None)),
+        ([0.0, 0.5, 0.9, 1.0, 0.95, 0.7, 0.2], 0.2, (4, 3, 6, 7)),
+        ([0.0, 0.5, 0.9, 1.0, 0.95, 0.85, 0.81], 0.2, (4, 3, None, None)),
+        ([0.0, 0.5, 0.9, 1.0, 0.95, 0.85, 0.81], 2.0, (4, 1, None, None)),
+        ([0.0, 0.5, 0.9, 1.0], 0.05, (4, 4, None, None)),
+        ([1.0, 0.9, 0.5, 0.95], 0.3, (1, 1, 3, 3)),  # 4 is not told apart
+        ([0.3, 0.3, 0.3], 0.0, (1, 1, None, None)),
     ],
 )
 def test_the_rule_by_hand(means, half, want):
     assert choose.decide(found_bands(means, half), len(means)) == want
 
 
+def test_words_for_each_outcome():
+    means = np.linspace(0.1, 0.8, 8)
+
+    def said(*decision, m=8):
+        return choose.why(choose.Decision(*decision), m, means, [0.1, -0.2, 0.4])
+
+    assert said(6, 4, None, None) == (
+        "No over-optimisation seen up to n = 8. n = 4 is the smallest whose mean of the evaluator "
+        "(0.400) is not told apart from the highest (0.600, at n = 6); it is at most 0.400 lower "
+        "(95% bands, all n at once)."
+    )
+    assert "from n = 7 on: the evaluator's mean is lower there than at its peak, n = 6. " in said(
+        6, 4, 7, 8
+    )
+    assert "from n = 7 to n = 7: " in said(6, 4, 7, 7)
+    assert "n = 6 has the highest mean of the evaluator (0.600), and every smaller n is" in said(
+        6, 6, None, None
+    )
+    assert "mean of the evaluator (0.100) of n = 1, the reference itself, is not told apart" in (
+        said(6, 1, None, None)
+    )
+    assert "n = 1, the reference itself, has the highest" in (nothing := said(1, 1, 2, 8))
+    assert "so that best-of-n is not seen to gain anything (95%" in nothing
+
+
 def test_settings_beside_best_of_n_are_never_its_peak():
-    assert choose.decide(found_bands([0.0, 1.0, 0.5, 9.0], 0.1), 3) == (2, 2, 3)
+    assert choose.decide(found_bands([0.0, 1.0, 0.5, 9.0], 0.1), 3) == (2, 2, 3, 3)
 
 
 def test_too_few_prompts_and_scores_without_a_number_are_refused():

@@ -34,8 +34,10 @@ def chosen(**changed):
         rows += [row("soft", n, 1 / t, 1.8 - t / n, temperature=t) for t in (2.0, 1.0, 0.5)]
     return {
         "temperature": 1.0, "prompts": 1200, "n_max": M, "level": 0.95, "peak": 6, "recommended": 5,
-        "over_optimised_from": 9, "falls_short": [0.05, 0.0, 0.1], "why": "Because <it> is so.",
-        "win_rate": {"peak": 6, "recommended": 5, "over_optimised_from": None}, "rows": rows,
+        "over_optimised_from": 9, "over_optimised_to": 11, "falls_short": [0.05, 0.0, 0.1],
+        "why": "Because <it> is so.",
+        "win_rate": {"peak": 6, "recommended": 5, "over_optimised_from": None},
+        "rows": rows,
     } | changed  # fmt: skip
 
 
@@ -96,7 +98,7 @@ def test_the_figure_shows_every_family_against_n_and_kl():
         np.testing.assert_allclose(seen["best-of-Poisson"], poisson)
         assert ("soft BoN of 12, by temperature" in seen) == (x == "kl_ref")
         (grey,) = [p for p in ax.patches if p.get_label() == "over-optimised"]
-        assert grey.get_x() == bon[8][x] and grey.get_x() + grey.get_width() == bon[-1][x]
+        assert grey.get_x() == bon[8][x] and grey.get_x() + grey.get_width() == bon[10][x]
         own = [c for c in ax.containers if c.get_label() == "vBoN (its own 95% interval)"]
         assert len(own) == (x == "kl_ref")
     by_reward = [(r["n"], r["win_rate"]) for r in bon]

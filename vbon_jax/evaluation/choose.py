@@ -143,9 +143,9 @@ def choose(samples: Pool, n: float, temperature: float, seed: int = 0) -> dict[s
 
     Returns:
       The content of ``choose.json``: "temperature", "prompts" (P), "n_max" (M), "level" (0.95);
-      "peak", "recommended" and "over_optimised_from", values of n, the last None where no n is;
+      "peak", "recommended", "over_optimised_from" and "over_optimised_to" (see `Decision`);
       "falls_short", [mean, low, high] of how much higher the evaluator's mean is at the peak than
-      at the recommended n; "why", a sentence; "win_rate", the first three by the evaluator's win
+      at the recommended n; "why", in words; "win_rate", the first four by the evaluator's win
       rate; and "rows", of each setting "family", "n", "rate", "temperature" (as of `Setting`),
       "kl_ref" in nats, the mean of each of `QUANTITIES` with its simultaneous "_band", [low, high],
       and "below_peak", [mean, low, high] of how much higher the evaluator's mean is at the peak of
@@ -202,32 +202,43 @@ def choose(samples: Pool, n: float, temperature: float, seed: int = 0) -> dict[s
 
 
 class Decision(NamedTuple):
-    """The n of best-of-n by the rule above; over_optimised_from is None where no n is."""
+    """Values of n by the rule above.
+
+    Attributes:
+      peak: where the mean is highest; the smallest such n.
+      recommended: the smallest n that is not told apart from the peak.
+      over_optimised_from: the first n above the peak that is told apart from it, if any.
+      over_optimised_to: the last of the unbroken row of such n that begins there.
+    """
 
     peak: int
     recommended: int
     over_optimised_from: int | None
+    over_optimised_to: int | None
 
 
 def decide(found: Bands, m: int) -> Decision:
     """Applies the rule to a curve whose first m points are best-of-n, n = 1..m."""
     peak = int(found.mean_K[:m].argmax())
     apart = found.difference_KxK[peak, :m] > found.difference_half_KxK[peak, :m]
-    worse = np.flatnonzero(apart[peak:]) + peak
-    return Decision(
-        peak + 1, int(np.flatnonzero(~apart)[0]) + 1, int(worse[0]) + 1 if len(worse) else None
-    )
+    recommended = int(np.flatnonzero(~apart)[0]) + 1
+    worse = np.flatnonzero(apart[peak:]) + peak + 1
+    if not len(worse):
+        return Decision(peak + 1, recommended, None, None)
+    unbroken = worse[worse - np.arange(len(worse)) == worse[0]]
+    return Decision(peak + 1, recommended, int(worse[0]), int(unbroken[-1]))
 
 
 def why(decision: Decision, m: int, mean_K: np.ndarray, falls_short: Sequence[float]) -> str:
-    """One sentence on what the recommended n follows from, and one on over-optimisation."""
-    peak, best, worse = decision
+    """One sentence on over-optimisation, and one on what the recommended n follows from."""
+    peak, best, worse, last = decision
     if worse is None:
         seen = f"No over-optimisation seen up to n = {m}"
     else:
+        to = "on" if last == m else f"to n = {last}"
         seen = (
-            f"Best-of-n is over-optimised from n = {worse} on: the evaluator's mean is lower there "
-            f"than at its peak, n = {peak}"
+            f"Best-of-n is over-optimised from n = {worse} {to}: the evaluator's mean is lower "
+            f"there than at its peak, n = {peak}"
         )
     near = (
         f"not told apart from the highest ({mean_K[peak - 1]:.3f}, at n = {peak}); it is at most "

@@ -219,9 +219,9 @@ def _best_of_n(ax: "Axes", result: dict[str, Any], quantity: Quantity, x: str) -
         ax.plot(at, [row["win_rate"] for row in rows], color=BON_COLOR, lw=1.2, ls="--",
                 label="BoN, win rate by the reward itself")  # fmt: skip
         ax.axhline(0.5, color=REFERENCE_COLOR, lw=1, ls=":", label="no better than the reference")
-    worse = result["over_optimised_from"]
+    worse, last = result["over_optimised_from"], result["over_optimised_to"]
     if worse is not None:
-        ax.axvspan(rows[worse - 1][x], at[-1], color="#444444", alpha=0.12, lw=0,
+        ax.axvspan(at[worse - 1], at[last - 1], color="#444444", alpha=0.12, lw=0,
                    label="over-optimised")  # fmt: skip
     for key, marker, size in (("peak", "*", 13), ("recommended", "o", 8)):
         row = rows[result[key] - 1]

@@ -222,7 +222,8 @@ def read_choose(workdir: Path) -> dict[str, Any]:
     path = Path(workdir) / "choose.json"
     found = _read_object(path, "choose", "rows")
     for key in (
-        "temperature", "prompts", "n_max", "peak", "recommended", "over_optimised_from", "why",
+        "temperature", "prompts", "n_max", "peak", "recommended", "over_optimised_from",
+        "over_optimised_to", "why",
     ):  # fmt: skip
         jsonl.field(found, key, str(path))
     for at, row in enumerate(found["rows"]):
