@@ -181,7 +181,7 @@ def choose(samples: Pool, n: float, temperature: float, seed: int = 0) -> dict[s
             "n": s.n,
             "rate": s.rate,
             "temperature": s.temperature,
-            "kl_ref": float(s.kl_P.mean()),
+            "kl_ref": max(0.0, float(s.kl_P.mean())),  # at n = 1 rounding may leave -1e-17
             **_means(found, k),
             "below_peak": _difference(found[DECIDES], peak, k),
         }
