@@ -186,3 +186,38 @@ def test_resampling_takes_none_of_no_weight():
     for seed in range(20):
         found = pool.resample(np.random.default_rng(seed), weights, 6)
         assert found.tolist() == [[1, 1, 1, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("order", [None, ORDER])
+def test_place_means_give_best_of_n_for_every_n(rng, order):
+    values = rng.normal(size=POOLS.shape)
+    got = pool.place_means(values, POOLS, order) @ pool.all_order_weights(6).T
+    for n in range(1, 7):
+        want = pool.best_mean(values, pool.winner_weights(POOLS, n, order))
+        np.testing.assert_allclose(got[:, n - 1], want, atol=1e-14)
+    # The last row is all tied: each place has the mean; with an order, its own sample's value.
+    if order is None:
+        np.testing.assert_allclose(pool.place_means(values, POOLS)[3], values[3].mean())
+    with pytest.raises(ValueError, match=r"one value a sample, shape \(4, 6\), got shape \(4, 5\)"):
+        pool.place_means(values[:, :5], POOLS, order)
+
+
+def test_best_of_poisson_is_its_mixture_of_best_of_n():
+    rate, m = 1.5, 20
+    want = np.zeros(m)
+    for k in range(m):  # n = 1 + k
+        want += math.exp(-rate) * rate**k / math.factorial(k) * pool.order_weights(m, k + 1)
+    got = pool.poisson_order_weights(m, rate)
+    np.testing.assert_allclose(got, want, atol=2e-13)
+    assert got.sum() == pytest.approx(1, abs=1e-14)
+    np.testing.assert_allclose(pool.poisson_order_weights(5, 0.0), np.full(5, 1 / 5))
+
+
+def test_best_of_poisson_needs_a_pool_that_is_large_enough():
+    beyond = 1 - sum(math.exp(-8) * 8**k / math.factorial(k) for k in range(20))
+    assert pool.poisson_tail(20, 8.0) == pytest.approx(beyond, rel=1e-9)
+    with pytest.raises(ValueError, match=r"rate=8 draws more than the pool's m=20 .* 0.00025"):
+        pool.poisson_order_weights(20, 8.0)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"rate must be finite and >= 0, .* got rate={bad!r}"):
+            pool.poisson_order_weights(20, bad)

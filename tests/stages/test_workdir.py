@@ -25,6 +25,7 @@ GOLDEN_FOLDERS = {
 GOLDEN_SETTINGS = {
     "sft": "9232890c", "reward": "1d8ccbb6", "evaluator": "3afa1a50", "sample": "05822800",
     "train": "3d4c672d", "export": "230ec7cc", "evaluate": "57f6cdfd", "convergence": "12b4a2d3",
+    "choose": "a2ff7dca",
     "sweep": "43d5f08a", "report": "079e0f3f",
 }  # fmt: skip
 OTHERS = {

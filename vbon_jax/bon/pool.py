@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import gammaln, pdtrc, xlogy
+
+POISSON_TAIL = 1e-6  # most probable that best-of-Poisson may want more samples than there are
 
 
-def _check_n(n: Any, m: int, lowest: int = 1) -> None:
+def check_whole(n: Any, m: int, lowest: int = 1) -> None:
+    """Raises ValueError unless n is a whole number in [lowest, m]."""
     if not (isinstance(n, int | float | np.number) and float(n).is_integer() and lowest <= n <= m):
         raise ValueError(
             f"n must be a whole number from {lowest} to m={m}, the number of samples in the pool "
@@ -20,7 +24,8 @@ def _check_n(n: Any, m: int, lowest: int = 1) -> None:
         )
 
 
-def _pool(rewards_PxM: ArrayLike) -> np.ndarray:
+def check_rewards(rewards_PxM: ArrayLike) -> np.ndarray:
+    """Returns the rewards as an array; raises ValueError unless a matrix [P, M] without NaN."""
     rewards_PxM = np.asarray(rewards_PxM)
     if rewards_PxM.ndim != 2 or rewards_PxM.shape[1] == 0:
         raise ValueError(
@@ -88,13 +93,55 @@ def order_weights(m: int, n: int) -> np.ndarray:
     Raises:
       ValueError: if n is not a whole number in [1, m].
     """
-    _check_n(n, m)
+    check_whole(n, m)
     n = int(n)
     weights_M = np.zeros(m)
     i = np.arange(m, n, -1)  # the weights below the best, as far down as they are not 0
     log_steps = np.log1p(-(n - 1) / (i - 1))
     weights_M[n - 1 :] = (n / m) * np.exp(np.cumsum(np.append(0.0, log_steps)))[::-1]
     return weights_M
+
+
+def all_order_weights(m: int) -> np.ndarray:
+    """``order_weights(m, n)`` for n = 1..m, a row each: float64 [m, m]."""
+    return np.stack([order_weights(m, n) for n in range(1, m + 1)])
+
+
+def poisson_tail(m: int, rate: float) -> float:
+    """The probability that best-of-Poisson of a rate draws more than m responses."""
+    return float(pdtrc(m - 1, rate))
+
+
+def poisson_order_weights(m: int, rate: float) -> np.ndarray:
+    """Computes the probability that the i-th smallest of m wins best-of-Poisson.
+
+    Best-of-Poisson (Khalaf et al., "Inference-time reward hacking in large language models", 2025)
+    takes the best of n responses, n = 1 + k with k drawn from the Poisson distribution of the rate:
+    the mixture sum_k e^-rate rate^k / k! of ``order_weights(m, k + 1)``, exact in the pool.
+
+    Args:
+      m: the number of samples in the pool.
+      rate: the mean of k, so that 1 + rate responses are drawn on average; >= 0.
+
+    Returns:
+      float64 weights [m], ascending, with sum 1. What probability n > m has, at most
+      `POISSON_TAIL`, is given to n = m.
+
+    Raises:
+      ValueError: if the rate is negative or not finite, or n > m is more probable than that.
+    """
+    if not (np.isfinite(rate) and rate >= 0):
+        raise ValueError(f"rate must be finite and >= 0, the mean of n - 1, got rate={rate!r}")
+    tail = poisson_tail(m, rate)
+    if tail > POISSON_TAIL:
+        raise ValueError(
+            f"rate={rate:g} draws more than the pool's m={m} samples with probability {tail:.2g}, "
+            f"more than {POISSON_TAIL:g}: give a lower rate or a larger pool"
+        )
+    k = np.arange(m)
+    mass_N = np.exp(xlogy(k, rate) - rate - gammaln(k + 1))
+    mass_N[-1] += tail
+    return mass_N @ all_order_weights(m)
 
 
 def winner_weights(
@@ -116,7 +163,7 @@ def winner_weights(
       ValueError: if rewards_PxM is not a matrix or contains NaN (the message counts them),
         order_PxM has another shape, or n is not a whole number in [1, M].
     """
-    rewards_PxM = _pool(rewards_PxM)
+    rewards_PxM = check_rewards(rewards_PxM)
     weights_M = order_weights(rewards_PxM.shape[1], n)
     places = tie_groups(rewards_PxM, order_PxM)
     below_M = np.append(0.0, np.cumsum(weights_M))
@@ -126,6 +173,42 @@ def winner_weights(
     weights_PxM = np.empty(rewards_PxM.shape)
     np.put_along_axis(weights_PxM, places.column_PxM, share_PxM, axis=1)
     return weights_PxM
+
+
+def place_means(
+    values_PxM: ArrayLike, rewards_PxM: ArrayLike, order_PxM: ArrayLike | None = None
+) -> np.ndarray:
+    """Computes a quantity at each place of the pool, from the worst sample to the best.
+
+    Tied samples share the mean of their values, as any of them may be the one that is chosen. Its
+    product with ``order_weights`` is the expectation of the quantity under best-of-n, that of
+    ``best_mean`` and ``winner_weights``; one matrix product gives it for every n.
+
+    Args:
+      values_PxM: any finite quantity of each sample in the pool.
+      rewards_PxM: rewards of the pool, M samples of each of P prompts, in any order.
+      order_PxM: as of ``winner_weights``.
+
+    Returns:
+      float64 [P, M].
+
+    Raises:
+      ValueError: as ``winner_weights`` does, or if the two have different shapes.
+    """
+    rewards_PxM, values_PxM = check_rewards(rewards_PxM), np.asarray(values_PxM, np.float64)
+    if values_PxM.shape != rewards_PxM.shape:
+        raise ValueError(
+            f"values_PxM must have one value a sample, shape {rewards_PxM.shape}, "
+            f"got shape {values_PxM.shape}"
+        )
+    places = tie_groups(rewards_PxM, order_PxM)
+    sorted_PxM = np.take_along_axis(values_PxM, places.column_PxM, axis=1)
+    below_PxM = np.pad(np.cumsum(sorted_PxM, axis=1), ((0, 0), (1, 0)))
+    sums_PxM = np.take_along_axis(below_PxM, places.high_PxM, axis=1) - np.take_along_axis(
+        below_PxM, places.low_PxM, axis=1
+    )
+    size_PxM = places.high_PxM - places.low_PxM
+    return np.where(size_PxM == 1, sorted_PxM, sums_PxM / size_PxM)  # untied: no rounding
 
 
 def quantiles(
@@ -146,7 +229,7 @@ def quantiles(
     Raises:
       ValueError: as ``winner_weights`` does.
     """
-    rewards_PxM = _pool(rewards_PxM)
+    rewards_PxM = check_rewards(rewards_PxM)
     places = tie_groups(rewards_PxM, order_PxM)
     bounds = []
     for place_PxM in (places.low_PxM, places.high_PxM):
@@ -225,7 +308,7 @@ def sample_winners(
     Raises:
       ValueError: as ``winner_weights`` does, or if count is negative.
     """
-    rewards_PxM = _pool(rewards_PxM)
+    rewards_PxM = check_rewards(rewards_PxM)
     prompts, m = rewards_PxM.shape
     cumulative_M = np.cumsum(order_weights(m, n))
     places = tie_groups(rewards_PxM, order)
@@ -259,9 +342,9 @@ def sample_best_and_worst(
       ValueError: if rewards_PxM is not a matrix or contains NaN (the message counts them), n is not
         a whole number in [2, M], or count is negative.
     """
-    rewards_PxM = _pool(rewards_PxM)
+    rewards_PxM = check_rewards(rewards_PxM)
     prompts, m = rewards_PxM.shape
-    _check_n(n, m, lowest=2)
+    check_whole(n, m, lowest=2)
     best_PxC = np.empty((prompts, count), np.int64)
     worst_PxC = np.empty((prompts, count), np.int64)
     columns_PxM = np.broadcast_to(np.arange(m, dtype=np.int32), rewards_PxM.shape)

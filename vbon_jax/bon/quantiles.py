@@ -6,12 +6,12 @@ rewards, is as likely as the reference says. In float64 NumPy on the host.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import xlogy
+from scipy.special import expi, xlogy
 
 from vbon_jax.bon import pool
 from vbon_jax.bon.checks import check_n
@@ -69,19 +69,85 @@ def best_of_n(
       ValueError: if n is below 1, NaN or infinite.
     """
     check_n(n)
+    return _parts(
+        pool.tie_groups(np.asarray(rewards_PxM), order_PxM),
+        edges,
+        lambda u: u**n,
+        lambda u: _integral(u, n),
+    )
+
+
+def best_of_poisson(
+    rewards_PxM: ArrayLike,
+    rate: float,
+    edges: Sequence[float],
+    order_PxM: ArrayLike | None = None,
+) -> Parts:
+    """Computes the parts of best-of-Poisson, the best of 1 + k responses, k ~ Poisson(rate).
+
+    Its distribution function over F is E[F^(1+k)] = F e^(-rate (1 - F)) and its density
+    (1 + rate F) e^(-rate (1 - F)) (Khalaf et al., 2025). Without ties KL(best-of-Poisson || ref) is
+
+        log(1 + rate) - 1 + e^(-1 - rate) (Ei(1 + rate) - Ei(1)) / rate.
+
+    Args:
+      rewards_PxM: as of ``best_of_n``.
+      rate: the mean of k, a real number > 0.
+      edges: as of ``overlaps``.
+      order_PxM: as of ``best_of_n``.
+
+    Returns:
+      The parts; log_ratio_PxQ sums to KL(best-of-Poisson || ref).
+
+    Raises:
+      ValueError: if the rate is not finite and above 0.
+    """
+    if not (np.isfinite(rate) and rate > 0):
+        raise ValueError(f"rate must be finite and > 0, the mean of n - 1, got rate={rate!r}")
+
+    def integral(u: np.ndarray) -> np.ndarray:
+        """Of density times log density from 0 to u."""
+        falls = np.exp(-rate * (1 - u))
+        inner = u * falls * (np.log1p(rate * u) - rate * (1 - u) - 1)
+        first = np.exp(-rate) * _scaled_ei(np.ones(()))
+        return inner + (falls * _scaled_ei(1 + rate * u) - first) / rate
+
     groups = pool.tie_groups(np.asarray(rewards_PxM), order_PxM)
+    return _parts(groups, edges, lambda u: u * np.exp(-rate * (1 - u)), integral)
+
+
+def _scaled_ei(x: np.ndarray) -> np.ndarray:
+    """e^-x Ei(x) for x >= 1; beyond 50, where Ei goes on to overflow, by its asymptotic series."""
+    near, far = np.minimum(x, 50.0), np.maximum(x, 50.0)
+    terms = [np.ones_like(far)]
+    for k in range(1, 16):
+        terms.append(terms[-1] * k / far)
+    return np.where(x < 50, np.exp(-near) * expi(near), sum(terms) / far)
+
+
+def _parts(
+    groups: pool.TieGroups,
+    edges: Sequence[float],
+    cumulative: Callable[[np.ndarray], np.ndarray],
+    integral: Callable[[np.ndarray], np.ndarray],
+) -> Parts:
+    """Parts of a choice by rank, of which both functions of F are given.
+
+    ``cumulative`` is its distribution function, ``integral`` the integral from 0 of its density
+    times the logarithm of that.
+    """
     group_low, group_high = groups.low_PxM, groups.high_PxM
     m = group_low.shape[1]
     places = np.arange(m + 1) / m  # the spans of single samples begin and end here
     size = group_high - group_low
-    ratio = m * ((group_high / m) ** n - (group_low / m) ** n) / size  # over the group
+    ratio = m * (cumulative(group_high / m) - cumulative(group_low / m)) / size  # over the group
     gain = xlogy(ratio, ratio)
 
     shares, log_ratios = [], []
     for low, high in itertools.pairwise(edges):
         at = np.clip(places, low, high)
-        shares.append(np.where(size == 1, np.diff(at**n), ratio * np.diff(at)).sum(axis=1))
-        inside = np.where(size == 1, np.diff(_integral(at, n)), gain * np.diff(at))
+        shares.append(np.where(size == 1, np.diff(cumulative(at)), ratio * np.diff(at)).sum(axis=1))
+        inside = np.where(size == 1, np.diff(integral(at)), gain * np.diff(at))
         log_ratios.append(inside.sum(axis=1))
     return Parts(np.stack(shares, axis=1), np.stack(log_ratios, axis=1))
 

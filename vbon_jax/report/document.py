@@ -57,6 +57,7 @@ def run_parts(results: Results) -> list[Section | Missing]:
     """
     own = [
         run_sections.this_run(results),
+        run_sections.choose(results),
         run_sections.training(results),
         run_sections.exact(results),
         run_sections.responses(results),
@@ -87,6 +88,7 @@ def sweep_parts(results: Results) -> list[Section | Missing]:
             results, "bound", "Exact objective against its lower bound (Figure 6)"
         ),
         sweep_sections.front(results, "sft", "With maximum likelihood on BoN's winners (Figure 7)"),
+        run_sections.choose(results),
         run_sections.training(results),
         sweep_sections.bon_kl(results),
         run_sections.exact(results),

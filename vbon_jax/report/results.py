@@ -24,6 +24,7 @@ class Results(NamedTuple):
         sweep: The rows of ``sweep.jsonl``.
         convergence: The content of ``convergence.json``.
         tabular: The rows of ``tabular.json``.
+        choose: The content of ``choose.json``.
     """
 
     workdir: Path
@@ -33,6 +34,7 @@ class Results(NamedTuple):
     sweep: list[dict[str, Any]]
     convergence: dict[str, Any] | None
     tabular: list[dict[str, Any]] | None
+    choose: dict[str, Any] | None
 
     @property
     def n(self) -> float | None:
@@ -70,6 +72,7 @@ def read(workdir: Path, looks: Looks) -> Results:
         sweep=there("sweep.jsonl", read_sweep) or [],
         convergence=there("convergence.json", read_convergence),
         tabular=there("tabular.json", read_tabular),
+        choose=there("choose.json", read_choose),
     )
 
 
@@ -202,6 +205,35 @@ def read_convergence(workdir: Path) -> dict[str, Any]:
         for key in ("m", "rejected", "statistic", "p_value", "mean_statistic"):
             jsonl.field(row, key, f"row {number} of {path}")
     return convergence
+
+
+def read_choose(workdir: Path) -> dict[str, Any]:
+    """Reads ``choose.json``: which n of best-of-n the evaluator trusts.
+
+    Args:
+        workdir: The folder of the run.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        InputError: The file is missing or not JSON, or a key of it or of its rows is missing.
+    """
+    path = Path(workdir) / "choose.json"
+    found = _read_object(path, "choose", "rows")
+    for key in (
+        "temperature", "prompts", "n_max", "peak", "recommended", "over_optimised_from",
+        "over_optimised_to", "why",
+    ):  # fmt: skip
+        jsonl.field(found, key, str(path))
+    for at, row in enumerate(found["rows"]):
+        for key in (
+            "family", "n", "rate", "temperature", "kl_ref", "below_peak", "reward", "win_rate",
+            "evaluator_reward", "evaluator_reward_band", "evaluator_win_rate",
+            "evaluator_win_rate_band",
+        ):  # fmt: skip
+            jsonl.field(row, key, f"row {at} of {path}")
+    return found
 
 
 def read_tabular(workdir: Path) -> list[dict[str, Any]]:

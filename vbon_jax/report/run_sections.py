@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from vbon_jax.report import choose as choosing
 from vbon_jax.report import figures, training_figures
 from vbon_jax.report.findings import run_sentence
 from vbon_jax.report.page import (
@@ -128,6 +129,34 @@ def training(results: Results) -> Section | Missing | None:
         f"Metrics of {name}, the run's own method, over {steps} training steps.",
     )
     return Section("training", "Training curves", (Figures((figure,), wide=True),))
+
+
+def choose(results: Results) -> Section | Missing | None:
+    """Returns which n of best-of-n the evaluator trusts.
+
+    Args:
+        results: What the workdir holds.
+
+    Returns:
+        The section; that it was not asked; or None for a run without an evaluator.
+    """
+    found = results.choose
+    if found is None:
+        evaluator = (results.config or {}).get("evaluator") or {}
+        has = any(evaluator.get(key) for key in ("train", "path", "function"))
+        return Missing("choose", "choose") if has else None
+    figure = Figure(
+        choosing.figure(results.workdir, results.looks),
+        "The evaluator's mean and win rate under best-of-n against n and against KL to the "
+        f"reference; peak at n = {found['peak']}, recommended n = {found['recommended']}.",
+        "Best-of-n chooses by the reward and is judged by the evaluator, with bands over prompts "
+        "that hold at all n at once; beside it best-of-Poisson, soft best-of-n and the run's own "
+        "policies.",
+    )
+    own = choosing.policies(results.workdir, found["temperature"])
+    tables = Tables((choosing.table(found, own, results.looks),))
+    blocks = (Paragraph(found["why"]), Figures((figure,), wide=True), tables)
+    return Section("choose", "Which n to trust", blocks)
 
 
 def exact(results: Results) -> Section | Missing | None:

@@ -81,6 +81,14 @@ _STAGES = (
         redo="asked",
     ),
     Stage(
+        "choose",
+        "which n of best-of-n a separate evaluator trusts",
+        depends=("method.n", "method.ties", "evaluate.m", "evaluator"),
+        after=("sample",),
+        leaves=("choose.json",),
+        redo="asked",
+    ),
+    Stage(
         "sweep",
         "every method over its grid, or a share of them (--shard)",
         depends=("evaluate", "evaluator", "sweep"),

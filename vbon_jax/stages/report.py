@@ -19,7 +19,7 @@ def run(run: Run) -> None:
     """
     from vbon_jax.report import document
 
-    for stage in ("evaluate", "convergence"):  # whichever were done
+    for stage in ("evaluate", "convergence", "choose"):  # whichever were done
         run.workdir.refuse_damage(stage)
     processes.by_first(lambda: _merge(run))
     if processes.first():

@@ -35,7 +35,9 @@ OURS = (
     "prompts", "samples", "stages", "tokenizer", "reference", "reward", "evaluator", "policy",
     "checkpoints", "figures", "sweep", "start", "last_iterate",
 )  # fmt: skip
-WRITTEN = ("config", "evaluation", "metrics", "report", "sweep", "tabular", "convergence")
+WRITTEN = (
+    "config", "evaluation", "metrics", "report", "sweep", "tabular", "convergence", "choose",
+)  # fmt: skip
 STALE_SECONDS = 600.0  # age of a temporary file that no other process is still writing
 
 _OTHER = object()
