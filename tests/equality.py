@@ -80,6 +80,9 @@ def found(mesh: jax.sharding.Mesh) -> Found:
         exp: Experience = world.experience(mesh, batch, **whole)[0]
         setup = tiny.changed(world.setup, **whole)
         grads, metrics = tiny.gradients(state.params, world.reference(mesh), exp, setup=setup)
+        # Two programs at once may each wait for a thread that the other holds in a collective: on
+        # CPU all share a few, and a process that need not compile the second one is ahead.
+        jax.block_until_ready(grads)
         new, _ = vbon.update(*world.arguments(mesh, state, batch), setup=setup)
         rollout, loss, grads, after = sharding.fetch(
             (batch.rollout, metrics["loss"], grads, new.params)

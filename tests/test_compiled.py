@@ -5,6 +5,7 @@ import itertools
 import platform
 import re
 import sys
+from functools import partial
 
 import jax
 import jax.export
@@ -43,6 +44,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %v = (s32[], f32[8]) while(%t), condition=%other, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %s = (f32[2]{0}, f32[16]{0}) all-gather-start(%x), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
   %p = bf16[6]{0} collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  %q = bf16[3]{0} collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
   %one = f32[99]{0} all-reduce(%x), channel_id=9, replica_groups={{0},{1}}, to_apply=%add
   %f = f32[2] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
   ROOT %r = (f32[4]{0}, pred[3]{0}) all-reduce(%x, %y), channel_id=5, replica_groups={{0,1}}, to_apply=%add
@@ -55,9 +57,14 @@ ENTRY %main (x: f32[8]) -> f32[8] {
         ("reduce-scatter", (f32(2),), 8, 0, 1),
         ("all-gather", (f32(16),), 8, 0, 1),
         ("collective-permute", (("bf16", (6,)),), 1, 0, 1),
+        ("collective-permute", (("bf16", (3,)),), 1, 0, 1),  # of the same channel
         ("all-reduce", (f32(4), ("pred", (3,))), 2, 0, 1),
     }
-    sizes = {c.kind: (c.size, c.moved) for c in found.values() if c.shapes != (f32(16),)}
+    sizes = {
+        c.kind: (c.size, c.moved)
+        for c in found.values()
+        if c.shapes not in ((f32(16),), (("bf16", (3,)),))
+    }
     assert sizes == {
         "all-gather": (128, 96), "reduce-scatter": (64, 56), "collective-permute": (12, 12),
         "all-reduce": (19, 19),
@@ -105,6 +112,19 @@ def test_an_update_sends_weights_and_their_gradients_not_activations(mesh):
         rows = SIZES.residual * (1 if name == "tensor" else 1 / 4)
         assert all(c.size <= max(3 * rows, SIZES.layer + SIZES.embedding) for c in found)
         assert "all-gather" not in {c.kind for c in found if "/block/" in c.path}
+
+
+@pytest.mark.parametrize("name", ["data", "2x4"])
+def test_gradients_are_sent_once_a_step_however_many_microbatches(name):
+    """Along data; with a tied embedding once, not for each of its uses."""
+    mesh = sharding.make_mesh(*{**MESHES, "2x4": (2, 4, 1)}[name], devices=jax.devices("cpu"))
+    program = partial(programs.update_of, accumulate=2)
+    summed = [c for c in collectives(program, mesh) if c.path.endswith("shard_map/psum")]
+    whole = SIZES.layer * SIZES.config.layers + SIZES.embedding
+    held = whole if name == "data" else whole / 4  # a device sends what it holds of them
+    sent = sum(c.size * c.times for c in summed if c.devices == mesh.shape["data"])
+    assert held <= sent <= 1.3 * held
+    assert not [c for c in summed if c.loops > 1]  # that of gradient steps
 
 
 def test_a_decoding_step_sends_neither_logits_nor_weights(mesh):

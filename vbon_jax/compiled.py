@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # others end with theirs: s32, u8
@@ -76,7 +77,7 @@ def collectives(text: str) -> list[Collective]:
     """
     bodies = dict(_computations(text))
     runs = _runs(bodies)
-    found: dict[str, Collective] = {}
+    found: dict[tuple[Any, ...], Collective] = {}
     for name, lines in bodies.items():
         scattered = "all-reduce-scatter" in name  # how libtpu writes a reduce-scatter
         for line in lines:
@@ -96,12 +97,12 @@ def collectives(text: str) -> list[Collective]:
             if scattered and kind == "all-reduce":
                 kind = "reduce-scatter"
                 shapes = [(d, (math.prod(s) // devices,)) for d, s in shapes]
-            # One that runs beside other work is written in each fusion that it goes through.
+            one = Collective(kind, tuple(shapes), devices, path[1] if path else "", *runs[name])
+            # One that runs beside other work is written in each fusion that it goes through; those
+            # of `jax.shard_map` have all the same channel.
             channel = _CHANNEL.search(rest)
-            found.setdefault(
-                channel[1] if channel else f"{name} {len(found)}",
-                Collective(kind, tuple(shapes), devices, path[1] if path else "", *runs[name]),
-            )
+            key = (channel[1], one.kind, one.shapes) if channel else (name, len(found))
+            found.setdefault(key, one)
     return list(found.values())
 
 
