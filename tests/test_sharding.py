@@ -1,4 +1,8 @@
+import re
+from functools import partial
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -143,3 +147,53 @@ def test_constrain_under_a_mesh_shards():
     with jax.set_mesh(mesh):
         out = jax.jit(lambda x: sharding.constrain({"a": x * 2}, "batch"))(jnp.ones((8, 3)))
     assert {s.data.shape for s in out["a"].addressable_shards} == {(2, 3)}
+
+
+def own_sum(shared, rows):
+    """What gradients look like: a matrix and a norm of a model, and a metric."""
+    return {
+        "decoder": {"wte": rows.T @ rows * shared, "ln_f": {"scale": rows.sum(axis=0)}},
+        "loss": rows.sum(),
+    }
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 1, 4), (2, 2, 2)])
+def test_a_sum_over_rows_is_the_same_on_every_mesh(sizes):
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
+    mesh = sharding.make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        placed = sharding.place(rows, mesh, "batch")
+        found = jax.jit(lambda rows: sharding.summed(own_sum, 2.0, rows))(placed)
+    expected = own_sum(2.0, rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+                 found, expected)  # fmt: skip
+
+
+def test_matrices_alone_are_sent_in_the_dtype_of_products():
+    """A norm's gradient and a metric come from no product of matrices; CPUs send all as it is."""
+    rows = jnp.full((16, 4), 1.001, jnp.float32)
+    mesh = sharding.make_mesh(data=4)
+    f = jax.jit(lambda rows: sharding.summed(own_sum, 1.0, rows, jnp.bfloat16))
+    with jax.set_mesh(mesh):
+        found = f(sharding.place(rows, mesh, "batch"))
+        text = jax.export.export(f, platforms=["tpu"])(rows).mlir_module()
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, own_sum(1.0, rows))
+    sent = re.findall(r"all_reduce.*?\}\) : \(tensor<([^>]*)>\)", text, re.DOTALL)
+    assert sorted(sent) == ["4x4xbf16", "4xf32", "f32"]
+
+
+def counted(carry, rows):
+    """Steps until the sum of a device's rows is used up, as a loop that decides by it counts."""
+    del carry
+    left = sharding.in_step(rows.sum())
+    done = jax.lax.while_loop(lambda n: n < left, lambda n: n + 1, jnp.int32(0))
+    return jnp.broadcast_to(done, rows.shape)
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [((4, 1, 1), [1, 2, 3, 4]), ((4, 1, 2), [4] * 4)])
+def test_a_device_decides_alone_unless_it_computes_with_others(sizes, expected):
+    mesh = sharding.make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        rows = sharding.place(jnp.arange(1, 5, dtype=jnp.int32), mesh, "batch")
+        found = jax.jit(lambda rows: sharding.apart(counted, None, rows))(rows)
+    np.testing.assert_array_equal(found, expected)

@@ -252,7 +252,8 @@ def summed(f: Callable[[Any, Any], Any], shared: Any, rows: Any, dtype: Any = No
       f: gives sums over rows, such as gradients; paths of parameters are those of the table.
       shared: the same for all rows.
       rows: a tree of arrays with rows first.
-      dtype: in which matrices are sent, as they would be from the products that they come from.
+      dtype: in which matrices are sent, as they would be from the products that they come from;
+        between CPU devices all is sent as it is.
     """
     mesh = _divided()
     sizes = {} if mesh is None else _sizes(mesh)
@@ -262,8 +263,14 @@ def summed(f: Callable[[Any, Any], Any], shared: Any, rows: Any, dtype: Any = No
     def together(key_path: Sequence[Any], x: jax.Array) -> jax.Array:
         path = path_of(key_path)
         is_matrix = next((any(spec) for pattern, spec in TABLE if re.search(pattern, path)), False)
-        sent = x.astype(dtype) if is_matrix and dtype is not None else x
-        return jax.lax.psum(sent, "data").astype(x.dtype)
+
+        def sent_as(dtype: Any) -> Callable[[jax.Array], jax.Array]:
+            return lambda x: jax.lax.psum(x.astype(dtype), "data").astype(x.dtype)
+
+        if not is_matrix or dtype is None or x.dtype == dtype:
+            return sent_as(x.dtype)(x)
+        # XLA for CPU aborts on this sum in bfloat16 (`CloneAllReduce`, jaxlib 0.10.2).
+        return jax.lax.platform_dependent(x, cpu=sent_as(x.dtype), default=sent_as(dtype))
 
     def local(shared: Any, rows: Any) -> Any:
         return jax.tree_util.tree_map_with_path(together, f(shared, rows))
