@@ -32,7 +32,11 @@ def test_the_forms_that_collectives_are_written_in():
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %ag = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}, metadata={op_name="jit(f)/while/body/block/dot"}
-  %again = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %again = f32[8,4]{1,0} fusion(%x), kind=kCustom, calls=%beside
+}
+
+%beside (p: f32[8]) -> f32[8,4] {
+  %ag.1 = f32[8,4]{1,0} all-gather(%p), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
 }
 
 %all-reduce-scatter.3 (p: f32[16]) -> f32[2] {
@@ -45,21 +49,24 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %s = (f32[2]{0}, f32[16]{0}) all-gather-start(%x), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
   %p = bf16[6]{0} collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
   %q = bf16[3]{0} collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  %q.1 = bf16[3]{0} collective-permute(%y), channel_id=3, source_target_pairs={{0,1},{1,0}}
   %one = f32[99]{0} all-reduce(%x), channel_id=9, replica_groups={{0},{1}}, to_apply=%add
   %f = f32[2] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
   ROOT %r = (f32[4]{0}, pred[3]{0}) all-reduce(%x, %y), channel_id=5, replica_groups={{0,1}}, to_apply=%add
 }
 """  # noqa: E501
-    found = {(c.kind, c.shapes, c.devices, c.loops, c.times): c for c in compiled.collectives(text)}
+    everything = compiled.collectives(text)
+    found = {(c.kind, c.shapes, c.devices, c.loops, c.times): c for c in everything}
     f32 = lambda *shape: ("f32", shape)  # noqa: E731
     assert set(found) == {
         ("all-gather", (f32(8, 4),), 4, 1, 8),  # 5 trips and 3, written once more by a fusion
         ("reduce-scatter", (f32(2),), 8, 0, 1),
         ("all-gather", (f32(16),), 8, 0, 1),
         ("collective-permute", (("bf16", (6,)),), 1, 0, 1),
-        ("collective-permute", (("bf16", (3,)),), 1, 0, 1),  # of the same channel
+        ("collective-permute", (("bf16", (3,)),), 1, 0, 1),  # two of the same channel
         ("all-reduce", (f32(4), ("pred", (3,))), 2, 0, 1),
     }
+    assert len(everything) == len(found) + 1
     sizes = {
         c.kind: (c.size, c.moved)
         for c in found.values()

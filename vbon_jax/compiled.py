@@ -7,6 +7,7 @@ XLA decides which collectives a mesh costs; the source does not say. The text is
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,7 @@ def collectives(text: str) -> list[Collective]:
     found: dict[tuple[Any, ...], Collective] = {}
     for name, lines in bodies.items():
         scattered = "all-reduce-scatter" in name  # how libtpu writes a reduce-scatter
+        here: Counter[tuple[Any, ...]] = Counter()
         for line in lines:
             match = _OPERATION.match(line)
             if not match or name not in runs:
@@ -98,11 +100,12 @@ def collectives(text: str) -> list[Collective]:
                 kind = "reduce-scatter"
                 shapes = [(d, (math.prod(s) // devices,)) for d, s in shapes]
             one = Collective(kind, tuple(shapes), devices, path[1] if path else "", *runs[name])
-            # One that runs beside other work is written in each fusion that it goes through; those
-            # of `jax.shard_map` have all the same channel.
+            # One that runs beside other work is written in each fusion that it goes through, and
+            # those of `jax.shard_map` have all the same channel: they stand in one computation.
             channel = _CHANNEL.search(rest)
             key = (channel[1], one.kind, one.shapes) if channel else (name, len(found))
-            found.setdefault(key, one)
+            here[key] += 1
+            found.setdefault((*key, here[key]), one)
     return list(found.values())
 
 
