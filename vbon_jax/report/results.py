@@ -197,14 +197,12 @@ def read_convergence(workdir: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is missing or not JSON, or a key of it or of its rows is missing.
     """
-    path = Path(workdir) / "convergence.json"
-    convergence = _read_object(path, "convergence", "rows")
-    for key in ("m_full", "prompts", "level", "temperature", "recommended", "why", "examples"):
-        jsonl.field(convergence, key, str(path))
-    for number, row in enumerate(convergence["rows"]):
-        for key in ("m", "rejected", "statistic", "p_value", "mean_statistic"):
-            jsonl.field(row, key, f"row {number} of {path}")
-    return convergence
+    return _read_rows(
+        workdir,
+        "convergence",
+        ("m_full", "prompts", "level", "temperature", "recommended", "why", "examples"),
+        ("m", "rejected", "statistic", "p_value", "mean_statistic"),
+    )
 
 
 def read_choose(workdir: Path) -> dict[str, Any]:
@@ -219,19 +217,31 @@ def read_choose(workdir: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is missing or not JSON, or a key of it or of its rows is missing.
     """
-    path = Path(workdir) / "choose.json"
-    found = _read_object(path, "choose", "rows")
-    for key in (
-        "temperature", "prompts", "n_max", "peak", "recommended", "over_optimised_from",
-        "over_optimised_to", "why",
-    ):  # fmt: skip
-        jsonl.field(found, key, str(path))
-    for at, row in enumerate(found["rows"]):
-        for key in (
+    return _read_rows(
+        workdir,
+        "choose",
+        (
+            "temperature", "prompts", "n_max", "peak", "recommended", "over_optimised_from",
+            "over_optimised_to", "why",
+        ),
+        (
             "family", "n", "rate", "temperature", "kl_ref", "below_peak", "reward", "win_rate",
             "evaluator_reward", "evaluator_reward_band", "evaluator_win_rate",
             "evaluator_win_rate_band",
-        ):  # fmt: skip
+        ),
+    )  # fmt: skip
+
+
+def _read_rows(
+    workdir: Path, stage: str, keys: Sequence[str], row_keys: Sequence[str]
+) -> dict[str, Any]:
+    """Reads the file of a stage that has these keys, and rows that have those."""
+    path = Path(workdir) / f"{stage}.json"
+    found = _read_object(path, stage, "rows")
+    for key in keys:
+        jsonl.field(found, key, str(path))
+    for at, row in enumerate(found["rows"]):
+        for key in row_keys:
             jsonl.field(row, key, f"row {at} of {path}")
     return found
 
