@@ -110,6 +110,7 @@ run_script() { # starts the command, unless it runs already, and follows it
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/vbon_jax/xla}"
 if ! kill -0 "$(cat ~/vbon.pid 2> /dev/null)" 2> /dev/null; then
   rm -f ~/vbon.code
+  : > ~/vbon.log # here, not by the program: tail may be there first
   { code=0; "${run[@]}" || code=$?; echo "$code" > ~/vbon.code; } > ~/vbon.log 2>&1 < /dev/null &
   echo "$!" > ~/vbon.pid
   disown
