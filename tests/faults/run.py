@@ -86,13 +86,14 @@ def environment(path: Path | None = None, devices: int = 1) -> dict[str, str]:
         Path(tempfile.gettempdir()) / "vbon_jax_test_xla"
     )
     paths = [str(p) for p in (ROOT, path, os.environ.get("PYTHONPATH")) if p]
+    flags = os.environ.get("XLA_FLAGS", "")  # the last of one name counts
     return dict(os.environ) | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "HF_HUB_OFFLINE": "1",
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(paths),
     }
 
