@@ -68,14 +68,14 @@ def _ends_often(head: torch.Tensor, norm_bias: torch.Tensor, eos_id: int) -> Non
         head[eos_id] += 4.0 / len(norm_bias)
 
 
-def gpt2(path: Path, texts: Sequence[str]) -> None:
+def gpt2(path: Path, texts: Sequence[str], layers: int = 3) -> None:
     """A GPT-2 whose tokenizer has EOS for its only special token, as GPT-2's own."""
     tokenizer = tokenizers.build(texts, "bpe", 330)
     tokenizer.pad_token = None
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=len(tokenizer), n_positions=48, n_embd=24, n_layer=4, n_head=3,
+            vocab_size=len(tokenizer), n_positions=48, n_embd=24, n_layer=layers, n_head=3,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
@@ -135,10 +135,10 @@ def _pythia_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def neox(path: Path, texts: Sequence[str]) -> None:
-    """A policy of 4 layers, bfloat16 on disk."""
+    """A policy of 3 layers, bfloat16 on disk."""
     tokenizer = _pythia_tokenizer(texts)
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(_pythia(tokenizer, 16, 4))
+    model = GPTNeoXForCausalLM(_pythia(tokenizer, 16, 3))
     head = model.get_output_embeddings().weight
     _ends_often(head, model.gpt_neox.final_layer_norm.bias, tokenizer.eos_token_id)
     _saved(path, model, tokenizer, 3, torch.bfloat16)

@@ -78,6 +78,12 @@ def test_the_python_of_readme_and_api_page_runs(local_models, tmp_path, monkeypa
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "committed without outputs"
+    # What it prints needs no good policy.
+    for part, less in (
+        ("steps = 140", "steps = 20"), ("m=32", "m=8"), ("iterations=30", "iterations=2"),
+    ):  # fmt: skip
+        (cell,) = [cell for cell in notebook.cells if part in cell.source]
+        cell.source = cell.source.replace(part, less)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = [
         "".join(output.get("text", "") for output in cell.outputs)
