@@ -4,13 +4,14 @@ import os
 import tempfile
 from pathlib import Path
 
-# Most of the tests' time is LLVM's, on programs that then run for milliseconds. XLA's own passes
-# and the partitioning stay as they are. Flags of one's own come after these and win, as in
+# Before jax starts: devices cannot be added afterwards. Most of the tests' time is LLVM's, on
+# programs that then run for milliseconds, so its costly passes are off; XLA's own and the
+# partitioning stay as they are. Flags of one's own come later and win, as in
 # XLA_FLAGS="--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false".
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-# Before jax starts: devices cannot be added afterwards.
 os.environ["XLA_FLAGS"] = (
-    f"{QUICK} {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    + os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
