@@ -270,17 +270,17 @@ def test_a_value_head_knows_the_stored_samples(reference, samples, monkeypatch):
     vbon.train(reference, samples, reward=length, method=method, **SMALL, iterations=1)
     assert [bool(head["kernel"].any()) for head in seen] == [True, False, False]
 
+    model, run = reference.model, jax.jit(decoder.hidden, static_argnums=1)
     rows, targets = [], []
     for row in samples.samples:
-        rewards = np.array(row.rewards)
+        rewards, prompt = np.array(row.rewards), row.prompt_tokens
         for reward, ids in zip(row.rewards, row.response_tokens, strict=True):
-            target = target_of(reward, rewards)
-            whole = np.array([[*row.prompt_tokens, *ids]], np.int32)
-            model = reference.model
-            hidden = decoder.hidden(model.params, model.config, whole, np.ones(whole.shape, bool))
-            first = len(row.prompt_tokens) - 1
-            rows += list(np.asarray(hidden[0, first : first + len(ids)], np.float64))
-            targets += [target] * len(ids)
+            whole = np.pad([[*prompt, *ids]], ((0, 0), (0, 24 - len(prompt) - len(ids))))
+            mask = np.arange(24)[None] < len(prompt) + len(ids)
+            hidden = run(model.params, model.config, whole.astype(np.int32), mask)
+            at = slice(len(prompt) - 1, len(prompt) - 1 + len(ids))
+            rows += list(np.asarray(hidden[0], np.float64)[at])
+            targets += [target_of(reward, rewards)] * len(ids)
     x, y = np.array(rows), np.array(targets)
     centred = x - x.mean(axis=0)
     covariance = centred.T @ centred / len(x)
