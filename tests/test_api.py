@@ -35,7 +35,7 @@ def target_of(reward, rewards, n=4):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     where = tmp_path_factory.mktemp("api")
-    standins.gpt2(where / "gpt2", [e.text for e in reviews.examples(0, 200)], layers=2)
+    standins.gpt2(where / "gpt2", [e.text for e in reviews.examples(0, 200)], layers=4)
     return where
 
 
@@ -378,7 +378,7 @@ def test_generation_is_a_function_of_its_seed(reference):
         ),
         ({"reward": None}, "reward is not given: VBoN learns from rollouts"),
         ({"method": vbon.BOND(n=1)}, "so n must be above 1"),
-        ({"num_layers_unfrozen": 9}, "num_layers_unfrozen is 9 and the model has 2 layers"),
+        ({"num_layers_unfrozen": 9}, "num_layers_unfrozen is 9 and the model has 4 layers"),
     ],
 )
 def test_bad_settings_are_named(reference, samples, wrong, message):
