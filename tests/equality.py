@@ -107,10 +107,9 @@ def of_processes(sizes: tuple[int, int, int]) -> Found:
         out = Path(folder) / "found.npz"
         flags = next(a for a in run.together(count, Path(folder))[0] if "coordinator" in a)
         address = flags.partition("=")[2]
-        variables = [f"{k}={v}" for k, v in run.one_compiles(Path(folder) / "xla").items()]
         argvs = [
-            ["env", *variables, sys.executable, "-m", "tests.equality", "--out", str(out),
-             "--coordinator", address, "--process", str(i), "--sizes", *map(str, sizes)]
+            [sys.executable, "-m", "tests.equality", "--out", str(out), "--coordinator", address,
+             "--process", str(i), "--sizes", *map(str, sizes)]
             for i in range(count)
         ]  # fmt: skip
         ended = run.all_done(argvs)

@@ -62,14 +62,6 @@ def trained(group, workdir, count, seconds=300.0):
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_compiles(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in run.one_compiles(tmp_path_factory.mktemp("xla")).items():
-            patch.setenv(name, value)
-        yield
-
-
 @pytest.fixture(scope="module")
 def on_two_devices(tmp_path_factory):
     """The run of one process with two devices: what two processes with one each are held to."""

@@ -98,16 +98,6 @@ def environment(path: Path | None = None, devices: int = 1) -> dict[str, str]:
     }
 
 
-def one_compiles(folder: Path) -> dict[str, str]:
-    """Variables under which the first of several processes compiles a program for all of them.
-
-    Args:
-      folder: where it keeps them, for these processes alone: were it another's too, the others
-        might wait for a program that the first has found there.
-    """
-    return {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_SHARE_BINARY_BETWEEN_HOSTS": "true"}
-
-
 def together(count: int, workdir: Path, *flags: str, stage: str = "run") -> list[list[str]]:
     """The command lines of a small run of several processes on this host."""
     with socket.socket() as free:
