@@ -75,7 +75,12 @@ class Dense(nn.Module):
         y = x @ kernel.reshape(x.shape[1], -1).astype(dtype)
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name).astype(dtype) for name in _LORA)
-            y += (c.lora_alpha / a.shape[-1]) * ((x @ a) @ b)
+            inner_NxR = x @ a
+            if self.has_variable("params", "lora_open"):  # see ``models.family``
+                open_GxR = self.get_variable("params", "lora_open").astype(dtype)
+                inner = inner_NxR.reshape(len(open_GxR), -1, a.shape[-1]) * open_GxR[:, None]
+                inner_NxR = inner.reshape(inner_NxR.shape)
+            y += (c.lora_alpha / a.shape[-1]) * (inner_NxR @ b)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
             y += bias.reshape(-1).astype(dtype)

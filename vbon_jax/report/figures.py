@@ -160,6 +160,12 @@ def draw_win_rate_vs_kl(rows: Sequence[dict[str, Any]], looks: Looks) -> "Figure
         ax.errorbar(x, y, **bars, fmt=shapes[row["temperature"]], color=shown[row["policy"]].color,
                     ms=8, mec="white", mew=0.8, elinewidth=1.3, capsize=3, zorder=4)  # fmt: skip
         obstacles += _cross(x, y, **bars)
+    for name, temperature in dict.fromkeys((r["policy"], r["temperature"]) for r in rows):
+        own = [r for r in rows if (r["policy"], r["temperature"]) == (name, temperature)]
+        if len(own) > 1 and name != "bon":  # a family: one policy for every n
+            own.sort(key=lambda row: row["n"])
+            line = [[r["kl_ref"] for r in own], [r["win_rate"] for r in own]]
+            ax.plot(*line, color=shown[name].color, lw=1.4, zorder=3)
     for temperature, shape in shapes.items():
         ax.plot([], [], shape, color="#333333", ms=7, label=f"T = {temperature:g}")
     dress(ax, "Win rate against KL divergence", "KL(· ‖ reference), nats per response",

@@ -33,7 +33,7 @@ from vbon_jax.report.results import (
 from vbon_jax.report.style import Looks, method_name
 from vbon_jax.report.sweep_tables import tabular_table
 from vbon_jax.report.table import Column, Table
-from vbon_jax.report.tables import exact_table, kl_parts_table, results_table
+from vbon_jax.report.tables import exact_family_table, exact_table, kl_parts_table, results_table
 
 PROMPTS_SHOWN = 6
 EVALUATE = Missing("evaluate", "evaluate")
@@ -173,6 +173,8 @@ def exact(results: Results) -> Section | Missing | None:
         tables.append(tabular_table(results.tabular, results.looks))
     if results.evaluation is not None and results.evaluation.get("exact"):
         tables.append(exact_table(results.evaluation["exact"]))
+    if results.evaluation is not None and results.evaluation.get("exact_family"):
+        tables.append(exact_family_table(results.evaluation["exact_family"]))
     if tables:
         title = "Exact results where every response can be enumerated"
         return Section("tabular", title, (Tables(tuple(tables)),))
