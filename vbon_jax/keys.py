@@ -14,7 +14,7 @@ from typing import Any
 
 from vbon_jax.errors import InputError
 
-SPAN = float | tuple[float, ...]  # a number, or the two that it may lie between
+SPAN = float | tuple[float, float]  # a number, or the two that it may lie between
 _ENTRIES = {int: "whole numbers", float: "finite numbers", str: "strings"}
 
 
@@ -203,13 +203,11 @@ class Size(int):
 
 
 def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
-    if f.type == SPAN:
-        of = tuple[float, ...] if isinstance(value, list | tuple) else float
-        value = _coerced(of, value)
-        if isinstance(value, tuple):
-            return _span(f, value, where)
-    else:
-        of = f.type
+    of: Any = f.type
+    if of == SPAN:
+        if isinstance(value, list | tuple):
+            return _span(f, _coerced(tuple[float, ...], value), where)
+        of = float
     rules, value = f.metadata, _coerced(of, value)
     expected: Any = typing.get_origin(of) or of
     if expected is tuple and isinstance(value, tuple):

@@ -126,10 +126,10 @@ def _check_family(c: Config) -> None:
     """Checks what a family of policies over n needs, and which n it is measured at."""
     _require(
         c.method.is_family or not c.evaluate.n,
-        f"evaluate.n={c.evaluate.n}: method.n={c.method.n} is of one policy; leave it empty, or set "
-        "method.n to two numbers",
+        f"evaluate.n={c.evaluate.n}: method.n={c.method.n} is of one policy; leave it empty, or "
+        "set method.n to two numbers",
     )
-    if not c.method.is_family:
+    if not isinstance(c.method.n, tuple):
         return
     options.check_family(c.method.n, c.method.name, c.train, c.lora, c.memory)
     grids = [s.label for m in methods.METHODS for s in m.series if getattr(c.sweep, s.label)]

@@ -40,7 +40,7 @@ class HeldOutMeans:
     key: jax.Array
 
     def of(self, policy: Sampler) -> dict[str, float]:
-        """"kl", KL(policy || reference) in nats a response, and the mean "reward"."""
+        """KL(policy || reference), nats a response, as "kl", and the mean "reward"."""
         kls: list[float] = []
         rewards: list[float] = []
         for group in policy.responses(

@@ -54,6 +54,11 @@ class Options:
         return isinstance(self.n, tuple)
 
     @property
+    def low(self) -> float | None:
+        """The least n that a family is trained for; None of one policy."""
+        return self.n[0] if isinstance(self.n, tuple) else None
+
+    @property
     def top(self) -> float:
         """The n, or the largest of a family."""
         return self.n[1] if isinstance(self.n, tuple) else self.n

@@ -10,9 +10,9 @@ coefficients C of its own for each projection of each layer, which are trained w
 first rank k has the feature j = k mod J alone: the adapter of a larger n has that of a smaller one
 in it, and more.
 
-Beside ``lora_a`` [L, in, r] and ``lora_b`` [L, r, out] stands ``lora_gate`` [L, J, r]. Where rows of
-a batch have an n each, ``opened`` puts ``lora_open`` [L, G, r], the gates of G groups of adjacent
-rows, in its place; of one n, ``fixed`` makes plain adapters.
+Beside ``lora_a`` [L, in, r] and ``lora_b`` [L, r, out] stands ``lora_gate`` [L, J, r]. Where rows
+of a batch have an n each, ``opened`` puts ``lora_open`` [L, G, r], the gates of G groups of
+adjacent rows, in its place; of one n, ``fixed`` makes plain adapters.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def gated(own: Params) -> Params:
     for path, a in list(flat.items()):
         if path.endswith("/lora_a"):
             layers, _, rank = a.shape
-            first_JxR = (jnp.arange(rank) % FEATURES == jnp.arange(FEATURES)[:, None]).astype(a.dtype)
+            first_JxR = (jnp.arange(rank) % FEATURES == jnp.arange(FEATURES)[:, None]).astype(
+                a.dtype
+            )
             gate = jnp.broadcast_to(first_JxR, (layers, FEATURES, rank))
             flat[path.replace("lora_a", GATE)] = jnp.array(gate)
     return {**own, "blocks": unflatten_dict(flat, sep="/")}

@@ -212,7 +212,9 @@ def exact_family_table(rows: Sequence[dict[str, float]]) -> Table:
     """
     keys = ("kl_bon", "reference_kl_bon", "kl_ref", "bon_kl", "win_rate", "bon_win_rate")
     heads = {"win_rate": "win rate", "bon_win_rate": "BoN's"}
-    columns = [Column(heads.get(key, EXACT_LABELS[key].replace(", nats", ",\nnats"))) for key in keys]
+    columns = [
+        Column(heads.get(key, EXACT_LABELS[key].replace(", nats", ",\nnats"))) for key in keys
+    ]
     return Table(
         columns=(Column("n"), *columns),
         rows=tuple((number(row["n"], "g"), *(number(row[key]) for key in keys)) for row in rows),

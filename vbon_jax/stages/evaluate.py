@@ -78,7 +78,7 @@ def run(run: Run) -> None:
     elif enumerable(s) and policies:
         world = enumerated(run, models.reference)
         result["exact"] = exact.figures(
-            policies[s.method.name].model, models.reference.model, world, s.method.n
+            policies[s.method.name].model, models.reference.model, world, s.method.top
         )
         console.print(tables.exact_table(result["exact"]))
     workdir.write_json(workdir.evaluation, result)
@@ -88,7 +88,8 @@ def run(run: Run) -> None:
         workdir.root / "evaluation.md",
         f"{markdown}{tables.samples_table(workdir.root, SAMPLES_SHOWN)}",
     )
-    for figure in figures.all_figures(workdir.root, looks(), trained=s.method.name != methods.BEST_OF_N):
+    trained = s.method.name != methods.BEST_OF_N
+    for figure in figures.all_figures(workdir.root, looks(), trained):
         log(f"evaluate: {figure}")
 
 
@@ -175,8 +176,9 @@ def _evaluated(
 
     for name, policy in policies.items():
         measured(name, s.method.top, policy)
-    for n in all_n if family is not None else ():
-        measured(s.method.name, n, family.at(n))
+    if family is not None:
+        for n in all_n:
+            measured(s.method.name, n, family.at(n))
     return rows, heldout.sample_lines(held, texts)
 
 

@@ -256,7 +256,8 @@ def job(run: Run, reference: DecoderConfig, prompts: int) -> Job:
 
 def member(config: Config) -> Member:
     """The one policy of a run."""
-    return Member(config.method.n, config.method.beta, config.seed, config.samples.m)
+    of = config.method
+    return Member(of.top, of.beta, config.seed, config.samples.m, of.low)
 
 
 def wandb_arguments(run: Run) -> dict[str, Any] | None:

@@ -63,21 +63,18 @@ class Member:
     """The values that tell one policy of a method from another; data, not structure.
 
     Attributes:
-      n: of best-of-n; of a family of policies, the two that it is drawn between.
+      n: of best-of-n; of a family of policies the largest.
       beta: KL coefficient, of the methods that have one.
       seed: of its training.
       m: reference samples a prompt that its log F is estimated from.
+      low: of a family, the least n that it is trained for; None of one policy.
     """
 
-    n: float | tuple[float, float]
+    n: float
     beta: float
     seed: int
     m: int
-
-    @property
-    def top(self) -> float:
-        """The n, or the largest of a family."""
-        return self.n[1] if isinstance(self.n, tuple) else self.n
+    low: float | None = None
 
     def n_of(self, step: int, groups: int) -> np.ndarray | None:
         """The n of each group of responses of iteration ``step``; None where all have one.
@@ -85,9 +82,9 @@ class Member:
         log n is uniform between its ends, one draw in each of as many equal parts as there are
         groups, in random order: less noise than draws that may fall together.
         """
-        if not isinstance(self.n, tuple):
+        if self.low is None:
             return None
-        low, high = np.log(self.n)
+        low, high = np.log((self.low, self.n))
         rng = np.random.default_rng((self.seed, step, groups))
         parts = (rng.permutation(groups) + rng.random(groups)) / groups
         return np.exp(low + (high - low) * parts).astype(np.float32)
@@ -115,7 +112,7 @@ class Learner:
         self._length = prompt_length(task)
         self._references = sharding.place(task.references, mesh)
         self._n, self._beta = (
-            sharding.place(jnp.float32(v), mesh) for v in (member.top, member.beta)
+            sharding.place(jnp.float32(v), mesh) for v in (member.n, member.beta)
         )
         self._clock = Clock()
 
@@ -132,7 +129,7 @@ class Learner:
         for i, source in enumerate(program.sources):
             own = state.params[source]
             if (n_G := self._n_of(step)) is not None:
-                own = _opened(own, sharding.place(n_G, self.task.sampler.mesh), self.member.top)
+                own = _opened(own, sharding.place(n_G, self.task.sampler.mesh), self.member.n)
             params = trainable.join(self.task.sampler.model.params, own)
             batches.append(
                 self._sampler.with_params(params).draw(
