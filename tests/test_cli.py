@@ -16,6 +16,7 @@ from vbon_jax.signals import Interrupted, Stopped
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'tabular.py'}:ppo"
+FAMILY = ("--config.method.n=(2, 64)", "--config.lora.rank=4")
 
 
 def several(coordinator, processes, process):
@@ -69,6 +70,12 @@ def several(coordinator, processes, process):
         (["sample", CONFIG, "--profile=3:5"], "--profile=3:5: it traces training: use it with"),
         (["run", CONFIG, "--shard=0/2"], "--shard=0/2: use it with `vbon sweep`"),
         (["report", CONFIG, "--shard=0/2"], "--shard=0/2: use it with `vbon sweep`"),
+        (["export", CONFIG, "--n=4"], "--n=4: method.n=8.0 is of one policy; train one for every n"),
+        (["train", CONFIG, *FAMILY, "--n=4"], "--n=4: use it with `vbon export` or `vbon generate`"),
+        (["generate", CONFIG, *FAMILY, "--kl=0.5"], "--kl=0.5: use it with `vbon export`"),
+        (["export", CONFIG, *FAMILY, "--n=4", "--kl=1"], "--n and --kl: give one of them"),
+        (["export", CONFIG, *FAMILY, "--n=65"], "--n=65: method.n=(2.0, 64.0) is trained for 1 to"),
+        (["export", CONFIG, *FAMILY, "--n=0.9"], "--n=0.9: method.n=(2.0, 64.0) is trained for 1"),
         *(
             (["sweep", CONFIG, f"--shard={text}"], f"--shard={text}: write I/N")
             for text in ("", "0", "/4", "0/", "a/4", "-1/4", "0/4/2", " 0/4", "1.0/4", "\u0661/4")

@@ -207,7 +207,9 @@ def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
     if of == SPAN:
         if isinstance(value, list | tuple):
             return _span(f, _coerced(tuple[float, ...], value), where)
-        of = float
+        value, of = _coerced(float, value), float
+        if not isinstance(value, float):
+            raise InputError(f"{where}={value!r}: must be a number, or two, such as (2, 64)")
     rules, value = f.metadata, _coerced(of, value)
     expected: Any = typing.get_origin(of) or of
     if expected is tuple and isinstance(value, tuple):

@@ -17,7 +17,7 @@ WHAT = trainable.Trainable(rank=5, targets=("q", "out", "up", "down"))
 @pytest.fixture(scope="module")
 def own(params):
     """A family that is far from the reference and whose gates are any."""
-    own = family.gated(trainable.start(params, WHAT, jax.random.key(1)))
+    own = family.gated(trainable.start(params, WHAT, jax.random.key(1)), 16)
     leaves, treedef = jax.tree.flatten(own)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     return treedef.unflatten(
@@ -47,7 +47,7 @@ def test_features_by_hand():
 
 
 def test_at_first_every_policy_is_the_reference(params, config):
-    own = family.gated(trainable.start(params, WHAT, jax.random.key(1)))
+    own = family.gated(trainable.start(params, WHAT, jax.random.key(1)), 16)
     assert family.has_gates(own) and not family.has_gates({"blocks": {}})
     plain = np.asarray(hidden(params, config, {"blocks": {}}))
     np.testing.assert_array_equal(hidden(params, config, family.fixed(own, 7.0, TOP)), plain)

@@ -251,11 +251,12 @@ class Job:
         """(the reference's tree, a value network's or None, key) -> the first state; pure."""
         tx, learns, training = self.optimizer, self.method.learns, self.training
         values, is_family = self.method.values, self.options.is_family
+        width = self.config.width
         what, dtype = training.trained, training.memory.param_dtype
 
         def make(base: Any, network: Any, key: jax.Array) -> state.TrainState:
             own = trainable.start(base, what, key, dtype)
-            params: dict[str, Any] = {"decoder": family.gated(own) if is_family else own}
+            params: dict[str, Any] = {"decoder": family.gated(own, width) if is_family else own}
             if values and not self.reads_prefixes:
                 params["value"] = {"head": heads.init_value(self.config, key)}
             if network is not None:

@@ -40,7 +40,15 @@ class Norm(nn.Module):
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
         start = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
         scale = self.param("scale", start, x.shape[-1:]).astype(jnp.float32)
-        x *= scale + 1.0 if c.norm_offset else scale
+        if c.norm_offset:
+            scale += 1.0
+        if self.has_variable("params", "gain"):  # see ``models.family``
+            gain = self.get_variable("params", "gain").astype(jnp.float32)
+            groups = gain.size // x.shape[-1]
+            scale = scale + gain.reshape(groups, 1, -1)
+            x = (x.reshape(groups, -1, x.shape[-1]) * scale).reshape(x.shape)
+        else:
+            x *= scale
         if not rms:
             x += self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32)
         return x.astype(c.compute_dtype)

@@ -10,6 +10,12 @@ coefficients C of its own for each projection of each layer, which are trained w
 first rank k has the feature j = k mod J alone: the adapter of a larger n has that of a smaller one
 in it, and more.
 
+What the final norm gives bounds the logits, whatever the blocks do, so its scale has a gate too:
+
+    scale_n = scale + sum_j c_j phi_j(log n),
+
+with c_j of D numbers, 0 at first (``gain_gate`` [J, D] in ``ln_f``, opened as ``gain`` [G, D]).
+
 Beside ``lora_a`` [L, in, r] and ``lora_b`` [L, r, out] stands ``lora_gate`` [L, J, r]. Where rows
 of a batch have an n each, ``opened`` puts ``lora_open`` [L, G, r], the gates of G groups of
 adjacent rows, in its place; of one n, ``fixed`` makes plain adapters.
@@ -29,6 +35,7 @@ from vbon_jax.models.config import Params
 
 FEATURES = 8  # J
 GATE, OPEN = "lora_gate", "lora_open"
+GAIN_GATE, GAIN = "gain_gate", "gain"
 
 
 def features(n: ArrayLike, top: float) -> jax.Array:
@@ -48,14 +55,15 @@ def features(n: ArrayLike, top: float) -> jax.Array:
     return jnp.where(t > 0, phi, 0.0)  # at n = 1 to the bit, however tanh is rounded
 
 
-def gated(own: Params) -> Params:
-    """Adds a gate to each adapter of what is trained.
+def gated(own: Params, width: int) -> Params:
+    """Adds a gate to each adapter of what is trained, and one of the final norm.
 
     Args:
       own: adapters, from ``trainable.start``.
+      width: D of the model.
 
     Returns:
-      The same tree with ``lora_gate`` beside each ``lora_a``, in its dtype.
+      The same tree with ``lora_gate`` beside each ``lora_a``, in its dtype, and ``ln_f``.
     """
     flat = flatten_dict(own["blocks"], sep="/")
     for path, a in list(flat.items()):
@@ -66,7 +74,9 @@ def gated(own: Params) -> Params:
             )
             gate = jnp.broadcast_to(first_JxR, (layers, FEATURES, rank))
             flat[path.replace("lora_a", GATE)] = jnp.array(gate)
-    return {**own, "blocks": unflatten_dict(flat, sep="/")}
+    dtype = next(iter(flat.values())).dtype
+    gain = {GAIN_GATE: jnp.zeros((FEATURES, width), dtype)}
+    return {**own, "blocks": unflatten_dict(flat, sep="/"), "ln_f": gain}
 
 
 def has_gates(own: Params) -> bool:
@@ -97,7 +107,7 @@ def opened(own: Params, n_G: jax.Array, top: float) -> Params:
         del flat
         return {f"{place}{OPEN}": jnp.einsum("GJ,LJR->LGR", phi_GxJ.astype(gate.dtype), gate)}
 
-    return _replaced(own, of)
+    return _replaced(own, of, phi_GxJ)
 
 
 def fixed(own: Params, n: ArrayLike, top: float) -> Params:
@@ -109,7 +119,7 @@ def fixed(own: Params, n: ArrayLike, top: float) -> Params:
       top: as of ``features``.
 
     Returns:
-      ``lora_a`` and ``lora_b`` alone, the gate multiplied into the latter.
+      ``lora_a`` and ``lora_b``, the gate multiplied into the latter, and the final norm's gain.
     """
     phi_J = features(n, top)
 
@@ -118,13 +128,16 @@ def fixed(own: Params, n: ArrayLike, top: float) -> Params:
         b = flat[f"{place}lora_b"]
         return {f"{place}lora_b": (open_LxR[..., None] * b).astype(b.dtype)}
 
-    return _replaced(own, of)
+    return _replaced(own, of, phi_J)
 
 
-def _replaced(own: Params, of: Callable[[str, jax.Array, Params], Params]) -> Params:
-    """The tree with what ``of`` makes of each gate in the place of it."""
+def _replaced(
+    own: Params, of: Callable[[str, jax.Array, Params], Params], phi: jax.Array
+) -> Params:
+    """The tree with what ``of`` makes of each gate, and ``phi`` of the gain's, in their place."""
     flat = flatten_dict(own["blocks"], sep="/")
     for path in [path for path in flat if path.endswith(f"/{GATE}")]:
         gate = flat.pop(path)
         flat |= of(path.removesuffix(GATE), gate, flat)
-    return {**own, "blocks": unflatten_dict(flat, sep="/")}
+    gain = phi @ own["ln_f"][GAIN_GATE].astype(jnp.float32)
+    return {**own, "blocks": unflatten_dict(flat, sep="/"), "ln_f": {GAIN: gain}}

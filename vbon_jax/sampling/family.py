@@ -53,7 +53,7 @@ class Family:
 
     def save(self, path: str | Path) -> None:
         """Writes adapters, gates and what belongs to them; the reference is not copied."""
-        folder, flat = Path(path), flatten_dict(self.own["blocks"], sep="/")
+        folder, flat = Path(path), flatten_dict(self.own, sep="/")
         host = {name: np.asarray(x) for name, x in sharding.fetch(flat).items()}
         if not processes.first():
             return
@@ -82,14 +82,16 @@ def load(path: str | Path, reference: Sampler) -> Family:
         alpha, count = float(note["lora_alpha"]), int(note["features"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder} holds no family of policies: {error!r}") from error
-    kernels = flatten_dict(reference.model.params["blocks"], sep="/")
+    weights = flatten_dict(reference.model.params, sep="/")
     for name, x in flat.items():
-        kernel = kernels.get(f"{name.rpartition('/')[0]}/kernel")
-        if kernel is None or len(kernel) != len(x):
+        place = name.rpartition("/")[0]
+        kernel, width = weights.get(f"{place}/kernel"), weights["ln_f/scale"].shape[0]
+        of_norm = place == "ln_f" and x.shape[-1] == width
+        if not of_norm and (kernel is None or len(kernel) != len(x)):
             raise InputError(f"{folder}: {name} {x.shape} has no place in this reference model")
     if count != family.FEATURES:
         raise InputError(f"{folder}: gates of {count} features, not {family.FEATURES}")
-    own = {"blocks": unflatten_dict({k: jnp.asarray(x) for k, x in flat.items()}, sep="/")}
+    own = unflatten_dict({k: jnp.asarray(x) for k, x in flat.items()}, sep="/")
     placed = sharding.place(own, reference.mesh, "decoder")
     return Family(reference, placed, (low, top), alpha)
 
