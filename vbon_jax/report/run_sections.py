@@ -83,6 +83,16 @@ def this_run(results: Results) -> Section | Missing:
             "intervals over prompts; the curve is best-of-n in theory.",
         )
     ]
+    if (path := figures.family(results.workdir, looks)) is not None:
+        shown.append(
+            Figure(
+                path,
+                "Win rate and reward against KL from the reference, a curve over n of the family "
+                "of policies and of best-of-n.",
+                "One policy for every n: its curves over n on held-out prompts, beside those of "
+                "best-of-n; the numbers are n, the bars 95% intervals over prompts.",
+            )
+        )
     if (results.workdir / "evaluation_samples.jsonl").exists():
         shown.append(
             Figure(

@@ -50,15 +50,15 @@ def run(run: Run) -> None:
         )
     params = restored[0].params
     folders = run.workdir.policy, run.workdir.last_iterate, run.workdir.family
-    processes.by_first(lambda: _clear(*folders))
     if isinstance(s.method.n, tuple):
-        own = policies.policy(params)
-        of_all = Family(reference, own, s.method.n, s.lora.alpha)
-        of_all.save(run.workdir.family)
+        of_all = Family(reference, policies.policy(params), s.method.n, s.lora.alpha)
         n = _wanted(run, of_all)
-        log(f"export: {run.workdir.policy} is the policy for n={n:.6g}")
+        processes.by_first(lambda: _clear(*folders))
+        of_all.save(run.workdir.family)
         of_all.at(n).save(run.workdir.policy)
+        log(f"export: {run.workdir.policy} is the policy for n={n:.6g}")
         return
+    processes.by_first(lambda: _clear(*folders))
     _save(run, reference, policies.policy(params), run.workdir.policy)
     if s.export.form == "adapter":
         _say_dtype(s.memory.frozen_dtype, reference.model.source or {})
