@@ -58,7 +58,7 @@ def test_the_largest_is_exported_and_any_other_when_asked(workdir, capfd):
     import torch
     import transformers
 
-    _, params, _ = hf.load_decoder(workdir / "reference")
+    _, params = hf.load_decoder(workdir / "reference")
     assert_same(policy(workdir), jax.device_get(at(workdir, 8.0)))
     assert vbon("export", workdir, *FLAGS, "--n=3") == 0
     assert "is the policy for n=3" in capfd.readouterr().err
@@ -94,15 +94,17 @@ def log_probs(workdir, n, tokens):
 
 def test_generate_draws_from_the_policy_of_an_n(workdir, capfd):
     def drawn(*flags):
-        capfd.readouterr()
         words = ("--prompt=a", "--config.generate.count=24")
         assert vbon("generate", workdir, *FLAGS, *words, *flags) == 0
-        return [json.loads(line)["response"] for line in capfd.readouterr().out.splitlines()]
+        found = capfd.readouterr()
+        said.append(found.err)
+        return [json.loads(line)["response"] for line in found.out.splitlines()]
 
+    said = []
     assert drawn() == drawn("--n=8") != drawn("--n=1")
     assert drawn("--n=1") == drawn("--config.generate.model=reference")
     drawn("--n=4", "--config.generate.model=corrected")
-    assert "where best-of-n draws 4" in capfd.readouterr().err
+    assert "where best-of-n draws 4" in said[-1]
 
 
 def test_the_n_of_a_budget_is_found(workdir, capfd):
