@@ -9,6 +9,10 @@ to measure on. On 2 CPU cores it takes 6 to 17 minutes; expect a held-out win ra
 best-of-8: 0.888) at a KL to the reference of 1.32 nats (best-of-8: 1.204). Seeds 1 and 2, which
 train other references and rewards, win 0.869 and 0.840 at 1.30 and 1.18 nats.
 
+    vbon run --config=configs/reviews.py:family
+
+trains one policy for every n from 2 to 32, by adapters that n opens (docs/pages/family.md).
+
     vbon run --config=configs/reviews.py:text --config.data.path=TRAIN.jsonl \
         --config.data.test_path=TEST.jsonl
 
@@ -22,15 +26,21 @@ from vbon_jax import config as vbon_config
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    if variant not in ("", "text"):
-        raise ValueError(f"configs/reviews.py has no variant {variant!r}: use none, or :text")
+    if variant not in ("", "text", "family"):
+        raise ValueError(
+            f"configs/reviews.py has no variant {variant!r}: use none, :text or :family"
+        )
     config = vbon_config.default()
     config.stages = ("sft", "reward", "sample", "train", "export", "evaluate")
     config.sampling.update(max_new_tokens=36, batch_size=512)
     config.train.update(batch_size=256, minibatch_size=64, learning_rate=5e-4, value_coef=1.0)
     config.memory.lengths = 4  # responses are half as long as the limit
-    if variant == "":
+    if variant in ("", "family"):
         config.train.average_half_life = 10.0
+    if variant == "family":
+        config.method.n = (2.0, 32.0)
+        config.lora.update(rank=32, alpha=128.0, targets=("q", "k", "v", "out", "up", "down"))
+        config.train.update(iterations=360, learning_rate=1e-3, checkpoint_every=90)
     config.prompts.test = 400  # with these three, KL to best-of-n is known to about 0.03 nats
     config.evaluate.update(m=50, samples_per_prompt=24)
     config.offline.learning_rate = 3e-4  # of dpo, qrpo, bonbon and bon_sft

@@ -82,14 +82,16 @@ SLOW = (
     "faults/test_remedies.py", "launch/test_local.py", "launch/test_tpu_pod.py",
     "methods/test_jbond.py", "methods/test_learning.py", "methods/test_vbon.py",
     "models/hf/test_families.py", "models/hf/test_hf.py", "models/hf/test_peft.py",
+    "models/test_family.py",
     "models/test_decoder.py", "models/test_encoder.py", "models/test_trainable.py",
     "report/test_figures.py", "report/test_report.py", "rewards/test_classifier.py",
     "rl/test_chunked.py", "stages/test_adoption.py", "stages/test_choose.py",
-    "stages/test_experiments.py", "stages/test_export.py", "stages/test_need.py",
+    "stages/test_experiments.py", "stages/test_export.py", "stages/test_family.py",
+    "stages/test_need.py",
     "stages/test_plan.py", "stages/test_stages.py", "stages/test_sweep.py",
     "test_api.py", "test_compiled.py", "test_docs.py", "test_equality.py", "test_processes.py",
     "test_tokenizer_kinds.py",
-    "training/test_offline.py",
+    "training/test_family.py", "training/test_offline.py",
     "training/test_partly_trained.py", "training/test_population.py", "training/test_ppo.py",
 )  # fmt: skip
 

@@ -320,6 +320,23 @@ def test_a_start_is_held_to_its_limits(reference, samples):
         vbon.train(reference, samples, start="best", **given, **SMALL)
 
 
+def test_a_family_has_a_policy_for_every_n(reference, samples, tmp_path):
+    settings = SMALL | {"iterations": 2, "group": 2, "learning_rate": 0.1}
+    given = {"reward": length, "method": vbon.VBoN(n=(2, 8)), "lora": vbon.Lora(rank=2)}
+    family = vbon.train_family(reference, samples, **given, **settings)
+    texts = {n: family.at(n).generate(TEXTS, seed=3) for n in (1, 2.5, 8)}
+    assert texts[1] == reference.generate(TEXTS, seed=3)
+    family.at(8).save(tmp_path / "policy")
+    loaded = vbon.load_model(tmp_path / "policy", max_new_tokens=8)
+    assert loaded.generate(TEXTS, seed=3) == texts[8] != texts[1]
+    with pytest.raises(InputError, match="n is of a family of policies: use train_family"):
+        vbon.train(reference, samples, **given, **settings)
+    with pytest.raises(InputError, match="n is of one policy: use train, or give two"):
+        vbon.train_family(reference, samples, **given | {"method": vbon.VBoN(n=8)}, **settings)
+    with pytest.raises(InputError, match=r"lora\.rank=0: the gates that n opens"):
+        vbon.train_family(reference, samples, **given | {"lora": vbon.Lora()}, **settings)
+
+
 def test_adapters_and_upper_layers_are_merged(reference, samples):
     common = SMALL | {"iterations": 1, "reward": length, "method": vbon.VBoN(n=4)}
     lora = vbon.train(reference, samples, lora=vbon.Lora(rank=2), **common)

@@ -16,6 +16,7 @@ from vbon_jax.signals import Interrupted, Stopped
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'tabular.py'}:ppo"
+FAMILY = ("--config.method.n=(2, 64)", "--config.lora.rank=4")
 
 
 def several(coordinator, processes, process):
@@ -32,7 +33,7 @@ def several(coordinator, processes, process):
         (["run"], "--config is not given"),
         (["run", "--config=configs/nowhere.py"], "--config=configs/nowhere.py: no such file"),
         (["run", CONFIG, "--config.method.nn=3"], "unknown config key method.nn"),
-        (["run", CONFIG, "--config.method.n=abc"], "config.method.n=abc"),
+        (["run", CONFIG, "--config.method.n=abc"], "method.n='abc': must be a number, or two"),
         (["run", CONFIG, "--config.method.n=0"], "method.n=0.0: must be at least 1"),
         (["run", CONFIG, "--speed=3"], "speed"),
         (["run", "sft", CONFIG], "'sft' is neither a stage nor a flag"),
@@ -69,6 +70,18 @@ def several(coordinator, processes, process):
         (["sample", CONFIG, "--profile=3:5"], "--profile=3:5: it traces training: use it with"),
         (["run", CONFIG, "--shard=0/2"], "--shard=0/2: use it with `vbon sweep`"),
         (["report", CONFIG, "--shard=0/2"], "--shard=0/2: use it with `vbon sweep`"),
+        (
+            ["export", CONFIG, "--n=4"],
+            "--n=4: method.n=8.0 is of one policy; train one for",
+        ),
+        (
+            ["train", CONFIG, *FAMILY, "--n=4"],
+            "--n=4: use it with `vbon export` or `vbon gen",
+        ),
+        (["generate", CONFIG, *FAMILY, "--kl=0.5"], "--kl=0.5: use it with `vbon export`"),
+        (["export", CONFIG, *FAMILY, "--n=4", "--kl=1"], "--n and --kl: give one of them"),
+        (["export", CONFIG, *FAMILY, "--n=65"], "--n=65: method.n=(2.0, 64.0) is trained for 1 to"),
+        (["export", CONFIG, *FAMILY, "--n=0.9"], "--n=0.9: method.n=(2.0, 64.0) is trained for 1"),
         *(
             (["sweep", CONFIG, f"--shard={text}"], f"--shard={text}: write I/N")
             for text in ("", "0", "/4", "0/", "a/4", "-1/4", "0/4/2", " 0/4", "1.0/4", "\u0661/4")

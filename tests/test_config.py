@@ -41,6 +41,7 @@ def change(values, key, value):
     return values
 
 
+FAMILY = {"method.n": (2, 8), "lora.rank": 4}
 CONFIGS = [
     ("tabular",), ("tabular", "ppo"), ("tabular", "sweep"), ("reviews",), ("reviews", "text"),
     ("reviews_sweep",),
@@ -104,7 +105,7 @@ def test_a_config_file_cannot_misspell_a_key():
         (
             "config.method.nn = 3",
             "seed=1",
-            "--config: unknown config key nn: did you mean method.n?",
+            "--config: unknown config key nn: did you mean method.n or evaluate.n?",
         ),
         (
             "config.method.estimatr = ''",
@@ -295,6 +296,20 @@ def test_bad_values_are_named(values, key, value, message):
         ({"prompts.format": "tldr", "prompts.hub": "a/b"}, "prompts.format=tldr: set prompts.path"),
         ({"prompts.hub": "a/b", "prompts.test_path": "t"}, "prompts.hub='a/b' and prompts.t"),
         ({"stages": ()}, "stages is empty: choose from sft, reward"),
+        ({"evaluate.n": (2,)}, "evaluate.n=(2.0,): method.n=8.0 is of one policy; leave it empty"),
+        ({"method.n": (2, 8)}, "method.n=(2.0, 8.0) and lora.rank=0: the gates that n opens are"),
+        (FAMILY | {"method.name": "ppo"}, "method.n=(2.0, 8.0) and method.name=ppo: only vbon"),
+        (FAMILY | {"train.start": "weighted"}, "and train.start=weighted: what it starts from wou"),
+        (FAMILY | {"train.value_network": "prefix"}, "and train.value_network=prefix: values must"),
+        (FAMILY | {"memory.rollout_rows": 8}, "and memory.rollout_rows=8: a row would go on with"),
+        (FAMILY | {"sweep.vbon": (2,)}, "method.n=(2.0, 8.0) is of one policy for every n, and a "),
+        (FAMILY | {"stages": ("sft", "sweep")}, "leave the sweep out, or set method.n to a numb"),
+        (FAMILY | {"evaluate.n": (9,)}, "evaluate.n has 9: it must be from 1 to 8, as method.n="),
+        (FAMILY | {"export.form": "adapter"}, "export.form=adapter: the policies of a family are"),
+        (
+            FAMILY | {"samples.adaptive": 0.5, "samples.adaptive_n": 7},
+            "samples.adaptive_n=7: n=8 is trained for, whose band is wider: give at least 8",
+        ),
     ],
 )  # fmt: skip
 def test_keys_that_do_not_go_together_are_named(values, changes, message):
@@ -309,6 +324,7 @@ def test_what_goes_together_is_taken(values):
     """The neighbours of what is refused."""
     for changes in (
         {"lora.rank": 4, "export.form": "adapter"},
+        FAMILY | {"evaluate.n": (1, 2.5, 8)},
         {"train.num_layers_unfrozen": 2},
         {"memory.accumulate": 2},
         {"memory.accumulate": 2, "method.name": "bond", "bond.form": "backward"},

@@ -158,3 +158,30 @@ def test_rows_list_every_key_with_its_default():
     ]  # fmt: skip
     assert found[6] == ("small.layers", "Layers.", 1) and found[8] == ("large.layers", "Layers.", 3)
     assert found[10:] == [("parts", "Parts.", {}), ("parts.NAME.weight", "Weight.", 1.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    n: keys.SPAN = key(8.0, "A number or two.", least=1)
+
+
+@pytest.mark.parametrize("given, found", [(4, 4.0), (2.5, 2.5), ([2, 64], (2.0, 64.0))])
+def test_a_number_or_the_two_that_it_lies_between(given, found):
+    built = keys.build(Span, {"n": given}).n
+    assert built == found and isinstance(built, type(found))
+    assert keys.build(Span, keys.as_dict(Span(found))) == Span(found)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ((64, 2), r"n=\(64.0, 2.0\): must be a number, or two of which the first is less"),
+        ((2, 4, 8), "must be a number, or two"),
+        ((0.5, 4), r"n=0.5: must be at least 1"),
+        ((2, "x"), "n has 'x': it must hold finite numbers"),
+        ("x", "n='x': must be a number, or two, such as"),
+    ],
+)
+def test_two_that_are_no_span_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        keys.build(Span, {"n": given})

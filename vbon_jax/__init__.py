@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         sample,
         score,
         train,
+        train_family,
     )
     from vbon_jax.methods.bon_sft import BoNSFT
     from vbon_jax.methods.bonbon import BoNBoN
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from vbon_jax.methods.ppo import PPO
     from vbon_jax.methods.qrpo import QRPO
     from vbon_jax.methods.vbon import VBoN
+    from vbon_jax.sampling.family import Family
     from vbon_jax.sampling.sampler import Sampler
     from vbon_jax.sharding import make_mesh
     from vbon_jax.training.options import Lora, Memory, Offline
@@ -48,7 +50,7 @@ _FROM = {
     **dict.fromkeys(
         (
             "Evaluation", "Samples", "evaluate", "load_model", "load_reward", "prompts", "sample",
-            "score", "train",
+            "score", "train", "train_family",
         ),
         "api",
     ),
@@ -60,6 +62,7 @@ _FROM = {
     "QRPO": "methods.qrpo",
     "BoNBoN": "methods.bonbon",
     "BoNSFT": "methods.bon_sft",
+    "Family": "sampling.family",
     "Sampler": "sampling.sampler",
     "Lora": "training.options",
     "Memory": "training.options",
@@ -91,6 +94,7 @@ __all__ = [
     "BoNBoN",
     "BoNSFT",
     "Evaluation",
+    "Family",
     "Lora",
     "Memory",
     "Offline",
@@ -107,4 +111,5 @@ __all__ = [
     "sample",
     "score",
     "train",
+    "train_family",
 ]

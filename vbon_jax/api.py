@@ -34,6 +34,7 @@ from vbon_jax.rewards.classifier import Classifier
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import TextFormat, TextReward
 from vbon_jax.sampling import samples as sampling
+from vbon_jax.sampling.family import Family
 from vbon_jax.sampling.responses import Sampling
 from vbon_jax.sampling.sampler import Sampler, named_key
 from vbon_jax.training import loop, options, policies
@@ -322,12 +323,72 @@ def train(
       The policy. (After Ctrl-C, the policy so far.)
 
     Raises:
-      InputError: a setting is out of range, or the loss or a reward stops being finite.
+      InputError: a setting is out of range, or the loss or a reward stops being finite; or n is of
+        a family, see ``train_family``.
+    """
+    training = _training(methods.of_options(method), lora, memory, offline, settings)
+    if method.is_family:
+        raise InputError(f"{method}: n is of a family of policies: use train_family")
+    own = _trained(reference, samples, method, training, reward, seed)
+    config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
+    base = _prepared(reference, training).model.params
+    model = dataclasses.replace(reference.model, config=config, params=trainable.join(base, own))
+    with jax.set_mesh(reference.mesh):
+        return dataclasses.replace(reference, model=model).merged()
+
+
+def train_family(
+    reference: Sampler,
+    samples: Samples,
+    *,
+    method: Any,
+    reward: RewardFunction | RewardModel,
+    lora: Lora,
+    seed: int = 0,
+    memory: Memory | None = None,
+    **settings: Any,
+) -> Family:
+    """Trains one policy for every n, by adapters that a gate opens as far as n asks for.
+
+    Args:
+      reference: the model to start from; it stays as it is, and is the policy for n = 1.
+      samples: its scored responses.
+      method: ``VBoN(n=(2, 64))``: n is drawn between the two for each group of responses.
+      reward: of responses.
+      lora: the adapters, of a rank above 0.
+      seed: of the training.
+      memory: dtypes, microbatches and rematerialisation.
+      **settings: keys of the config group ``train``, as of ``train``.
+
+    Returns:
+      The family, whose ``at(n)`` is the policy for an n, as ``train`` would return it.
+
+    Raises:
+      InputError: a setting is out of range or of no family, or the loss or a reward stops being
+        finite.
     """
     record = methods.of_options(method)
-    training = _training(record, lora, memory, offline, settings)
-    member = Member(method.n, getattr(method, "beta", 1.0), seed, samples.rewards.shape[1])
-    for wrong in (record.check(method), record.check_n(method.n)):
+    training = _training(record, lora, memory, None, settings)
+    if not method.is_family:
+        raise InputError(f"{method}: n is of one policy: use train, or give two, n=(2, 64)")
+    options.check_family(method.n, record.name, training.train, training.lora, training.memory)
+    own = _trained(reference, samples, method, training, reward, seed)
+    return Family(reference, own, method.n, training.lora.alpha)
+
+
+def _trained(
+    reference: Sampler,
+    samples: Samples,
+    method: Any,
+    training: Training,
+    reward: RewardFunction | RewardModel | None,
+    seed: int,
+) -> Any:
+    """What is trained of the reference, as ``trainable.join`` takes it."""
+    record = methods.of_options(method)
+    m = samples.rewards.shape[1]
+    member = Member(method.top, getattr(method, "beta", 1.0), seed, m, method.low)
+    for wrong in (record.check(method), record.check_n(method.top)):
         if wrong:
             raise InputError(f"{method}: {wrong}")
     if record.online and reward is None:
@@ -348,11 +409,7 @@ def train(
             title = "train" if is_last else "start"
             return loop.run(state, 0, step, loop.Schedule(title, of.iterations, whole=not is_last))
 
-        state = starting.trained(job, [member], fit)
-        own = trainable.join(sampler.model.params, policies.policy(state.params))
-        config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
-        model = dataclasses.replace(reference.model, config=config, params=own)
-        return dataclasses.replace(reference, model=model).merged()
+        return policies.policy(starting.trained(job, [member], fit).params)
 
 
 def _training(

@@ -33,6 +33,8 @@ def _flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_integer(
         "best_of", None, "Responses to choose from.", lower_bound=1, flag_values=values
     )
+    for name in ("n", "kl", "reward"):
+        flags.DEFINE_float(name, None, "Which policy of a family.", flag_values=values)
     flags.DEFINE_string("topology", None, "A TPU slice to plan for.", flag_values=values)
     flags.DEFINE_bool("stream", False, "Text as it is written.", flag_values=values)
     flags.DEFINE_bool("distributed", False, "One of several processes.", flag_values=values)
@@ -66,6 +68,8 @@ def usage() -> str:
         "  --workdir        folder of the run (default: runs/<config>[-<variant>])\n"
         '  --prompt         a prompt for "generate"; may be repeated\n'
         '  --best_of=8      "generate" draws so many, prints the best and all candidates\n'
+        '  --n=16           of a family of policies, the one to "export" or "generate" from\n'
+        '  --kl=0.5, --reward=2.0  "export" the one of this KL to the reference, or mean reward\n'
         '  --stream         "generate" prints plain text as it is written\n'
         '  --topology=v5e:4x4  "plan" for a TPU slice, which need not be here\n'
         "  --profile=3:5    a JAX profiler trace of these iterations of training\n"
@@ -112,6 +116,7 @@ class Command:
     profile: tuple[int, int] | None
     processes: Processes | None
     shard: tuple[int, int]
+    wanted: tuple[float | None, float | None, float | None]  # n, KL, reward
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -156,6 +161,7 @@ def parse(argv: Sequence[str]) -> Command:
             f"--stream --best_of={values.best_of}: which is the best is known when all are whole; "
             "leave out one of them"
         )
+    parsed = vbon_config.parse(config)
     several = _processes(values)
     if several is not None and rest[0] in ("plan", "sweep"):
         raise InputError(
@@ -164,7 +170,7 @@ def parse(argv: Sequence[str]) -> Command:
         )
     return Command(
         rest[0],
-        vbon_config.parse(config),
+        parsed,
         values.workdir or _default_workdir(argv),
         values.prompt,
         values.best_of,
@@ -173,7 +179,31 @@ def parse(argv: Sequence[str]) -> Command:
         _profile(values.profile),
         several,
         _shard(values.shard),
+        _wanted(rest[0], values, parsed),
     )
+
+
+def _wanted(
+    stage: str, values: flags.FlagValues, config: "Config"
+) -> tuple[float | None, float | None, float | None]:
+    """Which policy of a family is asked for: n, KL and reward, of which one is given at most."""
+    given = {name: values[name].value for name in ("n", "kl", "reward")}
+    asked = {name: value for name, value in given.items() if value is not None}
+    for name, value in asked.items():
+        allowed = ("export", "generate") if name == "n" else ("export",)
+        if stage not in allowed:
+            words = " or ".join(f"`vbon {word}`" for word in allowed)
+            raise InputError(f"--{name}={value:g}: use it with {words}")
+        if not config.method.is_family:
+            raise InputError(
+                f"--{name}={value:g}: method.n={config.method.n} is of one policy; train one for "
+                "every n by two numbers, such as --config.method.n='(2, 64)'"
+            )
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(f'--{name}' for name in asked)}: give one of them")
+    if (n := asked.get("n")) is not None and not 1 <= n <= config.method.top:
+        raise InputError(f"--n={n:g}: method.n={config.method.n} is trained for 1 to its second")
+    return given["n"], given["kl"], given["reward"]
 
 
 def _processes(values: flags.FlagValues) -> Processes | None:
@@ -299,7 +329,8 @@ def execute(argv: Sequence[str]) -> None:
         plan.run(config, folder, command.topology)
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    run = base.Run(config, folder, mesh, command.profile, command.shard)
+    wanted = base.Wanted(*command.wanted)
+    run = base.Run(config, folder, mesh, command.profile, command.shard, wanted)
     processes.refuse_apart(mesh)
     if sweeps and processes.count() > 1:
         raise InputError(

@@ -2,7 +2,8 @@
 
 A group of keys is a frozen dataclass whose fields are made by ``key``, ``group`` and ``named``. A
 field's annotation must be a class itself, not a string (no ``from __future__ import annotations``):
-bool, int, float, str, a tuple of one of these such as ``tuple[int, ...]``, or another group.
+bool, int, float, str, a tuple of one of these such as ``tuple[int, ...]``, ``SPAN``, or another
+group.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 
 from vbon_jax.errors import InputError
 
+SPAN = float | tuple[float, float]  # a number, or the two that it may lie between
 _ENTRIES = {int: "whole numbers", float: "finite numbers", str: "strings"}
 
 
@@ -201,8 +203,15 @@ class Size(int):
 
 
 def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
-    rules, value = f.metadata, _coerced(f.type, value)
-    expected: Any = typing.get_origin(f.type) or f.type
+    of: Any = f.type
+    if of == SPAN:
+        if isinstance(value, list | tuple):
+            return _span(f, _coerced(tuple[float, ...], value), where)
+        value, of = _coerced(float, value), float
+        if not isinstance(value, float):
+            raise InputError(f"{where}={value!r}: must be a number, or two, such as (2, 64)")
+    rules, value = f.metadata, _coerced(of, value)
+    expected: Any = typing.get_origin(of) or of
     if expected is tuple and isinstance(value, tuple):
         _check_entries(typing.get_args(f.type)[0], value, where)
     if not isinstance(value, expected) or (expected is int and not _is_int(value)):
@@ -221,6 +230,16 @@ def _value(f: dataclasses.Field, value: Any, where: str) -> Any:
     if "choices" in rules and value not in rules["choices"]:
         raise InputError(f"{where}={value!r}: choose one of {', '.join(rules['choices'])}")
     return value
+
+
+def _span(f: dataclasses.Field, value: tuple[Any, ...], where: str) -> tuple[float, float]:
+    """Checks two ends, each by the rules of the key."""
+    _check_entries(float, value, where)
+    if len(value) != 2 or not value[0] < value[1]:
+        raise InputError(f"{where}={value!r}: must be a number, or two of which the first is less")
+    for end in value:
+        _value(f, end, where)
+    return value[0], value[1]
 
 
 def _check_entries(of: type, values: tuple[Any, ...], where: str) -> None:

@@ -37,7 +37,7 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"mlp/(up|gate)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
     (r"mlp/(up|gate)/bias$", P(None, "tensor")),  # [L, F]
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
-    (r"/(scale|bias|lora_a|lora_b|wtt)$", P()),  # norms, biases, adapters
+    (r"/(scale|bias|lora_(a|b|gate|open)|gain(_gate)?|wtt)$", P()),  # norms, biases, adapters
     (r"(score(/out|/dense)?|pooler|value/head)/kernel$", P()),  # heads of classifiers and values
     (r"^batch\b", P(BATCH)),  # rows first: tokens, masks, log-probs, rewards
     (r"^cache/(k|v)\b", P(BATCH, "tensor", None, None)),  # [B, G, S, K]

@@ -38,10 +38,10 @@ OTHERS = {
     "offline.transform": "identity", "train.average_half_life": 20.0, "train.baseline": "both",
     "train.group": 2, "train.kl_target": 0.5, "train.start": "weighted", "train.warmup": 3,
     "train.optimizer": "muon", "train.replay": 1, "train.lookahead": 2,
-    "samples.adaptive": 0.5, "samples.adaptive_n": 16.0,
+    "samples.adaptive": 0.5, "samples.adaptive_n": 16.0, "evaluate.n": [2.0],
 }  # fmt: skip
-# Those beside them need another key with them: `train.group`, `train.value_network`.
-ALONE = sorted(config.ADDED - {"train.baseline", "train.lookahead"})
+# Those beside them need another key with them: `train.group`, `train.value_network`, `method.n`.
+ALONE = sorted(config.ADDED - {"train.baseline", "train.lookahead", "evaluate.n"})
 
 
 def parsed(variant=":ppo", *flags):
@@ -138,8 +138,8 @@ def test_folders_of_a_sweep_have_the_names_they_had():
     assert {name.split("-")[0] for name in found - GOLDEN_FOLDERS} == {"qrpo", "qrpo_identity"}
 
 
-# With samples.adaptive no offline method may be in a sweep.
-@pytest.mark.parametrize("key", sorted(config.ADDED - {"samples.adaptive"}))
+# With samples.adaptive no offline method may be in a sweep, and evaluate.n is of what none trains.
+@pytest.mark.parametrize("key", sorted(config.ADDED - {"samples.adaptive", "evaluate.n"}))
 def test_another_value_of_a_new_key_gives_other_names(key):
     assert not folders(*another(key)) & GOLDEN_FOLDERS
     found = folder("/w", ":ppo", *another(key)).held_out("pool", "test", 1.0, 200)

@@ -29,6 +29,7 @@ ADDED = frozenset({
     "evaluator.template_arguments", "train.group", "train.kl_target", "train.warmup",
     "train.baseline", "train.average_half_life", "train.start", "train.optimizer", "train.replay",
     "train.lookahead", "offline.transform", "samples.adaptive", "samples.adaptive_n",
+    "evaluate.n",
 })  # fmt: skip
 
 
@@ -41,7 +42,11 @@ def default() -> Any:
     """
     import ml_collections  # the Python API needs no config file
 
-    values = ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+    values = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    # A number or two: ml_collections would hold it to the type of the default.
+    n = ml_collections.FieldReference(values.method.n, field_type=object)
+    values.method["n"] = n
+    values.lock()
     values.reward.others.unlock()
     return values
 

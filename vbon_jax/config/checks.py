@@ -24,7 +24,8 @@ def check(config: Config) -> None:
       InputError: Names the keys, their values and what is allowed.
     """
     for of_part in (
-        _check_stages, _check_data, _check_models, _check_training, _check_evaluation, _check_sweep
+        _check_stages, _check_data, _check_models, _check_family, _check_training,
+        _check_evaluation, _check_sweep,
     ):  # fmt: skip
         of_part(config)
     for method in methods.METHODS:
@@ -121,6 +122,35 @@ def _check_models(c: Config) -> None:
         )
 
 
+def _check_family(c: Config) -> None:
+    """Checks what a family of policies over n needs, and which n it is measured at."""
+    _require(
+        c.method.is_family or not c.evaluate.n,
+        f"evaluate.n={c.evaluate.n}: method.n={c.method.n} is of one policy; leave it empty, or "
+        "set method.n to two numbers",
+    )
+    if not isinstance(c.method.n, tuple):
+        return
+    options.check_family(c.method.n, c.method.name, c.train, c.lora, c.memory)
+    grids = [s.label for m in methods.METHODS for s in m.series if getattr(c.sweep, s.label)]
+    _require(
+        not (grids or c.sweep.m or "sweep" in c.stages),
+        f"method.n={c.method.n} is of one policy for every n, and a sweep trains one for each: "
+        "leave the sweep out, or set method.n to a number",
+    )
+    for n in c.evaluate.n:
+        _require(
+            1 <= n <= c.method.top,
+            f"evaluate.n has {n:g}: it must be from 1 to {c.method.top:g}, as method.n="
+            f"{c.method.n} is trained",
+        )
+    _require(
+        c.export.form == "model",
+        "export.form=adapter: the policies of a family are whole models, one for each --n; set "
+        "export.form=model",
+    )
+
+
 def _check_training(c: Config) -> None:
     options.check(c.train, c.lora, c.memory)
     options.check_lookahead(c.train, c.method.ties)
@@ -177,7 +207,7 @@ def _check_method(c: Config, method: methods.Method) -> None:
     chosen = c.method.name == method.name and method.when(c)
     grids = [(s, v) for s in method.series if (v := getattr(c.sweep, s.label))]
     if chosen:
-        n, m = c.method.n, c.samples.m
+        n, m = c.method.top, c.samples.m
         _require(
             not method.whole_n or (n.is_integer() and n <= m),
             f"method.n={n:g}: {method.name} takes the best of a whole number n of the samples.m="
@@ -225,7 +255,7 @@ def _check_adaptive(c: Config, method: methods.Method, grids: list[tuple[Any, An
             "as it is by default",
         )
     of_grids = [v for series, values in grids if series.varies == "n" for v in values]
-    for n in (c.method.n, *of_grids):
+    for n in (c.method.top, *of_grids):
         _require(
             n <= c.samples.adaptive_n,
             f"samples.adaptive_n={c.samples.adaptive_n:g}: n={n:g} is trained for, whose band is "

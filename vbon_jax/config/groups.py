@@ -238,6 +238,9 @@ class Evaluate:
     )
     samples_per_prompt: int = key(4, "Responses per held-out prompt of the policy and of "
                                   "best-of-n.", least=1, most=MOST_ROWS)  # fmt: skip
+    n: tuple[float, ...] = key((), "Of a family of policies (`method.n` of two numbers), those "
+                                   "it is measured at; empty for 2, 4, 8, ... up to its "
+                                   "largest.")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

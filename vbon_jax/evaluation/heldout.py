@@ -102,6 +102,15 @@ class HeldOut:
         """The key of a piece of this split's measurement."""
         return self.protocol.key(name, self.split, self.temperature)
 
+    def at(self, n: float) -> "HeldOut":
+        """The same split for another n of best-of-n."""
+        return dataclasses.replace(
+            self,
+            protocol=dataclasses.replace(self.protocol, n=n),
+            yardstick=dataclasses.replace(self.yardstick, n=n),
+            all_samples=dataclasses.replace(self.all_samples, n=n),
+        )
+
     def policy(
         self, name: str, n: float, policy: Sampler, title: str, seed: int = 0
     ) -> tuple[dict[str, Any], list[list[Response]]]:

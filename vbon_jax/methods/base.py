@@ -13,7 +13,7 @@ import numpy as np
 
 from vbon_jax import keys
 from vbon_jax.bon.log_f import ESTIMATORS, TIES
-from vbon_jax.keys import key
+from vbon_jax.keys import SPAN, key
 from vbon_jax.training.learner import Member, Update
 from vbon_jax.training.offline import Choices
 from vbon_jax.training.options import Offline as OfflineKeys
@@ -28,13 +28,15 @@ class Options:
     """What every method is told: the best-of-n that it aims at or, having no n, is compared with.
 
     Attributes:
-      n: of best-of-n.
+      n: of best-of-n; two numbers for a family of policies, see ``models.family``.
       estimator: of log F.
       ties: how best-of-n chooses among equal rewards.
     """
 
-    n: float = key(8.0, "The n of best-of-n: any real number of at least 1, a whole one for "
-                        "bon_sft and bonbon.", least=1)  # fmt: skip
+    n: SPAN = key(8.0, "The n of best-of-n: any real number of at least 1, a whole one for "
+                       "bon_sft and bonbon. Of vbon also two, `(2, 64)`: one policy for every n "
+                       "from 1 to the second, trained between them; its adapters (`lora.rank`) "
+                       "are opened as far as n asks for.", least=1)  # fmt: skip
     estimator: str = key("interval", "Estimator of log F from the reference samples; interval "
                          "estimates the density ratio of best-of-n directly.",
                          choices=ESTIMATORS)  # fmt: skip
@@ -45,6 +47,21 @@ class Options:
     def __post_init__(self) -> None:
         """Raises InputError on a value that is out of range."""
         keys.check(self, type(self).__name__)
+
+    @property
+    def is_family(self) -> bool:
+        """Whether one policy is trained for every n between two."""
+        return isinstance(self.n, tuple)
+
+    @property
+    def low(self) -> float | None:
+        """The least n that a family is trained for; None of one policy."""
+        return self.n[0] if isinstance(self.n, tuple) else None
+
+    @property
+    def top(self) -> float:
+        """The n, or the largest of a family."""
+        return self.n[1] if isinstance(self.n, tuple) else self.n
 
 
 def beta_key() -> Any:

@@ -22,7 +22,7 @@ from vbon_jax.errors import InputError
 from vbon_jax.methods import bon_sft, judging
 from vbon_jax.methods.base import Method, Offline, Online
 from vbon_jax.methods.judging import Judge
-from vbon_jax.models import heads, trainable
+from vbon_jax.models import family, heads, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.rl import prefix
 from vbon_jax.sampling.sampler import named_key
@@ -214,7 +214,7 @@ class Job:
         return Setup(
             self.config, self.optimizer, self.training.train, self.training.memory, self.objective,
             self.options.estimator, None if self.value is None else self.value.config,
-            self.from_store,
+            self.from_store, self.options.top if self.options.is_family else 0.0,
         )  # fmt: skip
 
     def program(self) -> Program:
@@ -250,11 +250,13 @@ class Job:
     def make_state(self) -> Callable[[Any, Any, jax.Array], state.TrainState]:
         """(the reference's tree, a value network's or None, key) -> the first state; pure."""
         tx, learns, training = self.optimizer, self.method.learns, self.training
-        values = self.method.values
+        values, is_family = self.method.values, self.options.is_family
+        width = self.config.width
         what, dtype = training.trained, training.memory.param_dtype
 
         def make(base: Any, network: Any, key: jax.Array) -> state.TrainState:
-            params: dict[str, Any] = {"decoder": trainable.start(base, what, key, dtype)}
+            own = trainable.start(base, what, key, dtype)
+            params: dict[str, Any] = {"decoder": family.gated(own, width) if is_family else own}
             if values and not self.reads_prefixes:
                 params["value"] = {"head": heads.init_value(self.config, key)}
             if network is not None:

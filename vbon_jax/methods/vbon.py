@@ -78,7 +78,8 @@ def update(
       ref_params: {"decoder"} of the reference, which holds all that is not trained.
       scored: one rollout of B rows, B a multiple of ``train.minibatch_size``.
       table: each prompt's reference rewards.
-      n: float32 scalar; data, not structure, so another value needs no compile.
+      n: float32 scalar; data, not structure, so another value needs no compile. Of a family each
+        row of ``scored`` has its own in place of it.
       beta: likewise, for the objectives that have a KL coefficient of their own.
       setup: what is static.
 
@@ -86,6 +87,8 @@ def update(
       (state one step on, float32 metrics).
     """
     batch = stored.joined(scored[0])
+    if batch.n_B is not None:  # of a family
+        n = batch.n_B
     seen, metrics = experience(state.params, ref_params, batch, table, n, beta, setup=setup)
     state, info = ppo.epochs(state, ref_params, seen, setup)
     if batch.prefix_reward_BxT is not None:

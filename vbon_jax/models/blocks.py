@@ -40,7 +40,15 @@ class Norm(nn.Module):
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + c.norm_eps)
         start = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
         scale = self.param("scale", start, x.shape[-1:]).astype(jnp.float32)
-        x *= scale + 1.0 if c.norm_offset else scale
+        if c.norm_offset:
+            scale += 1.0
+        if self.has_variable("params", "gain"):  # see ``models.family``
+            gain = self.get_variable("params", "gain").astype(jnp.float32)
+            groups = gain.size // x.shape[-1]
+            scale = scale + gain.reshape(groups, 1, -1)
+            x = (x.reshape(groups, -1, x.shape[-1]) * scale).reshape(x.shape)
+        else:
+            x *= scale
         if not rms:
             x += self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32)
         return x.astype(c.compute_dtype)
@@ -75,7 +83,12 @@ class Dense(nn.Module):
         y = x @ kernel.reshape(x.shape[1], -1).astype(dtype)
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name).astype(dtype) for name in _LORA)
-            y += (c.lora_alpha / a.shape[-1]) * ((x @ a) @ b)
+            inner_NxR = x @ a
+            if self.has_variable("params", "lora_open"):  # see ``models.family``
+                open_GxR = self.get_variable("params", "lora_open").astype(dtype)
+                inner = inner_NxR.reshape(len(open_GxR), -1, a.shape[-1]) * open_GxR[:, None]
+                inner_NxR = inner.reshape(inner_NxR.shape)
+            y += (c.lora_alpha / a.shape[-1]) * (inner_NxR @ b)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
             y += bias.reshape(-1).astype(dtype)

@@ -145,7 +145,8 @@ def join(base: Params, own: Params) -> Params:
     if divided(base):
         return {**base, **own, "blocks": (base["blocks"][0], own["blocks"])}
     flat = flatten_dict(base["blocks"], sep="/") | flatten_dict(own["blocks"], sep="/")
-    return {**base, "blocks": unflatten_dict(flat, sep="/")}
+    ln_f = {**base["ln_f"], **own.get("ln_f", {})}  # the gain of a family
+    return {**base, "blocks": unflatten_dict(flat, sep="/"), "ln_f": ln_f}
 
 
 def has_adapters(params: Params) -> bool:
@@ -172,7 +173,13 @@ def merged(params: Params, lora_alpha: float = 1.0) -> Params:
     for path, exact, dtype in list(_sums(flat, lora_alpha)):
         flat[path] = exact.astype(dtype)
     plain = {path: leaf for path, leaf in flat.items() if "/lora_" not in path}
-    return {**params, "blocks": unflatten_dict(plain, sep="/")}
+    ln_f = dict(params["ln_f"])
+    if "gain" in ln_f:
+        gain, scale = ln_f.pop("gain"), ln_f["scale"]
+        ln_f["scale"] = (scale.astype(jnp.float32) + gain).astype(
+            jnp.promote_types(scale.dtype, gain.dtype)
+        )
+    return {**params, "blocks": unflatten_dict(plain, sep="/"), "ln_f": ln_f}
 
 
 def merge_loss(params: Params, lora_alpha: float = 1.0) -> float:

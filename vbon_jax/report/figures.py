@@ -160,6 +160,12 @@ def draw_win_rate_vs_kl(rows: Sequence[dict[str, Any]], looks: Looks) -> "Figure
         ax.errorbar(x, y, **bars, fmt=shapes[row["temperature"]], color=shown[row["policy"]].color,
                     ms=8, mec="white", mew=0.8, elinewidth=1.3, capsize=3, zorder=4)  # fmt: skip
         obstacles += _cross(x, y, **bars)
+    for name, temperature in dict.fromkeys((r["policy"], r["temperature"]) for r in rows):
+        own = [r for r in rows if (r["policy"], r["temperature"]) == (name, temperature)]
+        if len(own) > 1 and name != "bon":  # a family: one policy for every n
+            own.sort(key=lambda row: row["n"])
+            line = [[r["kl_ref"] for r in own], [r["win_rate"] for r in own]]
+            ax.plot(*line, color=shown[name].color, lw=1.4, zorder=3)
     for temperature, shape in shapes.items():
         ax.plot([], [], shape, color="#333333", ms=7, label=f"T = {temperature:g}")
     dress(ax, "Win rate against KL divergence", "KL(· ‖ reference), nats per response",
@@ -231,6 +237,77 @@ def win_rate_vs_kl(workdir: Path, looks: Looks) -> Path:
     return save(draw_win_rate_vs_kl(rows, looks), workdir, "win_rate_vs_kl")
 
 
+# --- A family of policies ----------------------------------------------------------------------
+
+
+def family_rows(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of the policies that were measured at several n, by policy, n ascending.
+
+    Args:
+        rows: The rows of ``evaluation.json``.
+
+    Returns:
+        Best-of-n's and a family's, of the first temperature; empty where no family was measured.
+    """
+    first = [row for row in rows if row["temperature"] == rows[0]["temperature"]]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(first, key=lambda row: float(row["n"])):
+        found.setdefault(row["policy"], []).append(row)
+    several = {name: own for name, own in found.items() if len(own) > 1}
+    return several if set(several) - {"bon"} else {}
+
+
+def draw_family(curves: dict[str, list[dict[str, Any]]], looks: Looks) -> "Figure":
+    """Draws win rate and reward against KL from the reference, a curve over n for each policy.
+
+    Args:
+        curves: Of `family_rows`.
+        looks: The looks of the fine-tuned methods, by label.
+
+    Returns:
+        The figure.
+    """
+    shown = method_looks(list(curves), looks)
+    figure = new_figure(12, 5.2)
+    for ax, key, what in zip(
+        figure.subplots(1, 2), ("win_rate", "reward"),
+        ("win rate over the reference (a tie is half)", "mean reward"), strict=True,
+    ):  # fmt: skip
+        for name, rows in curves.items():
+            x, y = ([row[k] for row in rows] for k in ("kl_ref", key))
+            bars = [_bars(row[key], row[f"{key}_ci95"]) for row in rows]
+            yerr = np.array([b or [[0.0], [0.0]] for b in bars])[:, :, 0].T
+            style = "--" if name == "bon" else "-"
+            ax.errorbar(x, y, yerr=yerr, fmt="o" + style, color=shown[name].color, ms=6, lw=1.5,
+                        mec="white", mew=0.8, capsize=3, label=shown[name].name)  # fmt: skip
+            for row in rows:
+                below = name != "bon"
+                ax.annotate(f"{row['n']:g}", (row["kl_ref"], row[key]), fontsize=9,
+                            xytext=(5, -11) if below else (-5, 6), textcoords="offset points",
+                            ha="left" if below else "right", color=shown[name].color)  # fmt: skip
+        dress(ax, "", "KL(· ‖ reference), nats per response", what)
+        ax.legend(fontsize=9, frameon=False, loc="lower right")
+    figure.suptitle("One policy for every n, and best-of-n (numbers: n)", fontsize=12)
+    return figure
+
+
+def family(workdir: Path, looks: Looks) -> Path | None:
+    """Writes ``figures/family.png`` from ``evaluation.json``.
+
+    Args:
+        workdir: The folder of the run.
+        looks: The looks of the fine-tuned methods, by label.
+
+    Returns:
+        The path of the figure; None where no family of policies was measured.
+
+    Raises:
+        InputError: The file is missing.
+    """
+    curves = family_rows(read_evaluation(workdir)["rows"])
+    return save(draw_family(curves, looks), workdir, "family") if curves else None
+
+
 def all_figures(workdir: Path, looks: Looks, trained: bool = True) -> list[Path]:
     """Writes every figure of a run.
 
@@ -246,4 +323,5 @@ def all_figures(workdir: Path, looks: Looks, trained: bool = True) -> list[Path]
         InputError: A file that a figure needs is missing or at fault.
     """
     curves = [any_curves(workdir)] if trained else []
-    return [*curves, reward_histograms(workdir, looks), win_rate_vs_kl(workdir, looks)]
+    more = [path for path in (family(workdir, looks),) if path is not None]
+    return [*curves, reward_histograms(workdir, looks), win_rate_vs_kl(workdir, looks), *more]

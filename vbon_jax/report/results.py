@@ -38,9 +38,10 @@ class Results(NamedTuple):
 
     @property
     def n(self) -> float | None:
-        """The n of best-of-n that the run aims at; None where it is not known."""
+        """The n of best-of-n that the run aims at; None where it is not known, or is any."""
         if self.config is not None and "n" in self.config["method"]:
-            return float(self.config["method"]["n"])
+            n = self.config["method"]["n"]
+            return None if isinstance(n, list) else float(n)
         return run_n(self.evaluation["rows"]) if self.evaluation is not None else None
 
 

@@ -33,7 +33,7 @@ from vbon_jax.report.results import (
 from vbon_jax.report.style import Looks, method_name
 from vbon_jax.report.sweep_tables import tabular_table
 from vbon_jax.report.table import Column, Table
-from vbon_jax.report.tables import exact_table, kl_parts_table, results_table
+from vbon_jax.report.tables import exact_family_table, exact_table, kl_parts_table, results_table
 
 PROMPTS_SHOWN = 6
 EVALUATE = Missing("evaluate", "evaluate")
@@ -83,6 +83,16 @@ def this_run(results: Results) -> Section | Missing:
             "intervals over prompts; the curve is best-of-n in theory.",
         )
     ]
+    if (path := figures.family(results.workdir, looks)) is not None:
+        shown.append(
+            Figure(
+                path,
+                "Win rate and reward against KL from the reference, a curve over n of the family "
+                "of policies and of best-of-n.",
+                "One policy for every n: its curves over n on held-out prompts, beside those of "
+                "best-of-n; the numbers are n, the bars 95% intervals over prompts.",
+            )
+        )
     if (results.workdir / "evaluation_samples.jsonl").exists():
         shown.append(
             Figure(
@@ -173,6 +183,8 @@ def exact(results: Results) -> Section | Missing | None:
         tables.append(tabular_table(results.tabular, results.looks))
     if results.evaluation is not None and results.evaluation.get("exact"):
         tables.append(exact_table(results.evaluation["exact"]))
+    if results.evaluation is not None and results.evaluation.get("exact_family"):
+        tables.append(exact_family_table(results.evaluation["exact_family"]))
     if tables:
         title = "Exact results where every response can be enumerated"
         return Section("tabular", title, (Tables(tuple(tables)),))

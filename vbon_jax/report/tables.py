@@ -201,6 +201,29 @@ def bon_kls(rows: Sequence[Row]) -> str:
     return "\n".join(texts)
 
 
+def exact_family_table(rows: Sequence[dict[str, float]]) -> Table:
+    """Returns the exact results of a family of policies, a row for each n.
+
+    Args:
+        rows: "n" and the figures of `evaluation.exact.figures`, of each n.
+
+    Returns:
+        The table.
+    """
+    keys = ("kl_bon", "reference_kl_bon", "kl_ref", "bon_kl", "win_rate", "bon_win_rate")
+    heads = {"win_rate": "win rate", "bon_win_rate": "BoN's"}
+    columns = [
+        Column(heads.get(key, EXACT_LABELS[key].replace(", nats", ",\nnats"))) for key in keys
+    ]
+    return Table(
+        columns=(Column("n"), *columns),
+        rows=tuple((number(row["n"], "g"), *(number(row[key]) for key in keys)) for row in rows),
+        title="One policy for every n (exact)",
+        caption="Exact figures of the policies of one family, by enumeration of all responses; "
+        "KL in nats.",
+    )
+
+
 def exact_table(exact: dict[str, float]) -> Table:
     """Returns what enumerating every response gives for the run's own policy.
 

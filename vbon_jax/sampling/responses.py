@@ -81,6 +81,7 @@ class ScoredRollout:
         None likewise.
       stored: rows of the reference's samples that are learned from beside these, a ScoredRollout;
         None without them.
+      n_B: float32, the n that each row is drawn and trained for; None where all have one.
     """
 
     prompt_BxP: Any
@@ -92,13 +93,14 @@ class ScoredRollout:
     prefix_reward_BxT: Any = None
     candidate_reward_BxTxK: Any = None
     stored: Any = None
+    n_B: Any = None
 
 
 jax.tree_util.register_dataclass(
     ScoredRollout,
     data_fields=[
         "prompt_BxP", "prompt_mask_BxP", "rollout", "reward_B", "row_B", "prefix_reward_BxT",
-        "candidate_reward_BxTxK", "stored",
+        "candidate_reward_BxTxK", "stored", "n_B",
     ],
     meta_fields=["temperature"],
 )  # fmt: skip

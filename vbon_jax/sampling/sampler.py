@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples, response_ids
 from vbon_jax.data.sources import chat
-from vbon_jax.models import lm, trainable
+from vbon_jax.models import family, lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.lm import LanguageModel
 from vbon_jax.progress import log
@@ -148,6 +149,8 @@ class Sampler:
             prompts, whole = sharding.place((prompts, whole), self.mesh, "batch")
             return Batch(requests, prompts, whole, self.settings.temperature)
         each = adjacent(requests, sharding.ways(self.mesh))
+        # Of a family over n, rows of one prompt may be of several policies.
+        each = math.gcd(each, len(requests) // family.groups(self.model.params))
         own = Prompts(*(x[::each] for x in prompts))
         ids = np.array([r.prompt_id for r in requests], np.int32)
         samples = np.array([r.sample for r in requests], np.int32)

@@ -58,7 +58,7 @@ _STAGES = (
         "the trained policy as a Hugging Face directory",
         depends=("export",),
         after=("train",),
-        leaves=("policy",),
+        leaves=("policy", "family"),
         redo="asked",
     ),
     Stage(

@@ -18,6 +18,21 @@ from vbon_jax.training.options import microbatches
 
 
 @dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which policy of a family is asked for, by one of these at most.
+
+    Attributes:
+      n: its n.
+      kl: KL(policy || reference) on held-out prompts, nats a response.
+      reward: its mean reward there.
+    """
+
+    n: float | None = None
+    kl: float | None = None
+    reward: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Everything a stage is given.
 
@@ -27,6 +42,7 @@ class Run:
       mesh: the device mesh.
       profile: iterations of training to trace, (first, last), counted from 1; None for none.
       shard: which share of a sweep's units this process does, from 0, and how many there are.
+      wanted: of a family of policies, the one to export or to generate from.
     """
 
     config: Config
@@ -34,6 +50,7 @@ class Run:
     mesh: Mesh
     profile: tuple[int, int] | None = None
     shard: tuple[int, int] = (0, 1)
+    wanted: Wanted = Wanted()
 
     def key(self, name: str) -> jax.Array:
         """The random key of a piece of work: a function of the run's seed and the name."""

@@ -40,7 +40,7 @@ def run(run: Run) -> None:
         opponents.evaluator_PxM,
         held.pool.order,
     )
-    result = study.choose(samples, s.method.n, temperature, s.seed)
+    result = study.choose(samples, s.method.top, temperature, s.seed)
     run.workdir.write_json(root / "choose.json", result)
     if not processes.first():
         return  # what follows is made of the files

@@ -21,7 +21,9 @@ from vbon_jax.evaluation import exact, heldout
 from vbon_jax.evaluation.heldout import HeldOut, Models, Protocol
 from vbon_jax.progress import log
 from vbon_jax.rewards import function
+from vbon_jax.sampling import family as family_files
 from vbon_jax.sampling import samples
+from vbon_jax.sampling.family import Family
 from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages import loading
 from vbon_jax.stages.base import Run
@@ -39,7 +41,9 @@ def run(run: Run) -> None:
 
     s, workdir = run.config, run.workdir
     models = loading.models(run)
-    policies = _policies(run)
+    policies, family = _policies(run), None
+    if s.method.is_family:
+        family = loading.family(run)
     console, markdown = Console(quiet=not processes.first()), ""
     result: dict[str, Any] = {}
     for split in splits(s):
@@ -48,7 +52,7 @@ def run(run: Run) -> None:
         lines: list[dict[str, Any]] = []
         for temperature in s.evaluate.temperatures:
             held = open_split(run, models, split, temperature, s.evaluate.m)
-            new_rows, new_lines = _evaluated(s, held, policies)
+            new_rows, new_lines = _evaluated(s, held, policies, family)
             rows += new_rows
             lines += new_lines
         result[key] = rows
@@ -64,10 +68,17 @@ def run(run: Run) -> None:
         if parts is not None:
             markdown += f"{parts.caption}\n\n{table.markdown(parts)}\n"
             console.print(parts)
-    if enumerable(s) and policies:
+    if enumerable(s) and family is not None:
+        world = enumerated(run, models.reference)
+        result["exact_family"] = [
+            {"n": n} | exact.figures(family.at(n).model, models.reference.model, world, n)
+            for n in looked_at(s)
+        ]
+        console.print(tables.exact_family_table(result["exact_family"]))
+    elif enumerable(s) and policies:
         world = enumerated(run, models.reference)
         result["exact"] = exact.figures(
-            policies[s.method.name].model, models.reference.model, world, s.method.n
+            policies[s.method.name].model, models.reference.model, world, s.method.top
         )
         console.print(tables.exact_table(result["exact"]))
     workdir.write_json(workdir.evaluation, result)
@@ -77,14 +88,18 @@ def run(run: Run) -> None:
         workdir.root / "evaluation.md",
         f"{markdown}{tables.samples_table(workdir.root, SAMPLES_SHOWN)}",
     )
-    for figure in figures.all_figures(workdir.root, looks(), trained=bool(policies)):
+    trained = s.method.name != methods.BEST_OF_N
+    for figure in figures.all_figures(workdir.root, looks(), trained):
         log(f"evaluate: {figure}")
 
 
 def _policies(run: Run) -> dict[str, Sampler]:
-    """The exported policy by its method's name; where it is an average, the last iterate too."""
+    """The exported policy by its method's name; where it is an average, the last iterate too.
+
+    None of a family, whose policies are made one by one.
+    """
     name = run.config.method.name
-    if name == methods.BEST_OF_N:
+    if name == methods.BEST_OF_N or run.config.method.is_family:
         return {}
     found = {name: loading.policy(run)}
     if processes.by_first(run.workdir.last_iterate.is_dir):
@@ -100,7 +115,7 @@ def splits(config: Config) -> tuple[str, ...]:
 def protocol(config: Config, m: int) -> Protocol:
     """How the run's splits are measured."""
     return Protocol(
-        config.method.n, config.method.estimator, config.method.ties, m,
+        config.method.top, config.method.estimator, config.method.ties, m,
         config.evaluate.samples_per_prompt, config.sampling.batch_size, config.seed,
     )  # fmt: skip
 
@@ -120,11 +135,17 @@ def open_split(run: Run, models: Models, split: str, temperature: float, m: int)
     return heldout.open_split(models, prompts, split, temperature, protocol(run.config, m), draw)
 
 
+def looked_at(config: Config) -> tuple[float, ...]:
+    """The n that a family of policies is measured at."""
+    assert isinstance(config.method.n, tuple)
+    return config.evaluate.n or family_files.steps(config.method.n)
+
+
 def _evaluated(
-    s: Config, held: HeldOut, policies: dict[str, Sampler]
+    s: Config, held: HeldOut, policies: dict[str, Sampler], family: Family | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and sample lines of one split and temperature."""
-    n, reference = s.method.n, held.models.reference
+    reference, each = held.models.reference, s.evaluate.samples_per_prompt
 
     def fast(row: dict[str, Any], model: Sampler, calls: int, scoring: bool) -> dict[str, Any]:
         responses_a_second, tokens_a_second = held.speed(model, calls, scoring)
@@ -133,23 +154,31 @@ def _evaluated(
             "tokens_per_second": tokens_a_second,
         }  # fmt: skip
 
-    each = s.evaluate.samples_per_prompt
     rows = [fast(held.reference(), reference, 1, False)]
     texts = {"reference": [[(x.responses[i], x.rewards[i]) for i in range(each)]
                            for x in held.pool_samples]}  # fmt: skip
-    if not n.is_integer() or n > s.evaluate.m:
-        log(
-            f"evaluate: method.n={n:g} is not a whole number of at most evaluate.m="
-            f"{s.evaluate.m}, so best-of-n itself is not measured"
-        )
-    else:
-        rows.append(fast(held.bon(int(n)), reference, int(n), True))
-        texts["bon"] = held.winners(int(n))
-    for name, policy in policies.items():
-        title = f"{name} ({held.split}) at T={held.temperature:g}"
-        row, drawn = held.policy(name, n, policy, title)
+    all_n = (s.method.top,) if family is None else looked_at(s)
+    for n in all_n:
+        if not n.is_integer() or n > s.evaluate.m:
+            log(
+                f"evaluate: n={n:g} is not a whole number of at most evaluate.m={s.evaluate.m}, "
+                "so best-of-n itself is not measured"
+            )
+            continue
+        rows.append(fast(held.at(n).bon(int(n)), reference, int(n), True))
+        texts["bon"] = held.winners(int(n))  # of the largest
+
+    def measured(name: str, n: float, policy: Sampler) -> None:
+        title = f"{name} (n = {n:g}, {held.split}) at T={held.temperature:g}"
+        row, drawn = held.at(n).policy(name, n, policy, title)
         rows.append(fast(row, policy, 1, False))
         texts[name] = [[(r.text, r.reward) for r in group] for group in drawn]
+
+    for name, policy in policies.items():
+        measured(name, s.method.top, policy)
+    if family is not None:
+        for n in all_n:
+            measured(s.method.name, n, family.at(n))
     return rows, heldout.sample_lines(held, texts)
 
 

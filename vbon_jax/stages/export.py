@@ -7,8 +7,10 @@ from typing import Any
 
 from vbon_jax import methods, processes
 from vbon_jax.data import tokenizer as tokenizers
+from vbon_jax.evaluation import budget
 from vbon_jax.models.hf import peft
 from vbon_jax.progress import log
+from vbon_jax.sampling.family import Family
 from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages import loading
 from vbon_jax.stages.base import Run, Undone
@@ -18,6 +20,9 @@ from vbon_jax.training.checkpoint import Checkpointer
 
 def run(run: Run) -> None:
     """Writes ``policy/``, the newest checkpoint as a directory that transformers or peft loads.
+
+    Of a family of policies this is the one for the n, the KL or the reward that is asked for, the
+    largest n by default; ``family/`` holds all of them.
 
     Where the policy is an average of weights, ``last_iterate/`` holds the last ones, to compare.
     """
@@ -44,12 +49,37 @@ def run(run: Run) -> None:
             "train",
         )
     params = restored[0].params
-    processes.by_first(lambda: _clear(run.workdir.policy, run.workdir.last_iterate))
+    folders = run.workdir.policy, run.workdir.last_iterate, run.workdir.family
+    if isinstance(s.method.n, tuple):
+        of_all = Family(reference, policies.policy(params), s.method.n, s.lora.alpha)
+        n = _wanted(run, of_all)
+        processes.by_first(lambda: _clear(*folders))
+        of_all.save(run.workdir.family)
+        of_all.at(n).save(run.workdir.policy)
+        log(f"export: {run.workdir.policy} is the policy for n={n:.6g}")
+        return
+    processes.by_first(lambda: _clear(*folders))
     _save(run, reference, policies.policy(params), run.workdir.policy)
     if s.export.form == "adapter":
         _say_dtype(s.memory.frozen_dtype, reference.model.source or {})
     if policies.AVERAGE in params:
         _save(run, reference, params["decoder"], run.workdir.last_iterate)
+
+
+def _wanted(run: Run, of_all: Family) -> float:
+    """The n that is asked for, by itself or by what its policy has on held-out prompts."""
+    s, wanted = run.config, run.wanted
+    if wanted.kl is None and wanted.reward is None:
+        return of_all.n[1] if wanted.n is None else wanted.n
+    means = budget.HeldOutMeans(
+        of_all.reference, loading.prompts(run, "test"),
+        loading.reward(run, of_all.reference.tokenizer), s.evaluate.samples_per_prompt,
+        s.sampling.batch_size, run.key("budget"),
+    )  # fmt: skip
+    if wanted.kl is not None:
+        return budget.n_for(of_all, means, "kl", wanted.kl)
+    assert wanted.reward is not None
+    return budget.n_for(of_all, means, "reward", wanted.reward)
 
 
 def _clear(*folders: Path) -> None:

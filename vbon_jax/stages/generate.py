@@ -120,7 +120,7 @@ def _corrected(
 ) -> list[list[Response]]:
     """Responses of best-of-n, drawn by the policy; the reference samples they need are kept."""
     s = run.config
-    g, m = s.generate, s.samples.m
+    g, m, n = s.generate, s.samples.m, _n(run)
     for key, value, default in (("top_k", g.top_k, 0), ("top_p", g.top_p, 1.0)):
         if value != default:
             raise InputError(
@@ -146,13 +146,13 @@ def _corrected(
         orders(found, m, reference) if by_order else None,
     )  # fmt: skip
     served, cost = Corrected(
-        policy, reference, reward, table, s.method.n,
+        policy, reference, reward, table, n,
         s.method.estimator, g.bound, g.tries, s.sampling.batch_size,
     ).responses(run.key("generate"), prompts, g.count)  # fmt: skip
     each = cost.proposals / cost.responses
     log(
         f"generate: {each:.2f} proposals and {cost.tokens / cost.responses:.1f} tokens a response, "
-        f"where best-of-n draws {s.method.n:g}; {cost.spare} more were drawn in free rows"
+        f"where best-of-n draws {n:g}; {cost.spare} more were drawn in free rows"
     )
     if cost.fallbacks:
         log(
@@ -167,11 +167,19 @@ def _id(prompt: Prompt) -> int:
     return zlib.crc32(np.array(prompt.tokens, np.int32).tobytes()) & 0x7FFFFFFF
 
 
+def _n(run: Run) -> float:
+    """The n of best-of-n that is generated for: of a family the one asked for, or its largest."""
+    return run.config.method.top if run.wanted.n is None else run.wanted.n
+
+
 def _asked(run: Run, texts: Sequence[str]) -> tuple[Sampler, list[Prompt], Reward]:
     """The model that the config names, as it draws here; the prompts; the run's reward."""
     g = run.config.generate
     of_policy = g.model in ("policy", "corrected")
-    model = loading.policy(run) if of_policy else loading.reference(run)
+    if of_policy and run.config.method.is_family:
+        model = loading.family(run).at(_n(run))
+    else:
+        model = loading.policy(run) if of_policy else loading.reference(run)
     prompts = _prompts(run, texts, model)
     score = loading.reward(run, model.tokenizer)
     loading.check_lengths(run, prompts, model, score)
@@ -185,16 +193,16 @@ def _generated(run: Run, texts: Sequence[str], best_of: int | None) -> Iterator[
     if best_of is not None and g.model in ("bon", "corrected"):
         raise InputError(
             f"--best_of={best_of}: generate.model={g.model} is best-of-n by itself, with "
-            f"method.n={s.method.n:g}; use generate.model=policy or reference"
+            f"n={_n(run):g}; use generate.model=policy or reference"
         )
     model, prompts, score = _asked(run, texts)
     if g.model == "corrected":
         for row in _corrected(run, model, prompts, score):
             yield [Answer(r, ()) for r in row]
         return
-    if g.model == "bon" and not float(s.method.n).is_integer():
-        raise InputError(f"method.n={s.method.n}: generate.model=bon needs a whole number")
-    n = int(s.method.n) if g.model == "bon" else best_of or 1
+    if g.model == "bon" and not _n(run).is_integer():
+        raise InputError(f"n={_n(run):g}: generate.model=bon needs a whole number")
+    n = int(_n(run)) if g.model == "bon" else best_of or 1
     requests = requests_for(prompts, g.count * n)
     drawn: list[Response] = []
     for group in model.responses(

@@ -34,6 +34,8 @@ from vbon_jax.rewards.classifier import Classifier, ClassifierReward, label_inde
 from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
 from vbon_jax.rewards.text import CHAT, TextFormat, TextReward
+from vbon_jax.sampling import family as saved_families
+from vbon_jax.sampling.family import Family
 from vbon_jax.sampling.responses import Sampling
 from vbon_jax.sampling.sampler import Sampler
 from vbon_jax.stages.base import Run
@@ -160,6 +162,21 @@ def policy(run: Run, folder: Path | None = None) -> Sampler:
     return policy_of(base, sharding.place(own, run.mesh))
 
 
+def family(run: Run) -> Family:
+    """The family of policies that stage ``export`` wrote.
+
+    Raises:
+      InputError: the run trains one policy, or nothing was exported.
+    """
+    if not run.config.method.is_family:
+        raise InputError(
+            f"--n: method.n={run.config.method.n:g} is of one policy; train one for every n by two "
+            "numbers, such as --config.method.n='(2, 64)'"
+        )
+    run.workdir.require("export", "the family of policies")
+    return saved_families.load(run.workdir.family, language_model(run, reference_path(run)))
+
+
 def _exported_model(run: Run, folder: Path) -> Sampler:
     """The whole model in ``folder``, in its own dtype: what is measured is what was written."""
     dtype = hf.read_config(folder)[2]["dtype"]
@@ -239,7 +256,8 @@ def job(run: Run, reference: DecoderConfig, prompts: int) -> Job:
 
 def member(config: Config) -> Member:
     """The one policy of a run."""
-    return Member(config.method.n, config.method.beta, config.seed, config.samples.m)
+    of = config.method
+    return Member(of.top, of.beta, config.seed, config.samples.m, of.low)
 
 
 def wandb_arguments(run: Run) -> dict[str, Any] | None:

@@ -240,6 +240,7 @@ def batch_of(w: World, rows: int, program: Program) -> ScoredRollout:
             w.settings.sampling.temperature,
             of(new, dtype=jnp.float32) if program.prefixes else None,
             None if likeliest is None else of(new, K, dtype=jnp.float32),
+            n_B=of(dtype=jnp.float32) if w.settings.method.is_family else None,
         )  # fmt: skip
 
     likeliest = trunk = None

@@ -113,8 +113,8 @@ def _left(run: Run, every: Sequence[Unit]) -> list[str]:
 def yardsticks(run: Run, splits: Splits) -> None:
     """``sweep/yardsticks.jsonl``: reference and best-of-n at every split and temperature."""
     s = run.config
-    whole = s.method.n.is_integer() and s.method.n <= s.sweep.temperature_m
-    n = int(s.method.n) if whole else None
+    whole = s.method.top.is_integer() and s.method.top <= s.sweep.temperature_m
+    n = int(s.method.top) if whole else None
     rows = []
     for held in splits.all():
         study = "front" if held.temperature == s.sampling.temperature else "temperature"
@@ -306,7 +306,7 @@ def _matched(s: Config, unit: Unit, rows: Sequence[dict[str, Any]]) -> list[int]
 
     Those of that n, or of the beta whose KL to the reference comes nearest to best-of-n's.
     """
-    n = s.method.n
+    n = s.method.top
     if not unit.by_beta:
         return [i for i, m in enumerate(unit.members) if m.n == n]
     target = float(theory.kl_upper_bound(n))

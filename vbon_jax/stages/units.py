@@ -70,8 +70,8 @@ def of(s: Config) -> list[Unit]:
         found.append(Unit(label, method, series, "front", _options(s, method, series), members))
     method, series = methods.SERIES["vbon"]
     trained = getattr(s.sweep, series.label)
-    others = [value for value in s.sweep.m if value != m or s.method.n not in trained]
-    members = tuple(Member(s.method.n, s.method.beta, seed, v) for v in others for seed in seeds)
+    others = [value for value in s.sweep.m if value != m or s.method.top not in trained]
+    members = tuple(Member(s.method.top, s.method.beta, seed, v) for v in others for seed in seeds)
     found.append(Unit("m", method, series, "m", _options(s, method, series), members))
     return sorted((u for u in found if u.members), key=lambda u: -len(u.members))
 
@@ -106,7 +106,7 @@ def folder(run: Run, unit: Unit) -> Path:
     digest = run.workdir.digest(
         {
             "settings": follows,
-            "method": [s.method.estimator, s.method.ties, s.method.n],
+            "method": [s.method.estimator, s.method.ties, s.method.top],
             "unit": [*spec, *[list(m) for m in map(_values, unit.members)]],
             "temperatures": [*s.sweep.temperatures, s.sweep.temperature_m],
         }
@@ -185,7 +185,7 @@ def write_table(run: Run) -> None:
             rows += [
                 r | {"study": "m"}
                 for r in own
-                if r["study"] == "front" and r["n"] == s.method.n and r["m"] in s.sweep.m
+                if r["study"] == "front" and r["n"] == s.method.top and r["m"] in s.sweep.m
                 and r["split"] == "test"
             ]  # fmt: skip
         if (place / "samples.jsonl").stat().st_size:

@@ -33,7 +33,7 @@ FREE = (
 TEMPORARY = ("*.tmp", "*.partial", "*.orbax-checkpoint-tmp*")
 OURS = (
     "prompts", "samples", "stages", "tokenizer", "reference", "reward", "evaluator", "policy",
-    "checkpoints", "figures", "sweep", "start", "last_iterate",
+    "checkpoints", "figures", "sweep", "start", "last_iterate", "family",
 )  # fmt: skip
 WRITTEN = (
     "config", "evaluation", "metrics", "report", "sweep", "tabular", "convergence", "choose",
@@ -72,6 +72,7 @@ class Workdir:
         self.reward = self.root / "reward"
         self.evaluator = self.root / "evaluator"
         self.policy = self.root / "policy"
+        self.family = self.root / "family"  # policies for every n, of which policy is one
         self.last_iterate = self.root / "last_iterate"  # beside a policy that is an average
         self.start = self.root / "start"  # metrics of what the policy starts from
         self.data = self.root / "data"

@@ -11,7 +11,7 @@ import numpy as np
 
 from vbon_jax import sharding
 from vbon_jax.data.prompts import Prompt
-from vbon_jax.models import trainable
+from vbon_jax.models import family, trainable
 from vbon_jax.rewards.base import counts_of
 from vbon_jax.sampling import prefixes
 from vbon_jax.sampling.decode import Rollout
@@ -63,16 +63,31 @@ class Member:
     """The values that tell one policy of a method from another; data, not structure.
 
     Attributes:
-      n: of best-of-n.
+      n: of best-of-n; of a family of policies the largest.
       beta: KL coefficient, of the methods that have one.
       seed: of its training.
       m: reference samples a prompt that its log F is estimated from.
+      low: of a family, the least n that it is trained for; None of one policy.
     """
 
     n: float
     beta: float
     seed: int
     m: int
+    low: float | None = None
+
+    def n_of(self, step: int, groups: int) -> np.ndarray | None:
+        """The n of each group of responses of iteration ``step``; None where all have one.
+
+        log n is uniform between its ends, one draw in each of as many equal parts as there are
+        groups, in random order: less noise than draws that may fall together.
+        """
+        if self.low is None:
+            return None
+        low, high = np.log((self.low, self.n))
+        rng = np.random.default_rng((self.seed, step, groups))
+        parts = (rng.permutation(groups) + rng.random(groups)) / groups
+        return np.exp(low + (high - low) * parts).astype(np.float32)
 
 
 class Learner:
@@ -112,7 +127,10 @@ class Learner:
         )
         batches = []
         for i, source in enumerate(program.sources):
-            params = trainable.join(self.task.sampler.model.params, state.params[source])
+            own = state.params[source]
+            if (n_G := self._n_of(step)) is not None:
+                own = _opened(own, sharding.place(n_G, self.task.sampler.mesh), self.member.n)
+            params = trainable.join(self.task.sampler.model.params, own)
             batches.append(
                 self._sampler.with_params(params).draw(
                     self._key, step, requests_of(base, i, program), self._length, program.rows
@@ -121,6 +139,9 @@ class Learner:
         tokens = sum(int(jnp.sum(b.rollout.mask_BxT)) for b in batches)  # waits for the rollouts
         self._clock.lap("rollout", tokens)
         return batches
+
+    def _n_of(self, step: int) -> np.ndarray | None:
+        return self.member.n_of(step, self.program.batch_size // self.program.group)
 
     def score(self, batches: Sequence[Batch], step: int) -> tuple[ScoredRollout, ...]:
         """The rewards of the responses of iteration ``step``, and the stored samples beside them.
@@ -143,8 +164,10 @@ class Learner:
             )
             rows = np.array([row_of[r.prompt_id] for r in batch.requests], np.int32)
             beside = self._beside(rows[:: self.program.group], self.program.replay, step)
-            reward_B, row_B, of, of_candidates, beside = sharding.place(
-                (rewards, rows, *of_prefixes, beside), self.task.sampler.mesh, "batch"
+            n_G = self._n_of(step)
+            n_B = None if n_G is None else np.repeat(n_G, self.program.group)
+            reward_B, row_B, of, of_candidates, beside, n_B = sharding.place(
+                (rewards, rows, *of_prefixes, beside, n_B), self.task.sampler.mesh, "batch"
             )
             scored.append(
                 ScoredRollout(
@@ -157,6 +180,7 @@ class Learner:
                     of,
                     of_candidates,
                     beside,
+                    n_B,
                 )
             )
         self._clock.lap("reward")
@@ -168,6 +192,8 @@ class Learner:
             return None
         of, program = self.member, self.program
         found = self._samples.beside(row_G, count, of.m, of.seed, step)
+        if (n_G := self._n_of(step)) is not None:
+            found = dataclasses.replace(found, n_B=np.repeat(n_G, count))
         return with_prefixes(self.task, program, found)
 
     def update(
@@ -185,6 +211,9 @@ class Learner:
         self._clock.lap("update")
         values |= {"learning_rate": self.program.learning_rate(step), **self._clock.metrics()}
         return state, values | counts_of(self.task.reward)
+
+
+_opened = jax.jit(family.opened, static_argnames="top")
 
 
 class Clock:

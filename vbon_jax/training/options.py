@@ -266,6 +266,46 @@ def check(train: Train, lora: Lora, memory: Memory) -> None:
             raise InputError(text)
 
 
+def check_family(
+    n: tuple[float, float], name: str, train: Train, lora: Lora, memory: Memory
+) -> None:
+    """Checks that one policy can be trained for every n.
+
+    Args:
+      n: the two that it is drawn between.
+      name: the method's.
+      train: how it is trained.
+      lora: its adapters, which have the gates.
+      memory: how responses are drawn.
+
+    Raises:
+      InputError: Names the keys, their values and what is allowed.
+    """
+    for holds, text in (
+        (name == "vbon", f"method.name={name}: only vbon trains one policy for every n"),
+        (
+            lora.rank > 0,
+            "lora.rank=0: the gates that n opens are those of adapters; set it, such as 16",
+        ),
+        (
+            train.start == REFERENCE,
+            f"train.start={train.start}: what it starts from would be of one n; set {REFERENCE}",
+        ),
+        (
+            train.value_network == "head" or train.baseline == "group",
+            f"train.value_network={train.value_network}: values must know n, and only those of a "
+            "head on the policy do; set head, or train.baseline=group",
+        ),
+        (
+            not memory.rollout_rows,
+            f"memory.rollout_rows={memory.rollout_rows}: a row would go on with a response of "
+            "another n; set 0",
+        ),
+    ):
+        if not holds:
+            raise InputError(f"method.n={n} and {text}")
+
+
 def check_lookahead(train: Train, ties: str) -> None:
     """Checks that next tokens can be ranked.
 

@@ -18,7 +18,7 @@ from vbon_jax.rl.masking import masked_mean
 from vbon_jax.rl.next_token import log_prob, next_token
 from vbon_jax.training import lengths
 from vbon_jax.training import state as optim
-from vbon_jax.training.scoring import Experience, Setup, in_parts, values_of
+from vbon_jax.training.scoring import Experience, Setup, in_parts, policy_of, values_of
 from vbon_jax.training.state import TrainState
 
 TRAINED = ("decoder", "value")  # of a state's params, what the optimizer sees
@@ -47,7 +47,7 @@ def loss(
     mask = exp.response_mask_BxT
     response_len, same = mask.shape[1], setup.same(exp.tokens_BxS, mask)
     base = ref_params["decoder"]
-    policy = trainable.join(base, params["decoder"])
+    policy = policy_of(params["decoder"], base, exp.n_B, setup)
     if exp.trunk_BxSxD is not None:
         hidden = decoder.top(policy, config, exp.trunk_BxSxD, exp.mask_BxS, same)
     else:

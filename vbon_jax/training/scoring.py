@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from vbon_jax import sharding
-from vbon_jax.models import decoder, heads, log_probs, trainable
+from vbon_jax.models import decoder, family, heads, log_probs, trainable
 from vbon_jax.rl import gae, kl, ppo, shaping
 from vbon_jax.rl.bond import leave_one_out
 from vbon_jax.rl.masking import masked
@@ -37,6 +37,7 @@ class Setup:
       estimator: of log F, of ``bon.log_f``.
       value_config: of a value network of its own; None for a value head on the policy.
       from_store: whether all rows are stored samples of the reference.
+      top: the largest n of a family of policies over n; 0 of one policy.
     """
 
     config: decoder.DecoderConfig
@@ -47,6 +48,7 @@ class Setup:
     estimator: str = "interval"
     value_config: decoder.DecoderConfig | None = None
     from_store: bool = False
+    top: float = 0.0
 
     @property
     def full_penalty(self) -> bool:
@@ -85,8 +87,9 @@ class Target(NamedTuple):
 
     Attributes:
       sequence_reward_B: float32, the reward at the last token of each response.
-      kl_coef: coefficient of the penalty KL(policy || ref).
-      entropy_coef: coefficient of the policy's entropy.
+      kl_coef: coefficient of the penalty KL(policy || ref): a scalar, or [B] where rows differ in
+        n.
+      entropy_coef: coefficient of the policy's entropy, likewise.
       weight_B: float32, what each row counts for as a response of the policy; see ``rl.replay``.
         None where all rows are such.
       forward_B: float32, of the forward KL in the advantages, its weight in it; None without it.
@@ -126,6 +129,7 @@ class Experience:
       temperature: of the rollout, static.
       candidates: (ids, credit) [B, T, K] of the next tokens that the loss sums over; see
         ``rl.prefix.lookahead``. None without them.
+      n_B: float32, the n that each row is trained for; None where all have one.
     """
 
     tokens_BxS: Any
@@ -142,6 +146,7 @@ class Experience:
     value_mask_BxT: Any
     temperature: float
     candidates: tuple[Any, Any] | None = None
+    n_B: Any = None
 
 
 jax.tree_util.register_dataclass(
@@ -149,7 +154,7 @@ jax.tree_util.register_dataclass(
     data_fields=[
         "tokens_BxS", "mask_BxS", "response_mask_BxT", "log_probs_BxT", "values_BxT",
         "advantages_BxT", "returns_BxT", "trunk_BxSxD", "ref_hidden_BxTxD", "kl_weight_B",
-        "entropy_weight_B", "value_mask_BxT", "candidates",
+        "entropy_weight_B", "value_mask_BxT", "candidates", "n_B",
     ],
     meta_fields=["temperature"],
 )  # fmt: skip
@@ -206,10 +211,24 @@ def values_of(
     return heads.value(params["head"], hidden_BxTxD)
 
 
+def policy_of(own: Any, base: Any, n_B: jax.Array | None, setup: Setup) -> Any:
+    """The policy's tree for the rows of an update: of a family, that of each row's n.
+
+    Args:
+      own: what is trained of the reference, ``params["decoder"]``.
+      base: the reference's tree.
+      n_B: float32, the same in adjacent rows that share a prompt; None of one policy.
+      setup: says how many those are.
+    """
+    if n_B is not None:
+        own = family.opened(own, n_B[:: setup.together], setup.top)
+    return trainable.join(base, own)
+
+
 def _forward(
     params: Any,
     ref_params: Any,
-    rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
+    rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None],
     setup: Setup,
     temperature: float,
 ) -> tuple[NextToken, jax.Array, jax.Array | None, jax.Array | None]:
@@ -217,10 +236,10 @@ def _forward(
 
     A frozen trunk runs once for both, or, where the rollout has told its output, not at all.
     """
-    config, (tokens_BxS, mask_BxS, mask, trunk) = setup.config, rows
+    config, (tokens_BxS, mask_BxS, mask, trunk, n_B) = setup.config, rows
     response_len, same = mask.shape[1], setup.same(tokens_BxS, mask)
     base = ref_params["decoder"]
-    policy = trainable.join(base, params["decoder"])
+    policy = policy_of(params["decoder"], base, n_B, setup)
     if trainable.divided(base):
         if trunk is None:
             trunk = decoder.trunk(base, config, tokens_BxS, mask_BxS, same)
@@ -295,7 +314,7 @@ def score(params: Any, ref_params: Any, batch: ScoredRollout, setup: Setup) -> S
         return lengths.at_shortest(forward, rows, rows[2], setup.memory.lengths)
 
     with jax.named_scope("score"):
-        rows = (tokens, token_mask, mask, rollout.trunk_BxSxD)
+        rows = (tokens, token_mask, mask, rollout.trunk_BxSxD, batch.n_B)
         parts = max(1, mask.shape[0] // setup.microbatch)
         if setup.memory.lengths > 1:
             order = lengths.order(mask, parts, setup.together)
@@ -334,7 +353,10 @@ def advantages(
     """
     mask, train = scored.response_mask_BxT, setup.train
     log_policy, log_ref, full_kl_BxT, entropy_BxT = scored.found
-    kl_coef, entropy_coef = target.kl_coef, target.entropy_coef
+    kl_coef, entropy_coef = (
+        jnp.broadcast_to(coef, mask.shape[:1])[:, None]
+        for coef in (target.kl_coef, target.entropy_coef)
+    )
     if setup.full_penalty:
         rewards = shaping.token_rewards(target.sequence_reward_B, log_policy, log_ref, mask, 0.0)
         rewards += entropy_coef * entropy_BxT - kl_coef * full_kl_BxT
@@ -384,10 +406,11 @@ def advantages(
     experience = Experience(
         scored.tokens_BxS, scored.mask_BxS, mask, log_policy, scored.values_BxT, advantage, returns,
         scored.trunk_BxSxD, scored.ref_hidden_BxTxD,
-        weight_B * full * kl_coef / scale,
-        weight_B * full * entropy_coef / scale,
+        weight_B * full * target.kl_coef / scale,
+        weight_B * full * target.entropy_coef / scale,
         mask & (jnp.arange(mask.shape[0]) < own)[:, None],
         batch.temperature, None if ahead is None else (ahead.ids_BxTxK, ahead.credit_BxTxK / scale),
+        batch.n_B,
     )  # fmt: skip
     return experience, metrics
 

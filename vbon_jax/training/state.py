@@ -69,13 +69,13 @@ def muon(
 
 
 def _matrices(params: Any) -> Any:
-    """Of each kernel of the blocks, the axes that it sums over and those that it gives."""
+    """Of each kernel and adapter of the blocks, the axes that it sums over and those it gives."""
 
     def of(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers | None:
         names = [str(getattr(key, "key", "")) for key in path]
-        if "blocks" not in names or names[-1] != "kernel":
+        if "blocks" not in names or names[-1] not in ("kernel", "lora_a", "lora_b"):
             return None
-        if "attention" not in names:  # [layers, in, out]
+        if names[-1] != "kernel" or "attention" not in names:  # [layers, in, out]
             return optax.contrib.MuonDimensionNumbers((1,), (2,))
         if "out" in names:  # [layers, heads, head width, out]
             return optax.contrib.MuonDimensionNumbers((1, 2), (3,))
