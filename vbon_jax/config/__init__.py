@@ -29,6 +29,7 @@ ADDED = frozenset({
     "evaluator.template_arguments", "train.group", "train.kl_target", "train.warmup",
     "train.baseline", "train.average_half_life", "train.start", "train.optimizer", "train.replay",
     "train.lookahead", "offline.transform", "samples.adaptive", "samples.adaptive_n",
+    "samples.prompts", "samples.amortised",
 })  # fmt: skip
 
 
