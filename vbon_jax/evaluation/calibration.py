@@ -119,7 +119,8 @@ def calibration(of_prompts: Sequence[np.ndarray]) -> Calibration:
     m_P = np.array([len(x) for x in sorted_])
     ks_P = np.array([_distance(x) for x in sorted_])
     error = float(np.sqrt(max(0.0, np.mean([_square_error(x) for x in sorted_]))))
-    expected = {m: float(kstwo(m).mean()) for m in set(m_P.tolist())}
+    sizes, of_size_P = np.unique(m_P, return_inverse=True)
+    expected, most = (np.array([f(m) for m in sizes]) for f in (_expected, _critical))
     # The samples of a prompt share its error: the variance of their mean is 1 / 4 m and that.
     spread = np.sqrt((0.25 / m_P.mean() + error**2) / len(m_P))
     return Calibration(
@@ -129,10 +130,20 @@ def calibration(of_prompts: Sequence[np.ndarray]) -> Calibration:
         pooled_ks=_distance(together),
         pooled_limit=float(MOST_POOLED + 2 * spread),
         prompt_ks=float(ks_P.mean()),
-        expected_ks=float(np.mean([expected[m] for m in m_P.tolist()])),
-        rejected=float(np.mean(kstwo.sf(ks_P, m_P) < LEVEL)),
+        expected_ks=float(expected[of_size_P].mean()),
+        rejected=float(np.mean(ks_P > most[of_size_P])),
         error=error,
     )
+
+
+def _expected(m: int) -> float:
+    """The mean distance of m uniform samples."""
+    return float(kstwo.mean(m))
+
+
+def _critical(m: int) -> float:
+    """The distance that m uniform samples exceed with probability ``LEVEL``."""
+    return float(kstwo.isf(LEVEL, m))
 
 
 def _distance(sorted_M: np.ndarray) -> float:

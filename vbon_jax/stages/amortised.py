@@ -45,7 +45,7 @@ def of_new(run: Run, models: Models, prompts: Sequence[Prompt], read: Read) -> P
 
 
 def _features(run: Run, models: Models, prompts: Sequence[Prompt]) -> Features:
-    """A callable of the user's may have no score of an empty response, so it is not asked for it."""
+    """What the head reads; a callable may have no score of an empty response and is not asked."""
     r = run.config.reward
     own = None if any(x.function for x in (r, *r.others.values())) else models.reward
     return amortised.features(models.reference, prompts, run.config.sampling.batch_size, own)
