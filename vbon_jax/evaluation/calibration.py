@@ -118,7 +118,7 @@ def calibration(of_prompts: Sequence[np.ndarray]) -> Calibration:
     together = np.sort(np.concatenate(sorted_))
     m_P = np.array([len(x) for x in sorted_])
     ks_P = np.array([_distance(x) for x in sorted_])
-    error = float(np.sqrt(max(0.0, np.mean([_square_error(x) for x in sorted_]))))
+    error = float(np.sqrt(max(0.0, float(np.mean([_square_error(x) for x in sorted_])))))
     sizes, of_size_P = np.unique(m_P, return_inverse=True)
     expected, most = (np.array([f(m) for m in sizes]) for f in (_expected, _critical))
     # The samples of a prompt share its error: the variance of their mean is 1 / 4 m and that.

@@ -83,7 +83,7 @@ def _fitted(
     prior = heads.prior(known, fold_P)
     rng, of_prompts = np.random.default_rng(seed), []
     for row, own in enumerate(rewards):
-        f0, mass = (np.asarray(x)[0] for x in f0_and_mass(prior, [row], own[None]))
+        f0, mass = (np.asarray(x)[0] for x in f0_and_mass(prior, np.array([row]), own[None]))
         of_prompts.append(pits(f0, mass, rng.random(len(own))))
     return heads, calibration(of_prompts)
 

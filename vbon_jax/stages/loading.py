@@ -31,6 +31,7 @@ from vbon_jax.methods.learning import Job, Training, ValueNetwork
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.hf import hub, peft
+from vbon_jax.rewards import base
 from vbon_jax.rewards.classifier import Classifier, ClassifierReward, label_index
 from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
@@ -240,9 +241,7 @@ def task(run: Run, estimator: str) -> tuple[Task, list[PromptSamples]]:
     return Task(found, table, score, sampler), stored
 
 
-def unsampled(
-    run: Run, of: Sequence[Prompt], reference: Sampler, score: WeightedReward
-) -> References:
+def unsampled(run: Run, of: Sequence[Prompt], reference: Sampler, score: base.Reward) -> References:
     """What log F of prompts without samples is read off: the head of ``samples.amortised``."""
 
     def read() -> tuple[list[Prompt], list[PromptSamples]]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 from vbon_jax import sharding
 from vbon_jax.bon import amortised
@@ -51,7 +52,8 @@ class Features(NamedTuple):
 
     def at(self, rows: np.ndarray) -> "Features":
         """Those of some of the prompts."""
-        return Features(*(None if x is None else x[rows] for x in self))
+        bare_P = None if self.bare_P is None else self.bare_P[rows]
+        return Features(self.state_PxD[rows], self.words_PxD[rows], bare_P)
 
 
 class Heads(NamedTuple):
@@ -80,8 +82,10 @@ class Heads(NamedTuple):
         x = np.concatenate([features.state_PxD, features.words_PxD], axis=1)
         parts = [(x - self.mean_D) / self.scale_D]
         if features.bare_P is not None:
-            sides = [np.searchsorted(self.bare_N, features.bare_P, x) for x in ("left", "right")]
-            parts.append(reward_head.legendre(sum(sides) / (2 * len(self.bare_N)), BARE_TERMS))
+            low = np.searchsorted(self.bare_N, features.bare_P, "left")
+            high = np.searchsorted(self.bare_N, features.bare_P, "right")
+            rank_P = (low + high) / (2 * len(self.bare_N))
+            parts.append(reward_head.legendre(rank_P, BARE_TERMS))
         return np.concatenate(parts, axis=1).astype(np.float32)
 
     def prior(self, features: Features, fold_P: np.ndarray | None = None) -> Prior:
@@ -178,9 +182,7 @@ def folds(prompts: Sequence[Prompt], rewards: Sequence[Sequence[float]], seed: i
     return np.array([of[p.tokens] if len(r) else -1 for p, r in zip(prompts, rewards)])
 
 
-def fit(
-    known: Features, rewards: Sequence[Sequence[float]], fold_P: np.ndarray, seed: int
-) -> Heads:
+def fit(known: Features, rewards: Sequence[ArrayLike], fold_P: np.ndarray, seed: int) -> Heads:
     """Fits the heads by penalized likelihood, and the concentration on the prompts they leave out.
 
     Of the ridges, and of the looks during the fit, those are taken where the likelihood of the
@@ -195,7 +197,9 @@ def fit(
     pool_N = amortised.pooled(np.concatenate([np.asarray(x, np.float32) for x in rewards]))
     edges_E = amortised.edges(pool_N, BINS)
     rows = np.flatnonzero(fold_P >= 0)
-    counts_PxK = np.stack([amortised.bin_counts(pool_N, edges_E, rewards[i]) for i in rows])
+    counts_PxK = np.stack(
+        [amortised.bin_counts(pool_N, edges_E, rewards[i]) for i in rows.tolist()]
+    )
     known, fold = known.at(rows), fold_P[rows]
     both = (known.state_PxD, known.words_PxD)
     mean = np.concatenate([x.mean(axis=0) for x in both])
