@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from numpy.typing import ArrayLike
 
 from vbon_jax import sharding
 from vbon_jax.bon import amortised
@@ -182,7 +181,7 @@ def folds(prompts: Sequence[Prompt], rewards: Sequence[Sequence[float]], seed: i
     return np.array([of[p.tokens] if len(r) else -1 for p, r in zip(prompts, rewards)])
 
 
-def fit(known: Features, rewards: Sequence[ArrayLike], fold_P: np.ndarray, seed: int) -> Heads:
+def fit(known: Features, rewards: Sequence[Any], fold_P: np.ndarray, seed: int) -> Heads:
     """Fits the heads by penalized likelihood, and the concentration on the prompts they leave out.
 
     Of the ridges, and of the looks during the fit, those are taken where the likelihood of the
