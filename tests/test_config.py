@@ -264,6 +264,27 @@ def test_bad_values_are_named(values, key, value, message):
             {"samples.adaptive": 0.5, "sweep.vbon": (2, 32)},
             "samples.adaptive_n=8: n=32 is trained for, whose band is wider: give at least 32",
         ),
+        ({"samples.prompts": 3}, "samples.prompts=3 leaves prompts without samples: set samples"),
+        (
+            {"samples.amortised": True, "samples.m": 1},
+            "samples.amortised=True does not go with samples.m=1: its log F needs 2 samples of a",
+        ),
+        (
+            {"samples.amortised": True, "method.ties": "order"},
+            "samples.amortised=True does not go with method.ties=order",
+        ),
+        (
+            {"samples.amortised": True, "method.estimator": "exponential"},
+            "samples.amortised=True does not go with method.estimator=exponential",
+        ),
+        (
+            {"samples.amortised": True, "method.name": "dpo"},
+            "samples.amortised=True does not go with method.name=dpo",
+        ),
+        (
+            {"samples.amortised": True, "samples.prompts": 3, "train.start": "weighted"},
+            "samples.prompts=3 leaves prompts without samples, and train.start=weighted needs some",
+        ),
         (
             {"train.replay": 3, "train.group": 256},
             "train.batch_size=512 responses and train.replay=3 stored samples for every train.grou",

@@ -25,6 +25,7 @@ from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tabular as tabular_world
 from vbon_jax.data import tokenizer as tokenizers
 from vbon_jax.data.sources import reviews
+from vbon_jax.evaluation import calibration
 from vbon_jax.methods import bon_sft, learning
 from vbon_jax.models import hf
 from vbon_jax.sampling.sampler import Sampler
@@ -307,6 +308,32 @@ def test_a_run_with_adaptive_samples_trains_on_what_each_prompt_has(tabular, tmp
     counts = {len(x.rewards) for x in sample_files.read(tmp_path / "samples" / "train.jsonl")}
     assert max(counts) < 64
     assert (tmp_path / "policy" / "model.safetensors").exists()
+
+
+def test_a_run_with_a_head_trains_and_serves_prompts_without_samples(tmp_path, capfd, monkeypatch):
+    """Of 6 prompts 5 are sampled; the head is fitted once, and asked again before it is used."""
+    flags = ["--config.samples.amortised=True", "--config.samples.prompts=5"]
+    flags += ["--config.prompts.train=6", "--config.train.iterations=2"]
+    stages = "--config.stages=('sft','reward','sample','train','export')"
+    assert vbon("run", tmp_path, stages, *flags) == 0
+    assert re.search(r"amortised: F of 5 held-out prompts is 0\.\d+ off", capfd.readouterr().err)
+    assert len(sample_files.read(tmp_path / "samples" / "train.jsonl")) == 5
+    (head,) = (tmp_path / "samples").glob("head_*.npz")
+    told = json.loads(head.with_suffix(".json").read_text())
+    assert told["holds"] and told["prompts"] == 5 and told["samples"] == 80
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert all(np.isfinite(m["kl_bon"]) for m in metrics)
+    flags += ["--config.generate.model=corrected", "--config.generate.count=2", "--prompt=f"]
+    assert vbon("generate", tmp_path, *flags) == 0
+    captured = capfd.readouterr()
+    assert len(captured.out.splitlines()) == 2 and "proposals" in captured.err
+    assert "amortised:" not in captured.err  # not fitted again
+    assert not list((tmp_path / "samples").glob("given_*"))  # nor any sample drawn
+    assert vbon("generate", tmp_path, *flags, "--config.generate.temperature=0.5") == 2
+    assert "generate.temperature=0.5: the head of samples.amort" in capfd.readouterr().err
+    monkeypatch.setattr(calibration, "MOST_ERROR", -1.0)
+    assert vbon("generate", tmp_path, *flags) == 2
+    assert "the head does not know the rewards of prompts" in capfd.readouterr().err
 
 
 def test_generate_prints_json_lines(tabular, capfd):

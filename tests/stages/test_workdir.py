@@ -39,9 +39,11 @@ OTHERS = {
     "train.group": 2, "train.kl_target": 0.5, "train.start": "weighted", "train.warmup": 3,
     "train.optimizer": "muon", "train.replay": 1, "train.lookahead": 2,
     "samples.adaptive": 0.5, "samples.adaptive_n": 16.0, "evaluate.n": [2.0],
+    "samples.prompts": 3, "samples.amortised": True,
 }  # fmt: skip
-# Those beside them need another key with them: `train.group`, `train.value_network`, `method.n`.
-ALONE = sorted(config.ADDED - {"train.baseline", "train.lookahead", "evaluate.n"})
+# Those beside them need another key with them: `train.group`, `method.n` and so on.
+BESIDE = {"train.baseline", "train.lookahead", "samples.prompts", "evaluate.n"}
+ALONE = sorted(config.ADDED - BESIDE)
 
 
 def parsed(variant=":ppo", *flags):
@@ -55,7 +57,10 @@ def folder(root, variant=":ppo", *flags):
 def another(key):
     """Flags that give a new key another value, and what it needs beside it."""
     value = OTHERS[key]
-    also = {"train.baseline": "train.group=2", "train.lookahead": "train.value_network=prefix"}
+    also = {
+        "train.baseline": "train.group=2", "train.lookahead": "train.value_network=prefix",
+        "samples.prompts": "samples.amortised=True",
+    }  # fmt: skip
     flags = [f"{key}={tuple(value) if isinstance(value, list) else value}"]
     return [f"--config.{flag}" for flag in flags + [also[x] for x in also if x == key]]
 
@@ -64,7 +69,7 @@ def stage_of(key):
     """The first stage whose results follow from a key."""
     if key.startswith("evaluator."):
         return "evaluate"
-    if key.startswith(("offline.", "train.")):
+    if key.startswith(("offline.", "train.", "samples.amortised")):
         return "train"
     return "sft" if key.startswith(("data.", "tokenizer.", "sampling.end")) else "sample"
 
@@ -138,8 +143,11 @@ def test_folders_of_a_sweep_have_the_names_they_had():
     assert {name.split("-")[0] for name in found - GOLDEN_FOLDERS} == {"qrpo", "qrpo_identity"}
 
 
-# With samples.adaptive no offline method may be in a sweep, and evaluate.n is of what none trains.
-@pytest.mark.parametrize("key", sorted(config.ADDED - {"samples.adaptive", "evaluate.n"}))
+# With these no offline method may be in a sweep, and evaluate.n is of what none trains.
+ONLINE = {"samples.adaptive", "samples.amortised", "samples.prompts", "evaluate.n"}
+
+
+@pytest.mark.parametrize("key", sorted(config.ADDED - ONLINE))
 def test_another_value_of_a_new_key_gives_other_names(key):
     assert not folders(*another(key)) & GOLDEN_FOLDERS
     found = folder("/w", ":ppo", *another(key)).held_out("pool", "test", 1.0, 200)

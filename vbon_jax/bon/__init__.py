@@ -1,6 +1,7 @@
 """The mathematics of best-of-N: pure functions of arrays."""
 
 from vbon_jax.bon import (
+    amortised,
     distribution,
     enumeration,
     exponential,
@@ -15,6 +16,7 @@ from vbon_jax.bon import (
 )
 
 __all__ = [
+    "amortised",
     "distribution",
     "enumeration",
     "exponential",

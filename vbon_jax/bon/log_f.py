@@ -10,6 +10,8 @@ Ties may be broken at random, where g in formula (1) of ``bon.distribution`` is 
 group, or by a fixed total order of responses that extends ``<`` (App. C of the vBoN paper), where
 g = pi_ref(y). ``ordered_ranks`` ranks by such an order, given as the keys of ``response_order``;
 ``log_mass`` is log g in both cases.
+
+k, e and m are whole numbers, or real ones where a prior stands for samples: see ``bon.amortised``.
 """
 
 import functools
@@ -215,7 +217,7 @@ def response_order(tokens_BxT: ArrayLike, mask_BxT: ArrayLike) -> jax.Array:
 def _log_fraction(a: jax.Array, b: jax.Array) -> jax.Array:
     """Computes log(a / b) for counts 0 <= a <= b, precise even for a close to b."""
     fraction = a.astype(jnp.float32) / b.astype(jnp.float32)
-    lacking = (b - a).astype(jnp.float32) / b.astype(jnp.float32)
+    lacking = jnp.maximum(b - a, 0).astype(jnp.float32) / b.astype(jnp.float32)  # reals round
     return jnp.where(fraction < 0.5, jnp.log(fraction), jnp.log1p(-lacking))
 
 
@@ -241,9 +243,15 @@ def _log_f(k: jax.Array, m: jax.Array, estimator: str) -> jax.Array:
     return _harmonic(k, m)
 
 
+def _counts(x: ArrayLike) -> jax.Array:
+    """Counts of samples: int32, or float32 where some are those of a prior (``bon.amortised``)."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
+
+
 def _rank_log_f(num_below: ArrayLike, m: ArrayLike, estimator: str) -> jax.Array:
     check_m(m)
-    return _log_f(jnp.asarray(num_below, jnp.int32), jnp.asarray(m, jnp.int32), estimator)
+    return _log_f(_counts(num_below), _counts(m), estimator)
 
 
 def log_f(num_below: ArrayLike, m: ArrayLike, estimator: str) -> jax.Array:
@@ -296,7 +304,7 @@ def log_mass(ties: str, num_equal: ArrayLike, m: ArrayLike, log_ref: ArrayLike) 
     """
     check_choice("ties", ties, TIES)
     check_m(m)
-    e, m = jnp.asarray(num_equal, jnp.int32), jnp.asarray(m, jnp.int32)
+    e, m = _counts(num_equal), _counts(m)
     log_ref = jnp.asarray(log_ref, jnp.float32)
     if ties == "order":
         return jnp.broadcast_to(log_ref, jnp.broadcast_shapes(e.shape, m.shape, log_ref.shape))
@@ -342,10 +350,7 @@ def log_ratio_interval(
     check_m(m)
     check_n(n)
     return _log_ratio_interval(
-        jnp.asarray(num_below, jnp.int32),
-        jnp.asarray(num_equal, jnp.int32),
-        jnp.asarray(m, jnp.int32),
-        jnp.asarray(n, jnp.float32),
+        _counts(num_below), _counts(num_equal), _counts(m), jnp.asarray(n, jnp.float32)
     )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from vbon_jax.bon import exponential
+from vbon_jax.bon import amortised, exponential
 from vbon_jax.bon import log_f as lf
 from vbon_jax.bon.checks import check_choice
 
@@ -26,16 +26,33 @@ class References(NamedTuple):
         column order as rewards_PxM; None if ties are broken at random.
       fit: fitted curves of the ``exponential`` estimator; None for every other estimator.
       m: int32, the number of rewards that count: a scalar, or [P] where prompts differ.
+      prior: what a head says of each prompt beside its rewards, of which there may then be none
+        (m = 0, a row of +inf); None without one.
     """
 
     rewards_PxM: jax.Array
     order_PxM: jax.Array | None
     fit: exponential.ExponentialFit | None
     m: jax.Array
+    prior: amortised.Prior | None = None
 
     def m_at(self, row_B: ArrayLike) -> jax.Array:
         """The number of rewards that count in rows: a scalar, or of their shape."""
         return self.m if jnp.ndim(self.m) == 0 else self.m[row_B]
+
+
+class Counts(NamedTuple):
+    """What k, e and m of ``bon.log_f`` are: whole numbers, or real ones with a prior.
+
+    Attributes:
+      below: k, [B] or [B, X].
+      equal: e, likewise.
+      m: a scalar, or [B] or [B, 1].
+    """
+
+    below: jax.Array
+    equal: jax.Array
+    m: jax.Array
 
 
 class Density(NamedTuple):
@@ -59,6 +76,7 @@ def references(
     estimator: str,
     order_PxM: np.ndarray | None = None,
     m_P: np.ndarray | None = None,
+    prior: amortised.Prior | None = None,
 ) -> References:
     """Sorts reference rewards and, for the ``exponential`` estimator, fits its curves.
 
@@ -67,20 +85,28 @@ def references(
       estimator: one of ``bon.log_f.ESTIMATORS``.
       order_PxM: uint32 keys of the responses, from ``bon.log_f.response_order``, if ties are broken
         by a total order; None if they are broken at random.
-
       m_P: how many rewards of each prompt count, where rows are padded with +inf at the end; None
-        if all do.
+        if all do. Without a prior each has at least one.
+      prior: of the same prompts; None for none.
 
     Returns:
       The table that ``density`` looks rewards up in.
 
     Raises:
-      ValueError: if the estimator is unknown, or shapes differ, or ``exponential`` is to fit rows
-        that are padded.
+      ValueError: if the estimator is unknown, or shapes differ, ``exponential`` is to fit rows that
+        are padded, or a prior comes with it or with a total order, or a row without a prior is
+        empty.
     """
     check_choice("estimator", estimator, lf.ESTIMATORS)
     if m_P is not None and estimator == "exponential":
         raise ValueError("estimator 'exponential' fits rows of one length, got m_P")
+    if prior is not None and (estimator == "exponential" or order_PxM is not None):
+        raise ValueError(
+            f"a prior goes with ties at random and an estimator of ranks, got estimator="
+            f"{estimator!r}" + ("" if order_PxM is None else " and order_PxM")
+        )
+    if prior is None and m_P is not None and not np.all(np.asarray(m_P) >= 1):
+        raise ValueError("m_P has a prompt without a reward: give at least one, or a prior")
     rewards = np.asarray(rewards_PxM, np.float32)
     if order_PxM is None:
         rewards, order = np.sort(rewards, axis=1), None
@@ -94,7 +120,7 @@ def references(
         order = jnp.asarray(np.take_along_axis(np.asarray(order_PxM, np.uint32), columns, axis=1))
     fit = exponential.fit(rewards) if estimator == "exponential" else None
     m = jnp.int32(rewards.shape[1]) if m_P is None else jnp.asarray(m_P, jnp.int32)
-    return References(jnp.asarray(rewards), order, fit, m)
+    return References(jnp.asarray(rewards), order, fit, m, prior)
 
 
 def ranks(
@@ -129,6 +155,54 @@ def ranks(
     return below, jnp.minimum(equal[:, 0], m - below)
 
 
+def counts(
+    table: References, row_B: ArrayLike, reward_B: ArrayLike, order_B: ArrayLike | None
+) -> Counts:
+    """Counts as ``ranks``, with what the prior adds: c F0, c g0 and c samples of its own.
+
+    Args:
+      table: as of ``ranks``.
+      row_B: as of ``density``.
+      reward_B: as of ``density``.
+      order_B: as of ``density``.
+
+    Returns:
+      The counts that the estimators of ``bon.log_f`` take, [B].
+
+    Raises:
+      ValueError: as ``ranks`` does.
+    """
+    below, equal = ranks(table, row_B, reward_B, order_B)
+    found = Counts(below, equal, table.m_at(row_B))
+    if table.prior is None:
+        return found
+    f0, mass = amortised.f0_and_mass(table.prior, row_B, jnp.asarray(reward_B)[:, None])
+    return _with_prior(found, table.prior, f0[:, 0], mass[:, 0])
+
+
+def prefix_counts(table: References, row_B: ArrayLike, reward_BxX: ArrayLike) -> Counts:
+    """Counts as ``counts``, at X rewards of each row and with ties at random: [B, X].
+
+    Args:
+      table: as of ``ranks``.
+      row_B: as of ``density``.
+      reward_BxX: rewards.
+    """
+    below, equal = lf.reference_ranks(table.rewards_PxM[row_B], reward_BxX)
+    m = table.m_at(row_B)
+    found = Counts(below, equal, m if m.ndim == 0 else m[:, None])
+    if table.prior is None:
+        return found
+    own = jnp.minimum(found.below, found.m)  # a reward of +inf would meet the padding
+    found = found._replace(below=own, equal=jnp.minimum(found.equal, found.m - own))
+    return _with_prior(found, table.prior, *amortised.f0_and_mass(table.prior, row_B, reward_BxX))
+
+
+def _with_prior(found: Counts, prior: amortised.Prior, f0: jax.Array, mass: jax.Array) -> Counts:
+    c = prior.concentration
+    return Counts(found.below + c * f0, found.equal + c * mass, found.m + c)
+
+
 def density(
     table: References,
     row_B: ArrayLike,
@@ -158,8 +232,7 @@ def density(
         needed and None.
     """
     row_B, reward_B, log_ref_B = map(jnp.asarray, (row_B, reward_B, log_ref_B))
-    below, equal = ranks(table, row_B, reward_B, order_B)
-    m = table.m_at(row_B)
+    below, equal, m = counts(table, row_B, reward_B, order_B)
     log_f = None
     if estimator == "exponential":
         if table.fit is None:

@@ -30,6 +30,7 @@ ADDED = frozenset({
     "train.baseline", "train.average_half_life", "train.start", "train.optimizer", "train.replay",
     "train.lookahead", "offline.transform", "samples.adaptive", "samples.adaptive_n",
     "evaluate.n",
+    "samples.prompts", "samples.amortised",
 })  # fmt: skip
 
 

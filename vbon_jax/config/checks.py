@@ -152,6 +152,11 @@ def _check_family(c: Config) -> None:
 
 
 def _check_training(c: Config) -> None:
+    _require(
+        c.samples.amortised or not c.samples.prompts,
+        f"samples.prompts={c.samples.prompts} leaves prompts without samples: set "
+        "samples.amortised=True, whose head knows their log F, or samples.prompts=0",
+    )
     options.check(c.train, c.lora, c.memory)
     options.check_lookahead(c.train, c.method.ties)
     if c.method.name == "vbon":
@@ -234,6 +239,8 @@ def _check_method(c: Config, method: methods.Method) -> None:
         _check_offline(c)
     if (chosen or grids) and c.samples.adaptive:
         _check_adaptive(c, method, grids)
+    if (chosen or grids) and c.samples.amortised:
+        _check_amortised(c, method, grids)
 
 
 def _check_adaptive(c: Config, method: methods.Method, grids: list[tuple[Any, Any]]) -> None:
@@ -260,6 +267,36 @@ def _check_adaptive(c: Config, method: methods.Method, grids: list[tuple[Any, An
             n <= c.samples.adaptive_n,
             f"samples.adaptive_n={c.samples.adaptive_n:g}: n={n:g} is trained for, whose band is "
             f"wider: give at least {n:g}",
+        )
+
+
+def _check_amortised(c: Config, method: methods.Method, grids: list[tuple[Any, Any]]) -> None:
+    """Checks that log F is read, by ranks, and samples only of prompts that have them."""
+    s = c.samples
+    estimators = {getattr(c.sweep, f"{series.label}_estimator", "") for series, _ in grids}
+    for key, value, wrong in (
+        ("samples.m", s.m, s.m < 2),
+        ("method.ties", c.method.ties, c.method.ties != "random"),
+        ("method.estimator", c.method.estimator, c.method.estimator == "exponential"),
+        ("its estimator in the sweep", "exponential", "exponential" in estimators),
+        ("sweep.m", c.sweep.m, c.sweep.m != ()),
+        ("method.name", method.name, not method.online),
+    ):
+        _require(
+            not wrong,
+            f"samples.amortised=True does not go with {key}={value}: its log F needs 2 samples of "
+            "a prompt to be held against, ties at random and an estimator of ranks, and a method "
+            "that reads it; set samples.amortised=False, or change that key",
+        )
+    for key, value, wrong in (
+        ("samples.path", s.path, s.path != ""),
+        ("train.start", c.train.start, c.train.start != options.REFERENCE),
+        ("train.replay", c.train.replay, c.train.replay > 0),
+    ):
+        _require(
+            not (s.prompts and wrong),
+            f"samples.prompts={s.prompts} leaves prompts without samples, and {key}={value} needs "
+            f"some of all: set samples.prompts=0, or leave {key} as it is by default",
         )
 
 

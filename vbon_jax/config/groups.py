@@ -203,6 +203,13 @@ class Samples:
                           "`samples.m` of each.", least=0)  # fmt: skip
     adaptive_n: float = key(8.0, "The n of that band, at least the one that is trained for.",
                             least=1)  # fmt: skip
+    prompts: int = key(0, "Training prompts that are sampled, the first; log F of the others is "
+                       "that of the head of `samples.amortised`. 0 samples all.", least=0,
+                       most=MOST_TEXTS)  # fmt: skip
+    amortised: bool = key(False, "Log F by a head that learns the reward's distribution from the "
+                          "samples of all prompts, with the prompt's own as evidence; refused "
+                          "where it is not calibrated. generate.model=corrected then needs no "
+                          "reference samples.")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,7 +306,8 @@ class Generate:
 
     model: str = key("policy", "Model to sample from; bon is best-of-n of the reference; corrected "
                      "is best-of-n by the policy, whose responses are kept or drawn again by what "
-                     "`samples.m` reference samples of each prompt say of them.",
+                     "`samples.m` reference samples of each prompt, or the head of "
+                     "`samples.amortised`, say of them.",
                      choices=("policy", "reference", "bon", "corrected"))  # fmt: skip
     count: int = key(1, "Responses per prompt.", least=1, most=MOST_ROWS)
     bound: float = key(BOUND, "Of generate.model=corrected: a proposal y is kept with probability "

@@ -108,13 +108,14 @@ def padded_rewards(samples: Sequence[PromptSamples], m: int) -> tuple[np.ndarray
       m: the number of rewards to take of each prompt at most, from the first.
 
     Returns:
-      (float32 [P, m], rows with fewer padded by +inf; int32 [P], how many are real).
+      (float32 [P, m], rows with fewer padded by +inf; int32 [P], how many are real, from 0).
 
     Raises:
-      InputError: as `rewards`, where a prompt has none.
+      InputError: as `rewards`.
     """
     count_P = np.array([min(len(sample.rewards), m) for sample in samples], np.int32)
-    rows = [rewards([sample], max(int(c), 1))[0] for sample, c in zip(samples, count_P)]
+    none = np.zeros(0, np.float32)
+    rows = [rewards([sample], int(c))[0] if c else none for sample, c in zip(samples, count_P)]
     padding = ((0, 0), (0, m))
     return np.concatenate(
         [np.pad(row[None], padding, constant_values=np.inf)[:, :m] for row in rows]

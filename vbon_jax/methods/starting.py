@@ -150,6 +150,7 @@ def _values(
     table = task.references
     if table.rewards_PxM.ndim == 3:
         table = jax.tree.map(lambda x: x[i], table)
+    samples = [x for x in samples if x.rewards]  # the first, where some prompts have none
     m = sample_files.fewest(samples, of.m)
     rewards = sample_files.rewards(samples, m)
     weights = np.full(rewards.shape, 1 / m)

@@ -154,9 +154,8 @@ def prefix_ranks(table: References, batch: ScoredRollout) -> jax.Array:
 
 
 def _ranks(table: References, row_B: jax.Array, reward_BxX: jax.Array) -> jax.Array:
-    below, equal = lf.reference_ranks(table.rewards_PxM[row_B], reward_BxX)
-    m = table.m_at(row_B)
-    return (below + 0.5 * equal) / (m if m.ndim == 0 else m[:, None])
+    below, equal, m = references.prefix_counts(table, row_B, reward_BxX)
+    return (below + 0.5 * equal) / m
 
 
 def _lookahead(

@@ -38,7 +38,10 @@ _STAGES = (
     Stage(
         "sample",
         "prompts and scored reference samples",
-        depends=("reward", "prompts", "sampling", "samples", "memory.compute_dtype"),
+        depends=(
+            "reward", "prompts", "sampling", "samples.m", "samples.path", "samples.adaptive",
+            "samples.adaptive_n", "samples.prompts", "memory.compute_dtype",
+        ),
         after=("reward",),
         leaves=("samples/train.jsonl", "prompts"),
     ),
@@ -47,6 +50,7 @@ _STAGES = (
         "the policy, by the chosen method",
         depends=(
             "method", "train", "offline", "lora", "memory.param_dtype", "memory.optimizer_dtype",
+            "samples.amortised",
         ),
         after=("sample",),
         leaves=("checkpoints/train",),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vbon_jax import processes
-from vbon_jax.bon.references import references
+from vbon_jax.bon.references import References, references
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data.prompts import Prompt
@@ -120,7 +120,7 @@ def _corrected(
 ) -> list[list[Response]]:
     """Responses of best-of-n, drawn by the policy; the reference samples they need are kept."""
     s = run.config
-    g, m, n = s.generate, s.samples.m, _n(run)
+    g, n = s.generate, _n(run)
     for key, value, default in (("top_k", g.top_k, 0), ("top_p", g.top_p, 1.0)):
         if value != default:
             raise InputError(
@@ -129,22 +129,11 @@ def _corrected(
             )
     reference = loading.reference(run).at(temperature=g.temperature)
     prompts = [dataclasses.replace(p, id=_id(p)) for p in prompts]
-    found: list[PromptSamples] = []
-    for prompt in prompts:
-        path = run.workdir.given(prompt.tokens, g.temperature, m)
-        if not processes.by_first(partial(_is_whole, path)):
-            with run.workdir.locked():
-                samples.write(
-                    path, reference, run.key("given"), [prompt], range(m),
-                    min(s.sampling.batch_size, m), (reward, None),
-                    f"reference samples of {prompt.text!r}",
-                )  # fmt: skip
-        found += sample_files.samples_of(path, [prompt], m)
-    by_order = s.method.ties == "order"
-    table = references(
-        sample_files.rewards(found, m), s.method.estimator,
-        orders(found, m, reference) if by_order else None,
-    )  # fmt: skip
+    if s.samples.amortised:
+        _check_temperature(run)
+        table = loading.unsampled(run, prompts, reference, reward)
+    else:
+        table = _sampled(run, prompts, reference, reward)
     served, cost = Corrected(
         policy, reference, reward, table, n,
         s.method.estimator, g.bound, g.tries, s.sampling.batch_size,
@@ -160,6 +149,38 @@ def _corrected(
             f"{g.tries} proposals was kept, so one of them was taken by its weight"
         )
     return served
+
+
+def _check_temperature(run: Run) -> None:
+    """Raises InputError unless responses are drawn at the temperature that the head has learned."""
+    trained, asked = run.config.sampling.temperature, run.config.generate.temperature
+    if asked != trained:
+        raise InputError(
+            f"generate.temperature={asked:g}: the head of samples.amortised knows rewards at "
+            f"sampling.temperature={trained:g}; set them alike, or samples.amortised=False"
+        )
+
+
+def _sampled(run: Run, prompts: Sequence[Prompt], reference: Sampler, reward: Reward) -> References:
+    """The rewards of samples.m reference samples of each prompt, which are drawn once and kept."""
+    s = run.config
+    g, m = s.generate, s.samples.m
+    found: list[PromptSamples] = []
+    for prompt in prompts:
+        path = run.workdir.given(prompt.tokens, g.temperature, m)
+        if not processes.by_first(partial(_is_whole, path)):
+            with run.workdir.locked():
+                samples.write(
+                    path, reference, run.key("given"), [prompt], range(m),
+                    min(s.sampling.batch_size, m), (reward, None),
+                    f"reference samples of {prompt.text!r}",
+                )  # fmt: skip
+        found += sample_files.samples_of(path, [prompt], m)
+    by_order = s.method.ties == "order"
+    return references(
+        sample_files.rewards(found, m), s.method.estimator,
+        orders(found, m, reference) if by_order else None,
+    )  # fmt: skip
 
 
 def _id(prompt: Prompt) -> int:

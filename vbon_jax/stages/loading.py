@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import methods, sharding
+from vbon_jax.bon.references import References
 from vbon_jax.config import (
     Config,
     Evaluator,
@@ -30,6 +31,7 @@ from vbon_jax.methods.learning import Job, Training, ValueNetwork
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.decoder import DecoderConfig
 from vbon_jax.models.hf import hub, peft
+from vbon_jax.rewards import base
 from vbon_jax.rewards.classifier import Classifier, ClassifierReward, label_index
 from vbon_jax.rewards.combined import Part, WeightedReward
 from vbon_jax.rewards.function import FunctionReward
@@ -38,6 +40,7 @@ from vbon_jax.sampling import family as saved_families
 from vbon_jax.sampling.family import Family
 from vbon_jax.sampling.responses import Sampling
 from vbon_jax.sampling.sampler import Sampler
+from vbon_jax.stages import amortised
 from vbon_jax.stages.base import Run
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
@@ -231,9 +234,15 @@ def prompts(run: Run, split: str) -> list[Prompt]:
 
 
 def samples(run: Run, of: Sequence[Prompt]) -> list[PromptSamples]:
-    """The stored samples of each of the training prompts."""
+    """The stored samples of each of the training prompts; none of those that are not sampled."""
     s = run.config.samples
-    return sample_files.samples_of(run.workdir.train_samples, of, 1 if s.adaptive else s.m)
+    asked = of[: s.prompts or None]
+    found = sample_files.samples_of(run.workdir.train_samples, asked, 1 if s.adaptive else s.m)
+    rest = [
+        PromptSamples(p.text, (), (), p.id, p.tokens, messages=p.messages or None)
+        for p in of[len(asked) :]
+    ]
+    return found + rest
 
 
 def task(run: Run, estimator: str) -> tuple[Task, list[PromptSamples]]:
@@ -242,8 +251,24 @@ def task(run: Run, estimator: str) -> tuple[Task, list[PromptSamples]]:
     found = prompts(run, "train")
     stored = samples(run, found)
     c = run.config
-    table = references(stored, c.samples.m, estimator, c.method.ties, sampler)
-    return Task(found, table, reward(run, sampler.tokenizer), sampler), stored
+    score, prior = reward(run, sampler.tokenizer), None
+    if c.samples.amortised:
+        prior = amortised.of_training(run, Models(sampler, score, None), found, stored)
+    table = references(stored, c.samples.m, estimator, c.method.ties, sampler, prior)
+    return Task(found, table, score, sampler), stored
+
+
+def unsampled(run: Run, of: Sequence[Prompt], reference: Sampler, score: base.Reward) -> References:
+    """What log F of prompts without samples is read off: the head of ``samples.amortised``."""
+
+    def read() -> tuple[list[Prompt], list[PromptSamples]]:
+        found = prompts(run, "train")
+        return found, samples(run, found)
+
+    run.workdir.require("sample", "the prompts and reference samples")
+    prior = amortised.of_new(run, Models(reference, score, None), of, read)
+    none = [PromptSamples(p.text, (), (), p.id, p.tokens) for p in of]
+    return references(none, 1, run.config.method.estimator, "random", reference, prior)
 
 
 def job(run: Run, reference: DecoderConfig, prompts: int) -> Job:

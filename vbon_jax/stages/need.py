@@ -95,8 +95,9 @@ def _sampling(w: World, held: dict[str, int]) -> int:
             )
     if not s.samples.path:  # samples made elsewhere are only copied
         params = w.reference["decoder"]
-        on_top.append(_slots_bytes(w, params, rows, w.prompts, s.samples.m, "sample, a page")[0])
-        work = flops.draw(w.config, w.prompts, s.samples.m, w.prompt, s.sampling.max_new_tokens)
+        asked = min(s.samples.prompts or w.prompts, w.prompts)
+        on_top.append(_slots_bytes(w, params, rows, asked, s.samples.m, "sample, a page")[0])
+        work = flops.draw(w.config, asked, s.samples.m, w.prompt, s.sampling.max_new_tokens)
         w.flops["stage sample, all of it"] = sum(work.values()) / w.mesh.size
     return sum(held.values()) + max(on_top)
 

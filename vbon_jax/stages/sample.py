@@ -36,14 +36,15 @@ def run(run: Run) -> None:
         adoption.write(workdir.train_samples, found)
         log(f"sample: {len(found)} prompts with their samples from {s.samples.path}")
         return
-    where = workdir.train_samples, reference, run.key("sample"), prompts["train"]
+    asked = prompts["train"][: s.samples.prompts or None]
+    where = workdir.train_samples, reference, run.key("sample"), asked
     if s.samples.adaptive:
         rule = adaptive.Rule(s.samples.m, partial(_enough, s))
         drawn, wide = adaptive.write(*where, rule, s.sampling.batch_size, score)
-        whole = len(prompts["train"]) * s.samples.m
+        whole = len(asked) * s.samples.m
         log(
             f"sample: {drawn} of {whole} responses were drawn, {1 - drawn / whole:.0%} saved; "
-            f"{wide} of {len(prompts['train'])} prompts are not within samples.adaptive="
+            f"{wide} of {len(asked)} prompts are not within samples.adaptive="
             f"{s.samples.adaptive:g} nats with all samples.m={s.samples.m}"
         )
         return

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from vbon_jax import sharding
+from vbon_jax.bon import amortised
 from vbon_jax.bon.exponential import ExponentialFit
 from vbon_jax.bon.references import References
 from vbon_jax.config import Config, Reward, RewardPart
@@ -31,6 +32,7 @@ from vbon_jax.sampling.responses import ScoredRollout
 from vbon_jax.stages import adoption, loading
 from vbon_jax.stages.fitting import LABELS, decoder_config
 from vbon_jax.stages.workdir import Workdir
+from vbon_jax.training.amortised import BINS
 from vbon_jax.training.learner import Program
 
 
@@ -220,7 +222,16 @@ def references_of(w: World) -> References:
     if s.method.estimator == "exponential":
         of_each = shape(w.prompts, dtype=jnp.float32)
         fit = ExponentialFit(of_each, of_each, shape(w.prompts, dtype=bool))
-    return References(rewards, order, fit, shape())
+    prior = None
+    if s.samples.amortised:
+        pool = min((s.samples.prompts or w.prompts) * s.samples.m, amortised.MOST_POOLED)
+        edges = BINS + 1
+        prior = amortised.Prior(
+            shape(pool, dtype=jnp.float32), shape(edges),
+            shape(w.prompts, edges, dtype=jnp.float32), shape(dtype=jnp.float32),
+        )  # fmt: skip
+    m = shape(w.prompts) if s.samples.prompts else shape()
+    return References(rewards, order, fit, m, prior)
 
 
 def batch_of(w: World, rows: int, program: Program) -> ScoredRollout:

@@ -94,6 +94,17 @@ class Workdir:
         digest = self.digest(known | {"tokens": list(tokens)})
         return self.root / "samples" / f"given_t{temperature:g}_m{m}_{digest}.jsonl"
 
+    @property
+    def reward_head(self) -> Path:
+        """The head of the rewards' distributions that was fitted on the training samples.
+
+        Its name carries a digest of what these follow from; beside it is a ``.json`` of the same
+        name with its calibration.
+        """
+        follows = self.relevant("sample")
+        digest = self.digest(self.settled(follows) | self.contents(follows))
+        return self.root / "samples" / f"head_{digest}.npz"
+
     def held_out(self, role: str, split: str, temperature: float, m: int) -> Path:
         """The reference samples of a split at a temperature: "opponents" or "pool".
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from vbon_jax.bon import log_f
 from vbon_jax.bon import references as bon_references
+from vbon_jax.bon.amortised import Prior
 from vbon_jax.bon.references import References
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tokenizer as tokenizers
@@ -15,7 +16,12 @@ from vbon_jax.sampling.sampler import Sampler
 
 
 def references(
-    samples: Sequence[PromptSamples], m: int, estimator: str, ties: str, sampler: Sampler
+    samples: Sequence[PromptSamples],
+    m: int,
+    estimator: str,
+    ties: str,
+    sampler: Sampler,
+    prior: Prior | None = None,
 ) -> References:
     """The first m reference rewards of each prompt, as the density of best-of-n is read off them.
 
@@ -25,11 +31,14 @@ def references(
       estimator: of log F.
       ties: "random", or "order" for the fixed total order of responses.
       sampler: whose tokenizer and length limit the order is taken under.
+      prior: what a head says of the same prompts, of which some may then have no samples.
     """
     order_PxM = orders(samples, m, sampler) if ties == "order" else None
     rewards_PxM, m_P = sample_files.padded_rewards(samples, m)
     whole = bool((m_P == m).all())
-    table = bon_references.references(rewards_PxM, estimator, order_PxM, None if whole else m_P)
+    table = bon_references.references(
+        rewards_PxM, estimator, order_PxM, None if whole else m_P, prior
+    )
     if table.fit is not None:
         failed = int(np.sum(~np.asarray(table.fit.converged_P)))
         log(
