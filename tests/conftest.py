@@ -75,6 +75,7 @@ def hub_asked_anew():
 SLOW = (
     "bench/test_load.py", "bench/test_plan.py", "bench/test_population.py",
     "bench/test_sampling.py",
+    "bon/test_amortised.py",
     "bon/test_distribution.py", "bon/test_estimators.py", "bon/test_exponential.py",
     "bon/test_log_f.py", "bon/test_references.py", "data/sources/test_hub.py",
     "data/test_sample_writer.py", "evaluation/test_heldout.py", "evaluation/test_measure.py",
@@ -91,7 +92,7 @@ SLOW = (
     "stages/test_plan.py", "stages/test_stages.py", "stages/test_sweep.py",
     "test_api.py", "test_compiled.py", "test_docs.py", "test_equality.py", "test_processes.py",
     "test_tokenizer_kinds.py",
-    "training/test_family.py", "training/test_offline.py",
+    "training/test_amortised.py", "training/test_family.py", "training/test_offline.py",
     "training/test_partly_trained.py", "training/test_population.py", "training/test_ppo.py",
 )  # fmt: skip
 

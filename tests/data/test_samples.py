@@ -231,6 +231,9 @@ def test_rewards_of_prompts_with_fewer_samples_are_padded():
     assert reference.fewest(stored, 2) == 1 and reference.fewest(stored[:1], 2) == 2
     with pytest.raises(InputError, match="has 0 rewards"):
         reference.padded_rewards([sample_of(())], 2)
+    rewards, counts = reference.padded_rewards([sample_of(()), sample_of((5.0,))], 2, least=0)
+    np.testing.assert_array_equal(rewards, np.array([[np.inf] * 2, [5, np.inf]], np.float32))
+    assert counts.tolist() == [0, 1]
 
 
 def test_parts_of_a_prompt_are_joined():

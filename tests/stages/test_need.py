@@ -88,6 +88,17 @@ def test_what_is_held_is_what_the_arrays_are(root, tmp_path, monkeypatch, flags,
             assert "pool of samples" not in found
 
 
+def test_what_a_head_says_is_held_beside_the_rewards(root, monkeypatch):
+    s = config(root)
+    plain, headed = (
+        held(root, monkeypatch, *flags)["reference rewards"]
+        for flags in ((), ("samples.amortised=True",))
+    )
+    pool, edges = plain // 4 - 1, 65  # beside the rewards there is m
+    prompts = pool // s.samples.m
+    assert prompts > 1 and headed - plain == 4 * (pool + edges + prompts * edges + 1)
+
+
 def test_a_start_is_a_phase_of_training(root, monkeypatch):
     """Its state, its samples and its steps, less what the method's own state takes after it."""
     with monkeypatch.context() as patch:

@@ -100,22 +100,28 @@ def rewards(samples: Sequence[PromptSamples], m: int | None = None) -> np.ndarra
     return np.asarray([sample.rewards[:wanted] for sample in samples], np.float32)
 
 
-def padded_rewards(samples: Sequence[PromptSamples], m: int) -> tuple[np.ndarray, np.ndarray]:
+def padded_rewards(
+    samples: Sequence[PromptSamples], m: int, least: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Stacks the rewards of prompts that may have fewer than m, as adaptive sampling leaves them.
 
     Args:
       samples: the samples of P prompts.
       m: the number of rewards to take of each prompt at most, from the first.
+      least: that each prompt must have, 1, or 0 where log F needs none.
 
     Returns:
-      (float32 [P, m], rows with fewer padded by +inf; int32 [P], how many are real, from 0).
+      (float32 [P, m], rows with fewer padded by +inf; int32 [P], how many are real).
 
     Raises:
-      InputError: as `rewards`.
+      InputError: as `rewards`, where a prompt has fewer than ``least``.
     """
     count_P = np.array([min(len(sample.rewards), m) for sample in samples], np.int32)
     none = np.zeros(0, np.float32)
-    rows = [rewards([sample], int(c))[0] if c else none for sample, c in zip(samples, count_P)]
+    rows = [
+        rewards([sample], max(int(c), 1))[0] if c or least else none
+        for sample, c in zip(samples, count_P)
+    ]
     padding = ((0, 0), (0, m))
     return np.concatenate(
         [np.pad(row[None], padding, constant_values=np.inf)[:, :m] for row in rows]

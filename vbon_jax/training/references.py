@@ -34,7 +34,7 @@ def references(
       prior: what a head says of the same prompts, of which some may then have no samples.
     """
     order_PxM = orders(samples, m, sampler) if ties == "order" else None
-    rewards_PxM, m_P = sample_files.padded_rewards(samples, m)
+    rewards_PxM, m_P = sample_files.padded_rewards(samples, m, 1 if prior is None else 0)
     whole = bool((m_P == m).all())
     table = bon_references.references(
         rewards_PxM, estimator, order_PxM, None if whole else m_P, prior
