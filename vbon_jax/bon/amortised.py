@@ -25,8 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from scipy.optimize import minimize_scalar
-from scipy.special import betaln
 
 MOST_POOLED = 65_536  # rewards of the pool that are kept, evenly among its ranks
 CONCENTRATIONS = (1.0, 10_000.0)  # between which c is fitted
@@ -150,6 +148,9 @@ def concentration(cumulative_PxE: ArrayLike, counts_PxK: ArrayLike) -> float:
     Returns:
       c, within ``CONCENTRATIONS``.
     """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import betaln
+
     f0 = np.clip(np.asarray(cumulative_PxE, np.float64)[:, 1:-1], 1e-6, 1 - 1e-6)
     counts = np.asarray(counts_PxK, np.float64)
     m = counts.sum(axis=1, keepdims=True)
