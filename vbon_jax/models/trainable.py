@@ -145,8 +145,10 @@ def join(base: Params, own: Params) -> Params:
     if divided(base):
         return {**base, **own, "blocks": (base["blocks"][0], own["blocks"])}
     flat = flatten_dict(base["blocks"], sep="/") | flatten_dict(own["blocks"], sep="/")
-    ln_f = {**base["ln_f"], **own.get("ln_f", {})}  # the gain of a family
-    return {**base, "blocks": unflatten_dict(flat, sep="/"), "ln_f": ln_f}
+    joined = {**base, "blocks": unflatten_dict(flat, sep="/")}
+    if "ln_f" in own:  # the gain of a family
+        joined["ln_f"] = {**base["ln_f"], **own["ln_f"]}
+    return joined
 
 
 def has_adapters(params: Params) -> bool:
@@ -173,13 +175,13 @@ def merged(params: Params, lora_alpha: float = 1.0) -> Params:
     for path, exact, dtype in list(_sums(flat, lora_alpha)):
         flat[path] = exact.astype(dtype)
     plain = {path: leaf for path, leaf in flat.items() if "/lora_" not in path}
-    ln_f = dict(params["ln_f"])
-    if "gain" in ln_f:
+    found = {**params, "blocks": unflatten_dict(plain, sep="/")}
+    if "gain" in params.get("ln_f", {}):
+        ln_f = dict(params["ln_f"])
         gain, scale = ln_f.pop("gain"), ln_f["scale"]
-        ln_f["scale"] = (scale.astype(jnp.float32) + gain).astype(
-            jnp.promote_types(scale.dtype, gain.dtype)
-        )
-    return {**params, "blocks": unflatten_dict(plain, sep="/"), "ln_f": ln_f}
+        dtype = jnp.promote_types(scale.dtype, gain.dtype)
+        found["ln_f"] = ln_f | {"scale": (scale.astype(jnp.float32) + gain).astype(dtype)}
+    return found
 
 
 def merge_loss(params: Params, lora_alpha: float = 1.0) -> float:
