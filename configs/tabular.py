@@ -14,9 +14,9 @@ is the same by the paper's PPO, with a value head and no stored samples beside t
 
     vbon run --config=configs/tabular.py:family
 
-trains one policy for every n from 2 to 32, ``exact_family`` in ``evaluation.json``, in about
-two and a half times as long; expect an exact KL(policy_n || bon_n) of 0.01, 0.02, 0.03, 0.04 and 0.05 nats at
-n = 2, 4, 8, 16 and 32.
+trains one policy for every n from 2 to 32 in about two and a half times as long
+(``exact_family`` in ``evaluation.json``); expect an exact KL(policy_n || bon_n) of 0.01, 0.02,
+0.03, 0.04 and 0.05 nats at n = 2, 4, 8, 16 and 32.
 
     vbon run --config=configs/tabular.py:sweep
 

@@ -111,7 +111,7 @@ def test_exact_equals_brute_force(small, by_order):
     }  # fmt: skip
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, abs=1e-5), name
+        assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-5), name
 
 
 def test_exact_breaks_ties_at_random_without_an_order(small):
