@@ -19,6 +19,7 @@ FLAGS = (
     "--config.train.learning_rate=0.01",
     "--config.train.iterations=20",
     "--config.train.checkpoint_every=20",
+    "--config.train.average_half_life=3",
 )
 
 
@@ -51,6 +52,18 @@ def test_the_whole_curve_is_measured(workdir):
     assert all(json.loads(line)["rollout_log_prob_error"] < 1e-4 for line in metrics)
     for name in ("win_rate_vs_kl", "training_curves", "reward_histograms", "family"):
         assert (workdir / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_last_iterate_is_measured_beside_the_average(workdir):
+    """At every n; its weights are the others' after the same iterations."""
+    own, last = rows_of(workdir, "vbon"), rows_of(workdir, "vbon, last iterate")
+    assert [row["n"] for row in last] == [2.0, 4.0, 8.0]
+    for average, row in zip(own, last, strict=True):
+        assert row["kl_ref"] > average["kl_ref"] > 0  # the average is of earlier weights too
+    reference = sampler(workdir, 1.0)
+    found = families.load(workdir / "last_iterate", reference)
+    assert found.n == (2.0, 8.0)
+    assert_same(found.at(1.0).model.params, reference.model.params)
 
 
 def test_the_largest_is_exported_and_any_other_when_asked(workdir, capfd):

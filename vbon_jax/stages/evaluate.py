@@ -41,9 +41,7 @@ def run(run: Run) -> None:
 
     s, workdir = run.config, run.workdir
     models = loading.models(run)
-    policies, family = _policies(run), None
-    if s.method.is_family:
-        family = loading.family(run)
+    policies = _policies(run)
     console, markdown = Console(quiet=not processes.first()), ""
     result: dict[str, Any] = {}
     for split in splits(s):
@@ -52,7 +50,7 @@ def run(run: Run) -> None:
         lines: list[dict[str, Any]] = []
         for temperature in s.evaluate.temperatures:
             held = open_split(run, models, split, temperature, s.evaluate.m)
-            new_rows, new_lines = _evaluated(s, held, policies, family)
+            new_rows, new_lines = _evaluated(s, held, policies)
             rows += new_rows
             lines += new_lines
         result[key] = rows
@@ -68,19 +66,18 @@ def run(run: Run) -> None:
         if parts is not None:
             markdown += f"{parts.caption}\n\n{table.markdown(parts)}\n"
             console.print(parts)
-    if enumerable(s) and family is not None:
-        world = enumerated(run, models.reference)
-        result["exact_family"] = [
-            {"n": n} | exact.figures(family.at(n).model, models.reference.model, world, n)
+    if enumerable(s) and policies:
+        world, trained = enumerated(run, models.reference), policies[s.method.name]
+        found = [
+            {"n": n} | exact.figures(_of(trained, n).model, models.reference.model, world, n)
             for n in looked_at(s)
         ]
-        console.print(tables.exact_family_table(result["exact_family"]))
-    elif enumerable(s) and policies:
-        world = enumerated(run, models.reference)
-        result["exact"] = exact.figures(
-            policies[s.method.name].model, models.reference.model, world, s.method.top
-        )
-        console.print(tables.exact_table(result["exact"]))
+        if s.method.is_family:
+            result["exact_family"] = found
+            console.print(tables.exact_family_table(found))
+        else:
+            result["exact"] = {key: x for key, x in found[0].items() if key != "n"}
+            console.print(tables.exact_table(result["exact"]))
     workdir.write_json(workdir.evaluation, result)
     if not processes.first():
         return  # what follows is made of the files
@@ -88,23 +85,26 @@ def run(run: Run) -> None:
         workdir.root / "evaluation.md",
         f"{markdown}{tables.samples_table(workdir.root, SAMPLES_SHOWN)}",
     )
-    trained = s.method.name != methods.BEST_OF_N
-    for figure in figures.all_figures(workdir.root, looks(), trained):
+    has_policy = s.method.name != methods.BEST_OF_N
+    for figure in figures.all_figures(workdir.root, looks(), has_policy):
         log(f"evaluate: {figure}")
 
 
-def _policies(run: Run) -> dict[str, Sampler]:
-    """The exported policy by its method's name; where it is an average, the last iterate too.
-
-    None of a family, whose policies are made one by one.
-    """
-    name = run.config.method.name
-    if name == methods.BEST_OF_N or run.config.method.is_family:
+def _policies(run: Run) -> dict[str, Sampler | Family]:
+    """The exported policy, or family, by its method's name; of an average the last iterate too."""
+    name, last = run.config.method.name, run.workdir.last_iterate
+    if name == methods.BEST_OF_N:
         return {}
-    found = {name: loading.policy(run)}
-    if processes.by_first(run.workdir.last_iterate.is_dir):
-        found[f"{name}, last iterate"] = loading.policy(run, run.workdir.last_iterate)
+    load = loading.family if run.config.method.is_family else loading.policy
+    found: dict[str, Sampler | Family] = {name: load(run)}
+    if processes.by_first(last.is_dir):
+        found[f"{name}, last iterate"] = load(run, last)
     return found
+
+
+def _of(policy: Sampler | Family, n: float) -> Sampler:
+    """The policy for n."""
+    return policy.at(n) if isinstance(policy, Family) else policy
 
 
 def splits(config: Config) -> tuple[str, ...]:
@@ -136,13 +136,14 @@ def open_split(run: Run, models: Models, split: str, temperature: float, m: int)
 
 
 def looked_at(config: Config) -> tuple[float, ...]:
-    """The n that a family of policies is measured at."""
-    assert isinstance(config.method.n, tuple)
+    """The n that is measured: the run's, or several of a family of policies."""
+    if not isinstance(config.method.n, tuple):
+        return (config.method.n,)
     return config.evaluate.n or family_files.steps(config.method.n)
 
 
 def _evaluated(
-    s: Config, held: HeldOut, policies: dict[str, Sampler], family: Family | None
+    s: Config, held: HeldOut, policies: dict[str, Sampler | Family]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and sample lines of one split and temperature."""
     reference, each = held.models.reference, s.evaluate.samples_per_prompt
@@ -157,7 +158,7 @@ def _evaluated(
     rows = [fast(held.reference(), reference, 1, False)]
     texts = {"reference": [[(x.responses[i], x.rewards[i]) for i in range(each)]
                            for x in held.pool_samples]}  # fmt: skip
-    all_n = (s.method.top,) if family is None else looked_at(s)
+    all_n = looked_at(s)
     for n in all_n:
         if not n.is_integer() or n > s.evaluate.m:
             log(
@@ -168,17 +169,13 @@ def _evaluated(
         rows.append(fast(held.at(n).bon(int(n)), reference, int(n), True))
         texts["bon"] = held.winners(int(n))  # of the largest
 
-    def measured(name: str, n: float, policy: Sampler) -> None:
-        title = f"{name} (n = {n:g}, {held.split}) at T={held.temperature:g}"
-        row, drawn = held.at(n).policy(name, n, policy, title)
-        rows.append(fast(row, policy, 1, False))
-        texts[name] = [[(r.text, r.reward) for r in group] for group in drawn]
-
-    for name, policy in policies.items():
-        measured(name, s.method.top, policy)
-    if family is not None:
+    for name, trained in policies.items():
         for n in all_n:
-            measured(s.method.name, n, family.at(n))
+            policy = _of(trained, n)
+            title = f"{name} (n = {n:g}, {held.split}) at T={held.temperature:g}"
+            row, drawn = held.at(n).policy(name, n, policy, title)
+            rows.append(fast(row, policy, 1, False))
+            texts[name] = [[(r.text, r.reward) for r in group] for group in drawn]
     return rows, heldout.sample_lines(held, texts)
 
 

@@ -1,5 +1,6 @@
 """Stage ``export``: the trained policy as a Hugging Face directory."""
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,9 @@ def run(run: Run) -> None:
         processes.by_first(lambda: _clear(*folders))
         of_all.save(run.workdir.family)
         of_all.at(n).save(run.workdir.policy)
+        if policies.AVERAGE in params:
+            last = dataclasses.replace(of_all, own=params["decoder"])
+            last.save(run.workdir.last_iterate)
         log(f"export: {run.workdir.policy} is the policy for n={n:.6g}")
         return
     processes.by_first(lambda: _clear(*folders))

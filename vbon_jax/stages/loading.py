@@ -165,8 +165,12 @@ def policy(run: Run, folder: Path | None = None) -> Sampler:
     return policy_of(base, sharding.place(own, run.mesh))
 
 
-def family(run: Run) -> Family:
+def family(run: Run, folder: Path | None = None) -> Family:
     """The family of policies that stage ``export`` wrote.
+
+    Args:
+      run: the run.
+      folder: where it is, if not in the run's ``family/``.
 
     Raises:
       InputError: the run trains one policy, or nothing was exported.
@@ -177,7 +181,9 @@ def family(run: Run) -> Family:
             "numbers, such as --config.method.n='(2, 64)'"
         )
     run.workdir.require("export", "the family of policies")
-    return saved_families.load(run.workdir.family, language_model(run, reference_path(run)))
+    return saved_families.load(
+        folder or run.workdir.family, language_model(run, reference_path(run))
+    )
 
 
 def _exported_model(run: Run, folder: Path) -> Sampler:
