@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zlib
 
 import jax
 import numpy as np
@@ -11,11 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import vbon_jax as vbon
 from tests import standins
+from vbon_jax import api
 from vbon_jax.data.sources import reviews
 from vbon_jax.errors import InputError
 from vbon_jax.methods import starting
 from vbon_jax.models import decoder, heads
 from vbon_jax.rl import prefix
+from vbon_jax.training.references import references
 
 TEXTS = ("the film is", "i think the acting", "a drama of", "this comedy")
 SMALL = {"batch_size": 16, "minibatch_size": 8, "ppo_epochs": 1, "learning_rate": 3e-3}
@@ -335,6 +338,32 @@ def test_a_family_has_a_policy_for_every_n(reference, samples, tmp_path):
         vbon.train_family(reference, samples, **given | {"method": vbon.VBoN(n=8)}, **settings)
     with pytest.raises(InputError, match=r"lora\.rank=0: the gates that n opens"):
         vbon.train_family(reference, samples, **given | {"lora": vbon.Lora()}, **settings)
+
+
+def test_a_head_of_all_prompts_stands_beside_few_samples(reference, monkeypatch, capfd):
+    """What is learned from is the head and the samples; a head that cannot know is refused."""
+    texts = [f"{text} {word}" for text in TEXTS for word in ("a", "it", "so", "the", "and")]
+    prompts = vbon.prompts(texts, reference)
+    samples = vbon.sample(reference, prompts, m=16, reward=length)
+    seen = []
+    monkeypatch.setattr(
+        api, "references", lambda *given: seen.append(given[-1]) or references(*given)
+    )
+    given = {"reward": length, "amortised": True} | SMALL | {"iterations": 1}
+    policy = vbon.train(reference, samples, method=vbon.VBoN(n=4), **given)
+    assert "a head is worth" in capfd.readouterr().err
+    assert len(seen[0].cumulative_PxE) == len(texts) and len(policy.generate(texts[:1])[0]) == 1
+
+    def unknowable(prompts, responses):
+        return [10 * (zlib.crc32(p.encode()) % 7) + len(r) for p, r in zip(prompts, responses)]
+
+    samples = vbon.sample(reference, prompts, m=16, reward=unknowable)
+    with pytest.raises(InputError, match="the head does not know the rewards of prompts"):
+        vbon.train(reference, samples, method=vbon.VBoN(n=4), **given | {"reward": unknowable})
+    for method in (vbon.DPO(), vbon.VBoN(n=4, ties="order"), vbon.VBoN(estimator="exponential")):
+        with pytest.raises(InputError, match="amortised=True does not go with"):
+            settings = {} if isinstance(method, vbon.DPO) else SMALL
+            vbon.train(reference, samples, method=method, reward=length, amortised=True, **settings)
 
 
 def test_adapters_and_upper_layers_are_merged(reference, samples):

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vbon_jax import keys, methods, sharding
+from vbon_jax.bon.amortised import Prior
 from vbon_jax.data import prompts as prompt_files
 from vbon_jax.data import samples as sample_files
 from vbon_jax.data import tokenizer as text_tokens
@@ -23,12 +24,13 @@ from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.data.sources import chat as chats
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation import heldout
+from vbon_jax.evaluation import calibration, heldout
 from vbon_jax.evaluation.heldout import Models, Protocol
 from vbon_jax.methods import learning, starting
 from vbon_jax.methods.learning import Job, Training
 from vbon_jax.models import hf, lm, trainable
 from vbon_jax.models.hf import hub, tokenizers
+from vbon_jax.progress import log
 from vbon_jax.rewards.base import Decode, Reward, checked
 from vbon_jax.rewards.classifier import Classifier
 from vbon_jax.rewards.function import FunctionReward
@@ -37,6 +39,7 @@ from vbon_jax.sampling import samples as sampling
 from vbon_jax.sampling.family import Family
 from vbon_jax.sampling.responses import Sampling
 from vbon_jax.sampling.sampler import Sampler, named_key
+from vbon_jax.training import amortised as heads
 from vbon_jax.training import loop, options, policies
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
@@ -296,6 +299,7 @@ def train(
     *,
     method: Any,
     reward: RewardFunction | RewardModel | None = None,
+    amortised: bool = False,
     seed: int = 0,
     lora: Lora | None = None,
     memory: Memory | None = None,
@@ -309,6 +313,8 @@ def train(
       samples: its scored responses.
       method: the options of a method: ``VBoN(n=8)``, ``PPO(beta=0.1)``, ``DPO()``, ...
       reward: of responses; not needed by the methods that learn from stored samples.
+      amortised: whether a head that is fitted on the samples of all prompts says of each what
+        rewards are likely, beside the prompt's own samples, of which few are then enough.
       seed: of the training.
       lora: low-rank adapters in place of the whole model; they are merged into the policy.
       memory: dtypes, microbatches and rematerialisation.
@@ -323,13 +329,13 @@ def train(
       The policy. (After Ctrl-C, the policy so far.)
 
     Raises:
-      InputError: a setting is out of range, or the loss or a reward stops being finite; or n is of
-        a family, see ``train_family``.
+      InputError: a setting is out of range, or the loss or a reward stops being finite; n is of a
+        family, see ``train_family``; or the head does not know the rewards of prompts.
     """
     training = _training(methods.of_options(method), lora, memory, offline, settings)
     if method.is_family:
         raise InputError(f"{method}: n is of a family of policies: use train_family")
-    own = _trained(reference, samples, method, training, reward, seed)
+    own = _trained(reference, samples, method, training, reward, seed, amortised)
     config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
     base = _prepared(reference, training).model.params
     model = dataclasses.replace(reference.model, config=config, params=trainable.join(base, own))
@@ -344,6 +350,7 @@ def train_family(
     method: Any,
     reward: RewardFunction | RewardModel,
     lora: Lora,
+    amortised: bool = False,
     seed: int = 0,
     memory: Memory | None = None,
     **settings: Any,
@@ -356,6 +363,7 @@ def train_family(
       method: ``VBoN(n=(2, 64))``: n is drawn between the two for each group of responses.
       reward: of responses.
       lora: the adapters, of a rank above 0.
+      amortised: as of ``train``.
       seed: of the training.
       memory: dtypes, microbatches and rematerialisation.
       **settings: keys of the config group ``train``, as of ``train``.
@@ -364,15 +372,15 @@ def train_family(
       The family, whose ``at(n)`` is the policy for an n, as ``train`` would return it.
 
     Raises:
-      InputError: a setting is out of range or of no family, or the loss or a reward stops being
-        finite.
+      InputError: a setting is out of range or of no family, the loss or a reward stops being
+        finite, or the head does not know the rewards of prompts.
     """
     record = methods.of_options(method)
     training = _training(record, lora, memory, None, settings)
     if not method.is_family:
         raise InputError(f"{method}: n is of one policy: use train, or give two, n=(2, 64)")
     options.check_family(method.n, record.name, training.train, training.lora, training.memory)
-    own = _trained(reference, samples, method, training, reward, seed)
+    own = _trained(reference, samples, method, training, reward, seed, amortised)
     return Family(reference, own, method.n, training.lora.alpha)
 
 
@@ -383,6 +391,7 @@ def _trained(
     training: Training,
     reward: RewardFunction | RewardModel | None,
     seed: int,
+    amortised: bool,
 ) -> Any:
     """What is trained of the reference, as ``trainable.join`` takes it."""
     record = methods.of_options(method)
@@ -395,8 +404,9 @@ def _trained(
         raise InputError(f"reward is not given: {type(method).__name__} learns from rollouts")
     sampler = _prepared(reference, training)
     with jax.set_mesh(reference.mesh):
-        table = references(samples.samples, member.m, method.estimator, method.ties, sampler)
         scorer: Any = None if reward is None else _reward(reward, sampler)  # None: it is not asked
+        prior = _prior(sampler, samples, method, scorer, seed) if amortised else None
+        table = references(samples.samples, m, method.estimator, method.ties, sampler, prior)
         task = Task(samples.prompts, table, scorer, sampler)
         job = Job(record, method, training, sampler.model.config, len(samples.prompts))
 
@@ -410,6 +420,26 @@ def _trained(
             return loop.run(state, 0, step, loop.Schedule(title, of.iterations, whole=not is_last))
 
         return policies.policy(starting.trained(job, [member], fit).params)
+
+
+def _prior(sampler: Sampler, samples: Samples, method: Any, scorer: Any, seed: int) -> Prior:
+    """What a head says of each prompt without having seen its samples; refused if that is wrong."""
+    online = methods.of_options(method).online
+    if not online or method.ties != "random" or method.estimator == "exponential":
+        raise InputError(
+            f"amortised=True does not go with {method}: it is for a method that learns from "
+            "rollouts, ties='random' and an estimator of ranks"
+        )
+    own = None if isinstance(scorer, FunctionReward) else scorer  # it may not score "" at all
+    known = heads.features(sampler, samples.prompts, 64, own)
+    rewards = list(samples.rewards.astype(np.float32))
+    fold_P = heads.folds(samples.prompts, rewards, seed)
+    fitted = heads.fit(known, rewards, fold_P, seed)
+    prior = fitted.prior(known, fold_P)
+    figures = calibration.of_prior(prior, rewards, seed)
+    log(figures.line(fitted.concentration))
+    figures.refuse()
+    return prior
 
 
 def _training(

@@ -7,7 +7,7 @@ from scipy.special import ndtr
 from vbon_jax.bon.amortised import f0_and_mass
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.errors import InputError
-from vbon_jax.evaluation.calibration import calibration, pits
+from vbon_jax.evaluation.calibration import of_prior
 from vbon_jax.training import amortised
 from vbon_jax.training.amortised import Features, Heads
 
@@ -35,9 +35,7 @@ def fitted(count=400, m=8, known=True):
 
 
 def calibrated(heads, features, fold_P, rewards):
-    f0, mass = f0_and_mass(heads.prior(features, fold_P), np.arange(len(rewards)), rewards)
-    uniform = np.random.default_rng(0).random(rewards.shape)
-    return calibration(list(pits(f0, mass, uniform)))
+    return of_prior(heads.prior(features, fold_P), rewards, 0)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def test_f_of_a_prompt_never_seen_is_read_off_the_head(knows):
 
 def test_a_head_that_knows_is_calibrated(knows):
     found = calibrated(*knows)
-    assert found.holds, found.line()
+    assert found.holds, found.line(0.0)
 
 
 def test_a_head_that_cannot_know_is_refused():

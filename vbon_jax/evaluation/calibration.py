@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kstwo
 
+from vbon_jax.bon.amortised import Prior, f0_and_mass
 from vbon_jax.errors import InputError
 
 BINS = 10
@@ -65,8 +66,11 @@ class Calibration:
         found = {k: v for k, v in figures.items() if k in names}
         return cls(**found | {"histogram": tuple(figures["histogram"])})
 
-    def line(self) -> str:
-        """A sentence for the log."""
+    def line(self, concentration: float) -> str:
+        """A line for the log, with how many samples the head is worth."""
+        return f"amortised: {self._told()}; a head is worth {concentration:.0f} samples"
+
+    def _told(self) -> str:
         return (
             f"F of {self.prompts} held-out prompts is {self.error:.3f} off (root mean square; at "
             f"most {MOST_ERROR:g}), the Kolmogorov-Smirnov distance of a prompt's PITs is "
@@ -79,9 +83,9 @@ class Calibration:
         """Raises InputError unless the head may be used."""
         if not self.holds:
             raise InputError(
-                f"samples.amortised: the head does not know the rewards of prompts: {self.line()}; "
-                "give more prompts (prompts.train), more samples of each (samples.m), or set "
-                "samples.amortised=False"
+                "samples.amortised: the head does not know the rewards of prompts: "
+                f"{self._told()}; give more prompts (prompts.train), more samples of each "
+                "(samples.m), or set samples.amortised=False"
             )
 
 
@@ -98,6 +102,24 @@ def pits(f0: np.ndarray, mass: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """
     found = np.asarray(f0, np.float64) + np.asarray(uniform) * np.asarray(mass, np.float64)
     return np.clip(found, 0.0, 1.0)
+
+
+def of_prior(prior: Prior, rewards: Sequence[np.ndarray], seed: int) -> Calibration:
+    """Figures of what a head says of prompts, by samples of theirs that it has not seen.
+
+    Args:
+      prior: of P prompts.
+      rewards: float32, of each prompt's samples; a prompt may have none.
+      seed: of the places within tie groups.
+
+    Raises:
+      InputError: no prompt has 2 samples.
+    """
+    rng, of_prompts = np.random.default_rng(seed), []
+    for row, own in enumerate(rewards):
+        f0, mass = (np.asarray(x)[0] for x in f0_and_mass(prior, np.array([row]), own[None]))
+        of_prompts.append(pits(f0, mass, rng.random(len(own))))
+    return calibration(of_prompts)
 
 
 def calibration(of_prompts: Sequence[np.ndarray]) -> Calibration:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from vbon_jax import processes
-from vbon_jax.bon.amortised import Prior, f0_and_mass
+from vbon_jax.bon.amortised import Prior
 from vbon_jax.data.prompts import Prompt
 from vbon_jax.data.samples import PromptSamples
 from vbon_jax.errors import writing
-from vbon_jax.evaluation.calibration import Calibration, calibration, pits
+from vbon_jax.evaluation import calibration
+from vbon_jax.evaluation.calibration import Calibration
 from vbon_jax.evaluation.heldout import Models
 from vbon_jax.progress import log
 from vbon_jax.stages.base import Run
@@ -65,7 +66,7 @@ def _heads(run: Run, models: Models, read: Read) -> Heads:
         processes.by_first(partial(_save, found, path))  # the same in every process
         run.workdir.write_json(told, figures.as_json() | {"concentration": found.concentration})
         processes.wait()
-        log(f"amortised: {figures.line()}; a head is worth {found.concentration:.0f} samples")
+        log(figures.line(found.concentration))
     figures = json.loads(told.read_text())
     Calibration.of_json(figures).refuse()
     return Heads.load(path)
@@ -80,12 +81,7 @@ def _fitted(
     rewards = [np.asarray(x.rewards[:m], np.float32) for x in stored]
     fold_P = _folds(run, prompts, stored)
     heads = amortised.fit(known, rewards, fold_P, seed)
-    prior = heads.prior(known, fold_P)
-    rng, of_prompts = np.random.default_rng(seed), []
-    for row, own in enumerate(rewards):
-        f0, mass = (np.asarray(x)[0] for x in f0_and_mass(prior, np.array([row]), own[None]))
-        of_prompts.append(pits(f0, mass, rng.random(len(own))))
-    return heads, calibration(of_prompts)
+    return heads, calibration.of_prior(heads.prior(known, fold_P), rewards, seed)
 
 
 def _save(heads: Heads, path: Path) -> None:
