@@ -349,21 +349,22 @@ def test_a_head_of_all_prompts_stands_beside_few_samples(reference, monkeypatch,
     monkeypatch.setattr(
         api, "references", lambda *given: seen.append(given[-1]) or references(*given)
     )
-    given = {"reward": length, "amortised": True} | SMALL | {"iterations": 1}
-    policy = vbon.train(reference, samples, method=vbon.VBoN(n=4), **given)
+    known = vbon.amortise(samples, reference, reward=length)
     assert "a head is worth" in capfd.readouterr().err
-    assert len(seen[0].cumulative_PxE) == len(texts) and len(policy.generate(texts[:1])[0]) == 1
+    once = SMALL | {"iterations": 1}
+    policy = vbon.train(reference, known, reward=length, method=vbon.VBoN(n=4), **once)
+    assert seen == [known.prior] and len(known.prior.cumulative_PxE) == len(texts)
+    assert len(policy.generate(texts[:1])[0]) == 1
+    for method in (vbon.DPO(), vbon.VBoN(n=4, ties="order"), vbon.VBoN(estimator="exponential")):
+        with pytest.raises(InputError, match="does not go with amortised samples"):
+            vbon.train(reference, known, method=method, reward=length)
 
     def unknowable(prompts, responses):
         return [10 * (zlib.crc32(p.encode()) % 7) + len(r) for p, r in zip(prompts, responses)]
 
     samples = vbon.sample(reference, prompts, m=16, reward=unknowable)
     with pytest.raises(InputError, match="the head does not know the rewards of prompts"):
-        vbon.train(reference, samples, method=vbon.VBoN(n=4), **given | {"reward": unknowable})
-    for method in (vbon.DPO(), vbon.VBoN(n=4, ties="order"), vbon.VBoN(estimator="exponential")):
-        with pytest.raises(InputError, match="amortised=True does not go with"):
-            settings = {} if isinstance(method, vbon.DPO) else SMALL
-            vbon.train(reference, samples, method=method, reward=length, amortised=True, **settings)
+        vbon.amortise(samples, reference, reward=unknowable)
 
 
 def test_adapters_and_upper_layers_are_merged(reference, samples):

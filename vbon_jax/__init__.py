@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vbon_jax.api import (
         Evaluation,
         Samples,
+        amortise,
         evaluate,
         load_model,
         load_reward,
@@ -49,8 +50,8 @@ _FROM = {
     "rl": "",
     **dict.fromkeys(
         (
-            "Evaluation", "Samples", "evaluate", "load_model", "load_reward", "prompts", "sample",
-            "score", "train", "train_family",
+            "Evaluation", "Samples", "amortise", "evaluate", "load_model", "load_reward", "prompts",
+            "sample", "score", "train", "train_family",
         ),
         "api",
     ),
@@ -101,6 +102,7 @@ __all__ = [
     "Sampler",
     "Samples",
     "VBoN",
+    "amortise",
     "bon",
     "evaluate",
     "load_model",

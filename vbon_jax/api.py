@@ -39,8 +39,7 @@ from vbon_jax.sampling import samples as sampling
 from vbon_jax.sampling.family import Family
 from vbon_jax.sampling.responses import Sampling
 from vbon_jax.sampling.sampler import Sampler, named_key
-from vbon_jax.training import amortised as heads
-from vbon_jax.training import loop, options, policies
+from vbon_jax.training import amortised, loop, options, policies
 from vbon_jax.training.learner import Member
 from vbon_jax.training.loop import Task
 from vbon_jax.training.options import Lora, Memory, Offline, Train
@@ -243,10 +242,12 @@ class Samples:
     Attributes:
       prompts: P prompts.
       samples: one ``PromptSamples`` a prompt: responses, rewards, token ids and log-probs.
+      prior: what a head says of each prompt beside its samples, of ``amortise``; None for none.
     """
 
     prompts: Sequence[Prompt]
     samples: Sequence[PromptSamples]
+    prior: Prior | None = None
 
     @property
     def rewards(self) -> np.ndarray:
@@ -290,6 +291,45 @@ def sample(
     return Samples(prompts, found)
 
 
+def amortise(
+    samples: Samples,
+    model: Sampler,
+    *,
+    reward: RewardFunction | RewardModel,
+    seed: int = 0,
+) -> Samples:
+    """Fits a head on the samples of all prompts, which says what rewards each is likely to get.
+
+    What is trained on the result ranks a response by the head and the prompt's own samples, of
+    which few are then enough: F = (c F_0 + k) / (c + m), see ``bon.amortised``.
+
+    Args:
+      samples: of at least 5 different prompts, 2 or more each.
+      model: the reference model that drew them.
+      reward: of the samples.
+      seed: of which prompts are held out together.
+
+    Returns:
+      The same samples with their ``prior``.
+
+    Raises:
+      InputError: there are too few prompts, or the head does not know the rewards of those that it
+        has not seen.
+    """
+    scorer = _reward(reward, model)
+    own = None if isinstance(scorer, FunctionReward) else scorer  # it may not score "" at all
+    rewards = list(samples.rewards.astype(np.float32))
+    with jax.set_mesh(model.mesh):
+        known = amortised.features(model, samples.prompts, 64, own)
+        fold_P = amortised.folds(samples.prompts, rewards, seed)
+        heads = amortised.fit(known, rewards, fold_P, seed)
+    prior = heads.prior(known, fold_P)
+    figures = calibration.of_prior(prior, rewards, seed)
+    log(figures.line(heads.concentration))
+    figures.refuse()
+    return dataclasses.replace(samples, prior=prior)
+
+
 # --- Training -----------------------------------------------------------------------------------
 
 
@@ -299,7 +339,6 @@ def train(
     *,
     method: Any,
     reward: RewardFunction | RewardModel | None = None,
-    amortised: bool = False,
     seed: int = 0,
     lora: Lora | None = None,
     memory: Memory | None = None,
@@ -313,8 +352,6 @@ def train(
       samples: its scored responses.
       method: the options of a method: ``VBoN(n=8)``, ``PPO(beta=0.1)``, ``DPO()``, ...
       reward: of responses; not needed by the methods that learn from stored samples.
-      amortised: whether a head that is fitted on the samples of all prompts says of each what
-        rewards are likely, beside the prompt's own samples, of which few are then enough.
       seed: of the training.
       lora: low-rank adapters in place of the whole model; they are merged into the policy.
       memory: dtypes, microbatches and rematerialisation.
@@ -329,13 +366,13 @@ def train(
       The policy. (After Ctrl-C, the policy so far.)
 
     Raises:
-      InputError: a setting is out of range, or the loss or a reward stops being finite; n is of a
-        family, see ``train_family``; or the head does not know the rewards of prompts.
+      InputError: a setting is out of range, or the loss or a reward stops being finite; or n is of
+        a family, see ``train_family``.
     """
     training = _training(methods.of_options(method), lora, memory, offline, settings)
     if method.is_family:
         raise InputError(f"{method}: n is of a family of policies: use train_family")
-    own = _trained(reference, samples, method, training, reward, seed, amortised)
+    own = _trained(reference, samples, method, training, reward, seed)
     config = dataclasses.replace(reference.model.config, lora_alpha=training.lora.alpha)
     base = _prepared(reference, training).model.params
     model = dataclasses.replace(reference.model, config=config, params=trainable.join(base, own))
@@ -350,7 +387,6 @@ def train_family(
     method: Any,
     reward: RewardFunction | RewardModel,
     lora: Lora,
-    amortised: bool = False,
     seed: int = 0,
     memory: Memory | None = None,
     **settings: Any,
@@ -363,7 +399,6 @@ def train_family(
       method: ``VBoN(n=(2, 64))``: n is drawn between the two for each group of responses.
       reward: of responses.
       lora: the adapters, of a rank above 0.
-      amortised: as of ``train``.
       seed: of the training.
       memory: dtypes, microbatches and rematerialisation.
       **settings: keys of the config group ``train``, as of ``train``.
@@ -372,15 +407,15 @@ def train_family(
       The family, whose ``at(n)`` is the policy for an n, as ``train`` would return it.
 
     Raises:
-      InputError: a setting is out of range or of no family, the loss or a reward stops being
-        finite, or the head does not know the rewards of prompts.
+      InputError: a setting is out of range or of no family, or the loss or a reward stops being
+        finite.
     """
     record = methods.of_options(method)
     training = _training(record, lora, memory, None, settings)
     if not method.is_family:
         raise InputError(f"{method}: n is of one policy: use train, or give two, n=(2, 64)")
     options.check_family(method.n, record.name, training.train, training.lora, training.memory)
-    own = _trained(reference, samples, method, training, reward, seed, amortised)
+    own = _trained(reference, samples, method, training, reward, seed)
     return Family(reference, own, method.n, training.lora.alpha)
 
 
@@ -391,7 +426,6 @@ def _trained(
     training: Training,
     reward: RewardFunction | RewardModel | None,
     seed: int,
-    amortised: bool,
 ) -> Any:
     """What is trained of the reference, as ``trainable.join`` takes it."""
     record = methods.of_options(method)
@@ -400,13 +434,20 @@ def _trained(
     for wrong in (record.check(method), record.check_n(method.top)):
         if wrong:
             raise InputError(f"{method}: {wrong}")
+    of_ranks = record.online and method.ties == "random" and method.estimator != "exponential"
+    if samples.prior is not None and not of_ranks:
+        raise InputError(
+            f"{method} does not go with amortised samples: they are for a method that learns from "
+            "rollouts, ties='random' and an estimator of ranks"
+        )
     if record.online and reward is None:
         raise InputError(f"reward is not given: {type(method).__name__} learns from rollouts")
     sampler = _prepared(reference, training)
     with jax.set_mesh(reference.mesh):
         scorer: Any = None if reward is None else _reward(reward, sampler)  # None: it is not asked
-        prior = _prior(sampler, samples, method, scorer, seed) if amortised else None
-        table = references(samples.samples, m, method.estimator, method.ties, sampler, prior)
+        table = references(
+            samples.samples, m, method.estimator, method.ties, sampler, samples.prior
+        )
         task = Task(samples.prompts, table, scorer, sampler)
         job = Job(record, method, training, sampler.model.config, len(samples.prompts))
 
@@ -420,26 +461,6 @@ def _trained(
             return loop.run(state, 0, step, loop.Schedule(title, of.iterations, whole=not is_last))
 
         return policies.policy(starting.trained(job, [member], fit).params)
-
-
-def _prior(sampler: Sampler, samples: Samples, method: Any, scorer: Any, seed: int) -> Prior:
-    """What a head says of each prompt without having seen its samples; refused if that is wrong."""
-    online = methods.of_options(method).online
-    if not online or method.ties != "random" or method.estimator == "exponential":
-        raise InputError(
-            f"amortised=True does not go with {method}: it is for a method that learns from "
-            "rollouts, ties='random' and an estimator of ranks"
-        )
-    own = None if isinstance(scorer, FunctionReward) else scorer  # it may not score "" at all
-    known = heads.features(sampler, samples.prompts, 64, own)
-    rewards = list(samples.rewards.astype(np.float32))
-    fold_P = heads.folds(samples.prompts, rewards, seed)
-    fitted = heads.fit(known, rewards, fold_P, seed)
-    prior = fitted.prior(known, fold_P)
-    figures = calibration.of_prior(prior, rewards, seed)
-    log(figures.line(fitted.concentration))
-    figures.refuse()
-    return prior
 
 
 def _training(
